@@ -1,0 +1,39 @@
+# The environment is .venv unless PYTHON names the interpreter of another one, which is then used as it is:
+#   make test PYTHON=/home/anaconda3/envs/lit/bin/python
+PYTHON ?= $(CURDIR)/.venv/bin/python
+DEMO_OUTPUT := output/lit-digits/default
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow lint format clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+
+env: ## build or update the environment, with the tools for tests and demo
+ifeq ($(origin PYTHON),file)
+	@bash setup_env.sh --dev
+endif
+
+demo: env ## train a small LIT on scanned digits, then evaluate its last checkpoint
+	"$(PYTHON)" demo/digits.py
+	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml
+	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml --eval --resume $(DEMO_OUTPUT)/latest.pth
+	@echo "Checkpoints, log and TensorBoard events: classification/$(DEMO_OUTPUT)"
+
+test: lint ## check the style, then run the test suite
+	"$(PYTHON)" -m pytest
+
+test-slow: env ## run the tests that take minutes
+	"$(PYTHON)" -m pytest -m slow
+
+lint: env ## check style and formatting
+	"$(PYTHON)" -m ruff check
+	"$(PYTHON)" -m ruff format --check
+
+format: env ## mend style and formatting
+	"$(PYTHON)" -m ruff check --fix
+	"$(PYTHON)" -m ruff format
+
+clean: ## remove caches and build products; environment, data and results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Builds the environment of this project and installs the package in it, in editable mode. Run it again after an
+# update: it does nothing while the requirements are unchanged.
+#
+#   bash setup_env.sh [--dev] [conda_install_path] [env_name]
+#
+#   bash setup_env.sh                        a virtual environment, .venv beside this script
+#   bash setup_env.sh /home/anaconda3 lit    the conda environment "lit", created if missing
+#   --dev                                    also what tests and demo need
+#
+# PYTHON=/path/to/python chooses the interpreter that .venv is made from (3.10 or later).
+set -euo pipefail
+
+say() { printf 'setup_env: %s\n' "$*"; }
+die() {
+    printf 'setup_env: error: %s\n' "$*" >&2
+    exit 1
+}
+help() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+minor() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+as_root() { if ((EUID)); then sudo -n "$@"; else "$@"; fi; }
+
+# An interpreter for .venv, the version of the tested set first.
+find_python() {
+    local candidate candidates=(python3.11 python3.12 python3.13 python3 python3.14 python3.10)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if recent "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.10 or later (tried ${candidates[*]}); name one: PYTHON=/path/to/python bash setup_env.sh"
+}
+
+# Debian and Ubuntu ship venv's pip apart from the interpreter.
+need_venv_module() {
+    local package remedy
+    if "$1" -c 'import ensurepip, venv' 2>/dev/null; then return; fi
+    package=python$(minor "$1")-venv
+    remedy="$1 cannot make virtual environments; install $package or give a conda installation"
+    if ! command -v apt-get >/dev/null || ! as_root true 2>/dev/null; then die "$remedy"; fi
+    say "installing $package"
+    as_root apt-get update -qq || true
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package" >/dev/null || die "$remedy"
+    "$1" -c 'import ensurepip, venv' 2>/dev/null || die "$remedy"
+}
+
+use_venv() {
+    local base
+    prefix=$root/.venv
+    activate="source .venv/bin/activate"
+    if recent "$prefix/bin/python" && "$prefix/bin/python" -c 'import pip' 2>/dev/null; then return; fi
+    base=$(find_python)
+    need_venv_module "$base"
+    say "creating $prefix with $("$base" --version)"
+    "$base" -m venv --clear "$prefix" || die "could not create $prefix; see above"
+}
+
+use_conda() {
+    local conda=$1/bin/conda name=$2
+    [[ -x $conda ]] || die "no conda at $conda; name the folder that it is installed in, such as /home/anaconda3"
+    activate="conda activate $name"
+    if ! prefix=$("$conda" run --name "$name" printenv CONDA_PREFIX 2>/dev/null); then
+        say "creating the conda environment $name"
+        "$conda" create --yes --quiet --name "$name" python=3.11 pip || die "conda could not create $name; see above"
+        prefix=$("$conda" run --name "$name" printenv CONDA_PREFIX)
+    fi
+    recent "$prefix/bin/python" || die "the conda environment $name lacks Python 3.10 or later; choose another name"
+}
+
+# A group is a set of requirements: base or the name of a file in requirements/, which is an extra of the package too.
+fingerprint() {
+    {
+        echo "$root"
+        "$prefix/bin/python" --version
+        cat pyproject.toml requirements.txt requirements/constraints.txt
+        if [[ $1 != base ]]; then cat "requirements/$1.txt"; fi
+    } | cksum
+}
+stamp() { echo "$prefix/.lit-backbone-$1"; }
+current() { [[ "$(cat "$(stamp "$1")" 2>/dev/null)" == "$(fingerprint "$1")" ]]; }
+
+install() {
+    local output=--quiet constraints=/dev/null
+    if [[ -t 1 ]]; then output=--progress-bar=on; fi
+    case $(minor "$prefix/bin/python") in
+        3.11 | 3.12 | 3.13) constraints=requirements/constraints.txt ;;
+        *) say "constraints.txt is for Python 3.11 to 3.13: installing what requirements.txt allows" ;;
+    esac
+    say "installing into $prefix (minutes and some 5 GB the first time, most of it torch)"
+    "$prefix/bin/python" -m pip install "$output" --no-input --disable-pip-version-check \
+        --constraint "$constraints" --editable ".$1" || die "pip failed, see above; run this script again to go on"
+}
+
+check() {
+    local remedy="the environment in $prefix is broken, see above; remove it and run this script again"
+    "$prefix/bin/python" -I - <<'END' || die "$remedy"
+import platform
+
+import lit_backbone
+import timm
+import torch
+import torchvision
+
+versions = [f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm)]
+print("setup_env:", ", ".join([f"Python {platform.python_version()}", *versions, f"{torch.cuda.device_count()} GPUs"]))
+END
+}
+
+groups=(base)
+extras=
+conda_path=
+env_name=
+while (($#)); do
+    case $1 in
+        --dev) groups+=(dev) extras="[dev]" ;;
+        -h | --help) help && exit ;;
+        -*) die "unknown option $1; --help lists them" ;;
+        *)
+            if [[ -n $env_name ]]; then die "one argument too many: $1"; fi
+            if [[ -n $conda_path ]]; then env_name=$1; else conda_path=$1; fi
+            ;;
+    esac
+    shift
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -n $conda_path ]]; then use_conda "$conda_path" "${env_name:-lit}"; else use_venv; fi
+cd "$root"
+
+stale=
+for group in "${groups[@]}"; do current "$group" || stale=yes; done
+if [[ -n $stale ]]; then
+    for group in "${groups[@]}"; do rm -f "$(stamp "$group")"; done
+    install "$extras"
+    check
+    for group in "${groups[@]}"; do fingerprint "$group" >"$(stamp "$group")"; done
+fi
+say "ready: $activate"
