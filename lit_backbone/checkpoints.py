@@ -1,0 +1,212 @@
+"""Reading checkpoint files safely, and translating the authors' released layouts into this package's.
+
+The released LIT-S/M/B follow Swin's names, LIT-Ti and `pvt_small_full_msa` PVT's; both are accepted wherever this
+package's own layout is. Converting never resizes: position tables of another input size are resized only where it is
+asked for, by :func:`load_checkpoint` with a model and by timm's loader of pretrained weights.
+"""
+
+import logging
+import math
+import re
+from collections import OrderedDict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from .layers import resize_table
+
+_logger = logging.getLogger(__name__)
+
+TABLE_MODES = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}  # how each kind of position table is resized
+WRAPPERS = ("model", "state_dict")  # keys under which trainers store their weights
+EMA_WRAPPERS = ("model_ema", "state_dict_ema")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or is not one of this model; the message is one line that names the file."""
+
+
+class _InertNamespace:
+    """Stands in for `argparse.Namespace` when a checkpoint is read: takes attributes, does nothing."""
+
+
+# Released checkpoints pickle their training configuration beside the weights. These stand-ins let PyTorch's restricted
+# unpickler build it as plain data; they hold no code, so a crafted file gains nothing from them.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode"), (_InertNamespace, "argparse.Namespace")])
+
+
+# ---- released layouts
+
+RELEASED_PREFIXES = {"patch_embed.": "stages.0.merge.", "cls_token": "stages.3.cls_token"}
+for _i in range(4):
+    RELEASED_PREFIXES |= {
+        f"layers.{_i}.blocks.": f"stages.{_i}.blocks.",  # LIT-S/M/B: merging stands at the end of the stage before
+        f"layers.{_i}.downsample.": f"stages.{_i + 1}.merge.",
+        f"block{_i + 1}.": f"stages.{_i}.blocks.",  # LIT-Ti, PVT: stages count from 1
+        f"patch_embed{_i + 1}.": f"stages.{_i}.merge.",
+        f"pos_embed{_i + 1}": f"stages.{_i}.pos_embed",
+    }
+RELEASED_PARTS = {
+    "dconv.conv_offset.": "offset.",
+    "dconv.": "proj.",
+    "norm_layer.": "norm.",
+    "relative_position_bias_table": "rel_pos_bias",
+}
+
+
+def _renamed(key: str) -> str:
+    """This package's name of a released key; a name that is not a released one stays."""
+    for released, ours in RELEASED_PREFIXES.items():
+        if key.startswith(released):
+            key = ours + key.removeprefix(released)
+            for part, our_part in RELEASED_PARTS.items():
+                key = key.replace(part, our_part)
+            return key
+    return key
+
+
+def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict in this package's layout; our own layout comes back as it is.
+
+    Tables become maps: relative biases `((2H-1)(2W-1), heads)` to `(1, heads, 2H-1, 2W-1)`, absolute embeddings
+    `(1, HW, C)` to `(1, C, H, W)`, the class token's slot apart from them. Released tables are square.
+    `relative_position_index` is derived, and dropped; so is the class token's slot where there is no class token.
+    """
+    out = {}
+    for released, value in state_dict.items():
+        key = _renamed(released)
+        if key.endswith("relative_position_index"):
+            continue
+        if key.endswith("rel_pos_bias") and value.ndim == 2:
+            side = math.isqrt(value.shape[0])
+            value = value.t().reshape(1, -1, side, side)  # (side^2, heads) -> (1, heads, side, side)
+        elif key.endswith("pos_embed") and key != released:
+            side = math.isqrt(value.shape[1])
+            if side**2 != value.shape[1]:
+                if "cls_token" in state_dict:
+                    out[key.replace("pos_embed", "cls_pos_embed")] = value[:, :1]
+                value = value[:, 1:]
+            value = value.transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
+        out[key] = value
+    return out
+
+
+def rename_released_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of `load_state_dict`: converts a released layout below `prefix`, in place."""
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    ours = convert_released({key.removeprefix(prefix): state_dict.pop(key) for key in keys})
+    state_dict.update({prefix + key: value for key, value in ours.items()})
+
+
+def resize_position_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, in this package's layout, with position tables interpolated to the sizes `model` has."""
+    out = dict(state_dict)
+    for name, table in model.state_dict().items():
+        mode = TABLE_MODES.get(name.rpartition(".")[2])
+        if mode and name in out and out[name].ndim == 4:
+            out[name] = resize_table(out[name], table.shape[2], table.shape[3], mode=mode)
+    return out
+
+
+# ---- files
+
+
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read all of a `.pth` or `.safetensors` file to the CPU without running any code it may hold.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, no checkpoint at all, or pickles anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail at any depth of the readers
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"refused, because it pickles {refused[1]} and reading that could run code"
+        else:
+            reason = f"unreadable or truncated ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {reason}; expected a .pth or .safetensors file of weights") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of weights")
+    return content
+
+
+def unwrap_state_dict(content: dict[str, Any], *, use_ema: bool = False) -> dict[str, Tensor]:
+    """The weights inside a checkpoint's content, without wrapping key (`model`, ...) or `module.` prefix."""
+    names = (EMA_WRAPPERS + WRAPPERS) if use_ema else (WRAPPERS + EMA_WRAPPERS)
+    wrapped = next((content[name] for name in names if isinstance(content.get(name), dict)), content)
+    return {key: value for key, value in clean_state_dict(wrapped).items() if isinstance(value, Tensor)}
+
+
+def load_checkpoint(
+    path: str | PathLike[str], model: nn.Module | None = None, *, use_ema: bool = False, new_head: bool = True
+) -> dict[str, Tensor]:
+    """Read a checkpoint's weights as a state dict in this package's layout.
+
+    Args:
+        path: a `.pth` or `.safetensors` file: bare weights, or wrapped by a trainer; released layout or ours.
+        model: if given, the result is made to load strictly into it: see :func:`fit_state_dict`.
+        use_ema: prefer the moving average of the weights where the file holds one.
+        new_head: whether a head for other classes is replaced by that of `model` or is an error.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, holds no weights, or does not fit `model`.
+    """
+    state_dict = convert_released(unwrap_state_dict(read_checkpoint(path), use_ema=use_ema))
+    if not state_dict:
+        raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")
+    return state_dict if model is None else fit_state_dict(state_dict, model, path, new_head=new_head)
+
+
+def fit_state_dict(
+    state_dict: dict[str, Tensor], model: nn.Module, path: str | PathLike[str], *, new_head: bool = True
+) -> dict[str, Tensor]:
+    """A state dict, in this package's layout, made to load strictly into `model`.
+
+    Position tables are resized to the model's. With `new_head`, a head for another number of classes is replaced by the
+    model's own, with a warning; without, it is an error.
+
+    Raises:
+        CheckpointError: the state dict, read from `path`, is another model's; names some of the keys.
+    """
+    state_dict = resize_position_tables(state_dict, model)
+    own = model.state_dict()
+    head = [key for key in own if key.startswith("head.")]
+    if any(key not in state_dict or state_dict[key].shape != own[key].shape for key in head):
+        classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else "no"
+        message = f"{path}: its head has {classes} classes, the model {model.num_classes}"
+        if not new_head:
+            raise CheckpointError(f"{message}; set the model's number of classes to the checkpoint's")
+        _logger.warning(f"{message}; the head is initialised anew")
+        state_dict |= {key: own[key] for key in head}
+    if not head:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
+    problems = {
+        "keys missing": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
+        "keys unexpected": [key for key in state_dict if key not in own],
+        "of another shape": [key for key in own if key in state_dict and state_dict[key].shape != own[key].shape],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys)
+        name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+        raise CheckpointError(f"{path}: not a checkpoint of {name}: {found}")
+    return state_dict
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook for pretrained weights: unwrap, convert and resize to the model."""
+    return resize_position_tables(convert_released(unwrap_state_dict(content)), model)

@@ -1,0 +1,111 @@
+"""Deformable token merging (DTM), the learned downsampling between LIT's stages.
+
+DTM is a 2x2 stride-2 deformable convolution, BatchNorm and GELU. As kernel and stride are equal and nothing is padded,
+the four taps of all output tokens tile the input map exactly, so the deformable convolution equals a bilinear warp of
+the whole map followed by an ordinary convolution: no im2col, no compiled operator.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
+
+
+def sampling_positions(offset: Tensor) -> Tensor:
+    """Where the taps of a 2x2 stride-2 deformable convolution read its input map.
+
+    Args:
+        offset: `(B, 8, h, w)`, in pixels of the input map; channel `2 * (2 * ky + kx)` is dy of tap (ky, kx), the next
+            one dx.
+
+    Returns:
+        `(B, 2h, 2w, 2)`: (y, x) for each position of the map, in pixels from the centre of its first pixel; float32,
+        or float64 where the offset is.
+    """
+    batch, _, h, w = offset.shape
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+    offset = offset.reshape(batch, 2, 2, 2, h, w)  # (B, 8, h, w) -> (B, ky, kx, yx, h, w)
+    offset = offset.permute(0, 4, 1, 5, 2, 3).reshape(batch, 2 * h, 2 * w, 2)  # -> (B, 2h, 2w, yx)
+    y = torch.arange(2 * h, device=offset.device, dtype=offset.dtype)
+    x = torch.arange(2 * w, device=offset.device, dtype=offset.dtype)
+    return offset + torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def _normalize(position: Tensor, size: int) -> Tensor:
+    """Pixels to the [-1, 1] of `grid_sample(align_corners=True)`, safe at whole pixels.
+
+    The derivative of bilinear sampling is one-sided at a whole pixel, where every sample lies when training starts.
+    `deform_conv2d` takes the side of `floor`; the round trip through [-1, 1] may end just below the integer and take
+    the other side. A nudge of two ulps of the map's size keeps it.
+    """
+    whole = position == position.floor()
+    position = position + whole * (2 * torch.finfo(position.dtype).eps * size)
+    return position * (2 / max(size - 1, 1)) - 1
+
+
+@register_notrace_function
+def deformable_sample(x: Tensor, offset: Tensor) -> Tensor:
+    """Bilinear samples of a map at learned positions, laid out as the input of a 2x2 stride-2 convolution.
+
+    `F.conv2d(deformable_sample(x, offset), weight, bias, stride=2)` equals torchvision's
+    `deform_conv2d(x, offset, weight, bias, stride=2)`. Corners outside the map count as zero.
+
+    Args:
+        x: `(B, C, H, W)`, any floating dtype; a permuted view of channels-last tokens is the fast case.
+        offset: `(B, 8, H // 2, W // 2)`, see :func:`sampling_positions`.
+
+    Returns:
+        `(B, C, 2 * (H // 2), 2 * (W // 2))` in the dtype of `x`. Coordinates and interpolation are at least float32.
+    """
+    y, x_ = sampling_positions(offset).unbind(-1)
+    grid = torch.stack((_normalize(x_, x.shape[3]), _normalize(y, x.shape[2])), dim=-1)
+    dtype = torch.promote_types(x.dtype, grid.dtype)  # grid_sample wants one dtype for both
+    out = F.grid_sample(x.to(dtype), grid.to(dtype), mode="bilinear", padding_mode="zeros", align_corners=True)
+    return out.to(x.dtype)
+
+
+def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """How far DTM reaches: mean length of its offsets and the share of samples that read nothing but padding.
+
+    Args:
+        offset: `(B, 8, h, w)`, the output of :attr:`DeformableTokenMerging.offset`.
+        size: (H, W) of the map that is sampled.
+
+    Returns:
+        Two scalars: the mean Euclidean length in pixels of the sampled map, and the share in [0, 1] of samples that
+        lie a whole pixel or more outside it, where all four corners are zero.
+    """
+    offset = offset.float()
+    length = offset.unflatten(1, (TAPS, 2)).norm(dim=2).mean()
+    y, x = sampling_positions(offset).unbind(-1)
+    outside = (y <= -1) | (y >= size[0]) | (x <= -1) | (x >= size[1])
+    return length, outside.float().mean()
+
+
+class DeformableTokenMerging(nn.Module):
+    """Halves a token map, each output token reading four input tokens at learned positions.
+
+    Shapes: `(B, H, W, C)` to `(B, H // 2, W // 2, C')`; an odd last row or column is dropped but can be sampled.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.offset = nn.Conv2d(in_chs, 2 * TAPS, kernel_size=2, stride=2, **dd)
+        self.proj = nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd)
+        self.norm = nn.BatchNorm2d(out_chs, **dd)
+        self.act = nn.GELU()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero offsets: DTM starts as a plain convolution."""
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels-last in memory
+        x = deformable_sample(x, self.offset(x))  # -> (B, C, 2(H//2), 2(W//2))
+        x = self.act(self.norm(self.proj(x)))  # -> (B, C', H//2, W//2)
+        return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')

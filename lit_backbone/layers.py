@@ -1,0 +1,154 @@
+"""The parts of LIT's stages: convolutional patch merging, position tables, attention, MLP and attention blocks."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, is_exporting, register_notrace_function, trunc_normal_
+from torch import Tensor, nn
+
+
+@register_notrace_function
+def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic"]) -> Tensor:
+    """Interpolate a position table `(1, C, h, w)` to `(1, C, height, width)`, in float32, keeping its dtype.
+
+    As the reference does: bilinear for absolute embeddings, bicubic for relative biases, half-pixel centres, no
+    antialiasing.
+    """
+    # an export with free height and width must not bake in that one example needed no resizing
+    if not is_exporting() and tuple(table.shape[-2:]) == (height, width):
+        return table
+    return F.interpolate(table.float(), (height, width), mode=mode, align_corners=False).to(table.dtype)
+
+
+@register_notrace_function
+def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """Bias of attention over a whole map, looked up by the displacement from key to query.
+
+    Args:
+        table: `(1, heads, 2h-1, 2w-1)`; resized bicubically if the map is not h x w.
+        height, width: size of the map, in tokens.
+
+    Returns:
+        `(1, heads, N, N)` with `N = height * width`: query token, then key token, both in row-major order.
+    """
+    table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
+    y = torch.arange(height, device=table.device)
+    x = torch.arange(width, device=table.device)
+    dy = y[:, None] - y + height - 1  # (H query, H key)
+    dx = x[:, None] - x + width - 1  # (W query, W key)
+    index = dy[:, None, :, None] * (2 * width - 1) + dx[None, :, None, :]  # (H, W, H, W)
+    # not table.flatten(2)[..., index]: its backward is several times slower on a CPU
+    bias = table.flatten(2).index_select(2, index.flatten())  # (1, heads, L) -> (1, heads, N * N)
+    return bias.unflatten(2, (height * width, height * width))  # -> (1, heads, N, N)
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad a map `(B, C, H, W)` on the right and at the bottom until `multiple` divides H and W."""
+    bottom = (multiple - x.shape[2] % multiple) % multiple
+    right = (multiple - x.shape[3] % multiple) % multiple
+    return F.pad(x, (0, right, 0, bottom)) if is_exporting() or bottom or right else x
+
+
+class ConvMerging(nn.Module):
+    """k x k convolution with stride k, and LayerNorm: the patch embedding of LIT (k = 4), the merging of PVT (k = 2).
+
+    Shapes: `(B, H, W, C)` to `(B, H // k, W // k, C')`; with `pad`, to `(B, ceil(H / k), ceil(W / k), C')`.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, patch_size: int, *, pad: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.patch_size = patch_size
+        self.pad = pad
+        self.proj = nn.Conv2d(in_chs, out_chs, patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(out_chs, device=device, dtype=dtype)  # its eps is 1e-5 in every variant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        if self.pad:
+            x = pad_to_multiple(x, self.patch_size)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # -> (B, H/k, W/k, C')
+
+
+class Attention(nn.Module):
+    """Global multi-head self-attention, with a relative position bias over the whole map where `map_size` is given.
+
+    Shapes: `(B, H, W, C)` or, without the bias, any `(B, ..., C)`; the output has the input's shape.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, map_size: tuple[int, int] | None = None, device=None, dtype=None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide {dim} channels")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.rel_pos_bias = None
+        if map_size is not None:
+            height, width = map_size
+            self.rel_pos_bias = nn.Parameter(torch.empty(1, num_heads, 2 * height - 1, 2 * width - 1, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.rel_pos_bias is not None:
+            trunc_normal_(self.rel_pos_bias, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, heads, C/heads) -> 3 x (B, heads, N, C/heads)
+        bias = None
+        if self.rel_pos_bias is not None:
+            bias = relative_position_bias(self.rel_pos_bias.to(q.dtype), x.shape[1], x.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, ..., C)
+
+
+class MlpBlock(nn.Module):
+    """The block of LIT's attention-free stages: `x + DropPath(MLP(LN(x)))` on `(B, ..., C)`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float,
+        drop_path: float,
+        norm_layer: Callable[..., nn.Module],
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm2 = norm_layer(dim, **dd)  # norm1 belongs to attention
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class AttentionBlock(MlpBlock):
+    """The pre-norm transformer block of LIT's later stages: attention, then MLP, each with a residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        map_size: tuple[int, int] | None,
+        mlp_ratio: float,
+        drop_path: float,
+        norm_layer: Callable[..., nn.Module],
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, norm_layer=norm_layer, **dd)
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = Attention(dim, num_heads, map_size=map_size, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return super().forward(x)

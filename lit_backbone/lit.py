@@ -1,0 +1,405 @@
+"""LIT, the less attention vision transformer.
+
+`Less is More: Pay Less Attention in Vision Transformers` (Pan et al., AAAI 2022), https://arxiv.org/abs/2105.14217
+
+Four stages, each a merging (patch embedding in the first, deformable token merging in the others) and a row of blocks:
+pure MLP blocks in the early stages, global self-attention in the later ones. Tokens travel as `(B, H, W, C)`; where a
+class token joins, as `(B, 1 + H*W, C)`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, to_ntuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .checkpoints import checkpoint_filter_fn, rename_released_keys
+from .dtm import DeformableTokenMerging
+from .layers import AttentionBlock, ConvMerging, MlpBlock, resize_table
+
+PATCH_SIZE = 4  # of the first stage; the other stages halve the map
+
+
+class Stage(nn.Module):
+    """Merging, position embedding and class token where the variant has them, then blocks.
+
+    Shapes: `(B, H, W, C)` to `(B, H', W', C')`, or with a class token to `(B, 1 + H'*W', C')`.
+    """
+
+    def __init__(
+        self,
+        merge: nn.Module,
+        blocks: Sequence[nn.Module],
+        dim: int,
+        *,
+        pos_embed_size: tuple[int, int] | None = None,
+        class_token: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.merge = merge
+        self.pos_embed = self.cls_token = self.cls_pos_embed = None
+        if pos_embed_size is not None:
+            self.pos_embed = nn.Parameter(torch.empty(1, dim, *pos_embed_size, **dd))
+        if class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        if class_token and pos_embed_size is not None:
+            self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        self.blocks = nn.Sequential(*blocks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in (self.pos_embed, self.cls_token, self.cls_pos_embed):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
+
+    def prepend_class_token(self, x: Tensor) -> Tensor:
+        cls_token = self.cls_token if self.cls_pos_embed is None else self.cls_token + self.cls_pos_embed
+        return torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)  # -> (B, 1 + H*W, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.merge(x)  # (B, H, W, C) -> (B, H', W', C')
+        if self.pos_embed is not None:
+            pos_embed = resize_table(self.pos_embed, x.shape[1], x.shape[2], mode="bilinear")
+            x = x + pos_embed.permute(0, 2, 3, 1)  # (1, C', H', W') -> (1, H', W', C')
+        if self.cls_token is not None:
+            x = self.prepend_class_token(x)
+        # only blocks are recomputed: DTM's BatchNorm would update its statistics twice
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class LIT(nn.Module):
+    """The less attention vision transformer; every variant is an instance of this class.
+
+    Input `(B, in_chans, H, W)`, output `(B, num_classes)`. Position tables belong to `img_size`; at another input size
+    they are interpolated on the fly, so any input of at least 32 x 32 pixels runs. Where 4 does not divide the input,
+    it is zero-padded (`pad_input`) or the remainder is cut off.
+
+    Args:
+        img_size: input size in pixels, one number or (height, width).
+        in_chans: input channels.
+        num_classes: size of the head; 0 for none.
+        global_pool: `avg` (mean of the normalised tokens), `token` (class token) or an empty string (no pooling).
+        embed_dims, depths, num_heads, mlp_ratios: of each stage, or one number for all.
+        attention: which stages attend; the others are pure MLPs and hold no attention module.
+        merging: how stages 2-4 are entered: `dtm` or `conv` (2x2 stride-2 convolution and LayerNorm).
+        pos_embed: `relative` bias in the stages that attend, `absolute` embedding in every stage, or `none`.
+        class_token: whether a class token joins at the last stage.
+        norm_eps: epsilon of the LayerNorms in blocks and of the last one.
+        pad_input: zero-pad the input to a multiple of 4 instead of cutting off the remainder.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all blocks.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["avg", "token", ""] = "avg",
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: int | Sequence[int] = (3, 6, 12, 24),
+        mlp_ratios: float | Sequence[float] = 4.0,
+        attention: Sequence[bool] = (False, False, True, True),
+        merging: Literal["dtm", "conv"] = "dtm",
+        pos_embed: Literal["relative", "absolute", "none"] = "relative",
+        class_token: bool = False,
+        norm_eps: float = 1e-5,
+        pad_input: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if class_token and pos_embed == "relative":
+            raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
+        dd = {"device": device, "dtype": dtype}
+        num_stages = len(depths)
+        num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
+        lengths = {len(depths), len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)}
+        if len(lengths) > 1:
+            raise ValueError("depths, embed_dims, num_heads, mlp_ratios and attention must name as many stages each")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_prefix_tokens = int(class_token)
+        self._set_global_pool(global_pool)
+        self.pad_input = pad_input
+        norm_layer = partial(nn.LayerNorm, eps=norm_eps)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        map_sizes = self._map_sizes(img_size, num_stages)
+
+        stages, in_chs = [], in_chans
+        for i, dim in enumerate(embed_dims):
+            block_args = dict(dim=dim, mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
+            if attention[i]:
+                map_size = map_sizes[i] if pos_embed == "relative" else None
+                block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size, **block_args)
+            else:
+                block = partial(MlpBlock, **block_args)
+            stages += [
+                Stage(
+                    _build_merge(in_chs, dim, "embed" if i == 0 else merging, pad=pad_input, **dd),
+                    [block(drop_path=rate) for rate in drop_paths[i]],
+                    dim,
+                    pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
+                    class_token=class_token and i == num_stages - 1,
+                    **dd,
+                )
+            ]
+            in_chs = dim
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=PATCH_SIZE * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
+        ]
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.norm = norm_layer(self.num_features, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.register_load_state_dict_pre_hook(rename_released_keys)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise all parameters and statistics as the reference does; needed after `to_empty()`, too."""
+        self.apply(_reset_parameters)
+
+    def _map_sizes(self, img_size: int | tuple[int, int], num_stages: int) -> list[tuple[int, int]]:
+        """(height, width) in tokens of each stage's map for an input of `img_size` pixels."""
+        size = to_2tuple(img_size)
+        smallest = PATCH_SIZE * 2 ** (num_stages - 1)
+        if min(size) < smallest:
+            raise ValueError(f"img_size={img_size}: the smallest input is {smallest} x {smallest} pixels")
+        height, width = (-(-s // PATCH_SIZE) if self.pad_input else s // PATCH_SIZE for s in size)
+        return [(height // 2**i, width // 2**i) for i in range(num_stages)]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the position tables, once and for all, to those of another input size in pixels."""
+        for stage, (height, width) in zip(self.stages, self._map_sizes(img_size, len(self.stages)), strict=True):
+            if stage.pos_embed is not None:
+                stage.pos_embed = _resized_parameter(stage.pos_embed, height, width, "bilinear")
+            for block in stage.blocks:
+                if isinstance(block, AttentionBlock) and block.attn.rel_pos_bias is not None:
+                    bias = block.attn.rel_pos_bias
+                    block.attn.rel_pos_bias = _resized_parameter(bias, 2 * height - 1, 2 * width - 1, "bicubic")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of multi-dimensional parameters the recipes do not decay; absolute embeddings are decayed."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".cls_token", ".rel_pos_bias"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates: the stem, then stages (`coarse`) or blocks."""
+        block = r"^stages\.(\d+)\.blocks\.(\d+)"
+        entry = r"^stages\.(\d+)\.(?:merge|pos_embed|cls_token|cls_pos_embed)"  # with the stage's first block
+        blocks = r"^stages\.(\d+)" if coarse else [(block, None), (entry, (0,)), (r"^norm", (99999,))]
+        return dict(stem=r"^stages\.0\.merge", blocks=blocks)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def _set_global_pool(self, global_pool: str) -> None:
+        if global_pool not in ("avg", "token", "") or (global_pool == "token" and not self.num_prefix_tokens):
+            raise ValueError(f"global_pool={global_pool!r}: use 'avg', '', or 'token' in a model with a class token")
+        self.global_pool = global_pool
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one; `global_pool=None` keeps the pooling."""
+        if global_pool is not None:
+            self._set_global_pool(global_pool)
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
+        self.head = head.apply(_reset_parameters).train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward pass that also returns stage outputs as maps, without the class token.
+
+        Args:
+            x: `(B, in_chans, H, W)`.
+            indices: the last n stages if an int, all if None, else the stages to take.
+            norm: apply the final LayerNorm to the last stage's map.
+            stop_early: stop after the last stage that is taken.
+            output_fmt: `NCHW` or `NHWC`.
+            intermediates_only: return the list of maps alone, else (final tokens, maps).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: use 'NCHW' or 'NHWC'")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            height, width = x.shape[1] // 2, x.shape[2] // 2  # of the map the last stage, where a class token is, makes
+            x = stage(x)
+            if i in take_indices:
+                y = self.norm(x) if norm and i == last else x
+                y = y if y.ndim == 4 else y[:, 1:].unflatten(1, (height, width))  # (B, 1 + H*W, C) -> (B, H, W, C)
+                intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == last else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and with them norm and head; returns the indices as a list."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_prefix_tokens = 0
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`(B, in_chans, H, W)` to normalised tokens `(B, H/32, W/32, C)`, or `(B, 1 + N, C)` with a class token."""
+        x = self.stages(x.permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C), a view
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits `(B, num_classes)`, or with `pre_logits` to pooled features `(B, C)`."""
+        if self.global_pool == "token":
+            x = x[:, 0]  # (B, 1 + N, C) -> (B, C)
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(dim=1) if self.num_prefix_tokens else x.mean(dim=(1, 2))  # -> (B, C)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _build_merge(in_chs: int, out_chs: int, kind: str, *, pad: bool, device=None, dtype=None) -> nn.Module:
+    dd = {"device": device, "dtype": dtype}
+    if kind == "embed":
+        return ConvMerging(in_chs, out_chs, PATCH_SIZE, pad=pad, **dd)
+    if kind == "conv":
+        return ConvMerging(in_chs, out_chs, 2, **dd)
+    if kind == "dtm":
+        return DeformableTokenMerging(in_chs, out_chs, **dd)
+    raise ValueError(f"merging={kind!r}: use 'dtm' or 'conv'")
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    """The reference's initialisation; `Module.apply` visits children first, so DTM zeroes its offsets last."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif hasattr(module, "reset_parameters"):  # PyTorch's defaults for convolutions and norms; tables and offsets
+        module.reset_parameters()
+
+
+def _resized_parameter(table: nn.Parameter, height: int, width: int, mode: str) -> nn.Parameter:
+    resized = resize_table(table.detach(), height, width, mode=mode)
+    return nn.Parameter(resized, requires_grad=table.requires_grad)
+
+
+def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:
+    return build_model_with_cfg(
+        LIT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def _cfg(url: str) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/ziplab/LIT/releases/download/{url}",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.merge.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2105.14217",
+        "paper_name": "Less is More: Pay Less Attention in Vision Transformers",
+        "origin_url": "https://github.com/ziplab/LIT",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "lit_ti.in1k": _cfg("v1.0/lit_ti.pth"),
+        "lit_s.in1k": _cfg("v1.0/lit_s.pth"),
+        "lit_m.in1k": _cfg("v1.0/lit_m.pth"),
+        "lit_b.in1k": _cfg("v1.0/lit_b.pth"),
+        "pvt_small_full_msa.in1k": _cfg("v2.1/pvt_full_msa.pth"),
+    }
+)
+
+PVT_SMALL = dict(
+    embed_dims=(64, 128, 320, 512),
+    depths=(3, 4, 6, 3),
+    num_heads=(1, 2, 5, 8),
+    mlp_ratios=(8, 8, 4, 4),
+    pos_embed="absolute",
+    class_token=True,
+    global_pool="token",
+    norm_eps=1e-6,
+    pad_input=False,
+)
+
+
+@register_model
+def lit_ti(pretrained: bool = False, **kwargs) -> LIT:
+    """LIT-Ti: PVT-Small without attention in stages 1 and 2, with DTM."""
+    return _create_lit("lit_ti", pretrained, **dict(PVT_SMALL, **kwargs))
+
+
+@register_model
+def lit_s(pretrained: bool = False, **kwargs) -> LIT:
+    """LIT-S."""
+    return _create_lit("lit_s", pretrained, **kwargs)
+
+
+@register_model
+def lit_m(pretrained: bool = False, **kwargs) -> LIT:
+    """LIT-M: LIT-S with 18 blocks in stage 3."""
+    return _create_lit("lit_m", pretrained, **dict(dict(depths=(2, 2, 18, 2)), **kwargs))
+
+
+@register_model
+def lit_b(pretrained: bool = False, **kwargs) -> LIT:
+    """LIT-B: LIT-M, wider."""
+    args = dict(embed_dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    return _create_lit("lit_b", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def pvt_small_full_msa(pretrained: bool = False, **kwargs) -> LIT:
+    """PVT-Small with full attention in all four stages and plain convolutions between them (paper's attention maps)."""
+    args = dict(PVT_SMALL, attention=(True, True, True, True), merging="conv")
+    return _create_lit("pvt_small_full_msa", pretrained, **dict(args, **kwargs))
