@@ -1,0 +1,297 @@
+"""Images: read, augmented and distributed as a pure function of configuration, seed and position in the run."""
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, Mixup, create_dataset, create_transform
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from config import Config
+from distributed import Processes
+
+
+class DataError(RuntimeError):
+    """A data set that cannot be used; the message is one line that names the place and the remedy."""
+
+
+def derive_seed(purpose: str, *key: int) -> int:
+    """A 32-bit seed that follows from what it is for and from the numbers in `key`, unrelated for any other call."""
+    entropy = (zlib.crc32(purpose.encode()), len(key), *key)  # SeedSequence itself takes (1,) and (1, 0) for the same
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def seed_everything(purpose: str, *key: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch, see :func:`derive_seed`."""
+    seed = derive_seed(purpose, *key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SampleKey(NamedTuple):
+    """One sample of training: its epoch, its position in the epoch's order, and the image that stands there."""
+
+    epoch: int
+    position: int
+    index: int
+
+
+class TrainSampler(Sampler[list[SampleKey]]):
+    """Batches of one process, in an order that follows from (seed, epoch) alone.
+
+    An epoch is `len(images) // global_batch` updates. The global batch of each is dealt out to `global_batch //
+    batch_size` micro-batches, which the processes take in turn, so that neither order nor the composition of
+    micro-batches depends on the number of processes. timm's RepeatAugSampler has neither property, ignores the seed and
+    cannot start within an epoch; with `repeats` the copies of an image go to different micro-batches as they do there.
+
+    Args:
+        num_images: size of the data set.
+        global_batch: images of an update, over all processes.
+        batch_size: images of a micro-batch; divides `global_batch`.
+        repeats: how often an image stands in the order, each time augmented differently; an epoch keeps its length.
+        seed, rank, world_size: of the run and of this process.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        global_batch: int,
+        batch_size: int,
+        *,
+        repeats: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_images = num_images
+        self.global_batch = global_batch
+        self.groups = global_batch // batch_size  # micro-batches of an update, over all processes
+        self.updates = num_images // global_batch
+        self.repeats = repeats
+        self.seed = seed
+        self.own_groups = range(rank, self.groups, world_size)
+        self.epoch = self.first_update = 0
+
+    def start(self, epoch: int, update: int = 0) -> None:
+        """Begin the next pass at an update within an epoch."""
+        self.epoch, self.first_update = epoch, update
+
+    def order(self) -> Tensor:
+        """`(updates * global_batch,)`: index of the image at each position of the epoch."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        return order.repeat_interleave(self.repeats)[: self.updates * self.global_batch]
+
+    def update(self, order: Tensor, update: int) -> list[list[SampleKey]]:
+        """This process's micro-batches of one update."""
+        end = (update + 1) * self.global_batch
+        own = [range(end - self.global_batch + group, end, self.groups) for group in self.own_groups]
+        return [[SampleKey(self.epoch, p, i) for p, i in zip(ps, order[list(ps)].tolist(), strict=True)] for ps in own]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = self.order()
+        for update in range(self.first_update, self.updates):
+            yield from self.update(order, update)
+
+    def __len__(self) -> int:
+        return (self.updates - self.first_update) * len(self.own_groups)
+
+
+class Images(Dataset):
+    """A data set of `timm.data.create_dataset` whose samples depend on nothing but their key.
+
+    An int gives the image at that index; a :class:`SampleKey` also fixes its augmentation. Items are
+    `(image (3, H, W) float32, class)`.
+    """
+
+    def __init__(self, dataset: Dataset, transform, classes: list[str], seed: int):
+        self.dataset = dataset
+        self.transform = transform
+        self.classes = classes
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int]:
+        index = key.index if isinstance(key, SampleKey) else key
+        image, target = self.read(index)
+        if isinstance(key, SampleKey):
+            seed_everything("augmentation", self.seed, key.epoch, key.position)
+        return self.transform(image), target
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image, RGB, and its class."""
+        try:
+            if isinstance(self.dataset, ImageDataset):  # its own __getitem__ would take the next image for a bad one
+                file, target = self.dataset.reader[index]
+                with file, Image.open(file) as image:
+                    return image.convert("RGB"), target
+            image, target = self.dataset[index]
+            return image.convert("RGB"), target
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.name(index)}: no readable image ({error}); repair or remove the file") from error
+
+    def name(self, index: int) -> str:
+        """The file an image comes from, as far as the data set knows."""
+        if isinstance(self.dataset, ImageDataset):
+            return self.dataset.filename(index, absolute=True)
+        return f"{type(self.dataset).__name__}[{index}]"
+
+
+def build_transform(config: Config, is_training: bool):
+    """timm's transform of PIL images to normalised `(3, H, W)` tensors."""
+    data, aug = config.DATA, config.AUG
+    if is_training:
+        return create_transform(
+            data.IMG_SIZE,
+            is_training=True,
+            scale=aug.SCALE,
+            ratio=aug.RATIO,
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment=aug.AUTO_AUGMENT or None,
+            interpolation=data.INTERPOLATION,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+        )
+    interpolation = "bilinear" if data.INTERPOLATION == "random" else data.INTERPOLATION
+    crop = dict(crop_pct=224 / 256) if config.TEST.CROP else dict(crop_pct=1.0, crop_mode="squash")
+    return create_transform(data.IMG_SIZE, interpolation=interpolation, **crop)
+
+
+def _image_root(config: Config, split: str) -> Path:
+    """The folder `DATA_PATH/split`, or the archive `DATA_PATH/split.tar`."""
+    root = Path(config.DATA.DATA_PATH or ".")
+    if not config.DATA.DATA_PATH:
+        raise DataError("DATA.DATA_PATH is empty; give the data set's folder by --data-path")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the data set's folder by --data-path")
+    for path in (root / split, root / f"{split}.tar"):
+        if path.exists():
+            return path
+    raise DataError(f"{root}: holds neither {split}/ nor {split}.tar; expected an image folder as ImageNet's")
+
+
+def _check_class_folders(folder: Path) -> list[str]:
+    """Names of the class folders; timm drops one without images, which would shift all labels after it."""
+    classes = sorted((entry.name for entry in os.scandir(folder) if entry.is_dir()), key=natural_key)
+    if not classes:
+        raise DataError(f"{folder}: holds no class folders; expected {folder.name}/CLASS/IMAGE")
+    for name in classes:
+        if not any(files for _, _, files in os.walk(folder / name, followlinks=True)):
+            raise DataError(f"{folder / name}: an empty class folder; add images, or remove it in train/ and val/")
+    return classes
+
+
+def build_dataset(config: Config, is_training: bool) -> Images:
+    """The training or validation images.
+
+    Raises:
+        DataError: the place is missing, empty, or its classes are not those of the head.
+    """
+    split = "train" if is_training else "val"
+    name, where = config.DATA.DATASET, config.DATA.DATA_PATH
+    options = {}
+    if name in ("", "folder"):
+        where, name = _image_root(config, split), ""
+        if where.is_dir():
+            _check_class_folders(where)
+        else:
+            options["cache_tarinfo"] = False  # a pickle beside the data
+    try:
+        dataset = create_dataset(name, root=str(where), split=split, **options)
+    except (RuntimeError, OSError, AssertionError, ValueError) as error:
+        raise DataError(f"DATA.DATASET {name!r} in {where}: {error}") from error
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise DataError(f"DATA.DATASET {name!r}: streams its images; expected a data set with random access")
+    classes = _class_names(dataset)
+    if len(classes) != config.MODEL.NUM_CLASSES:
+        raise DataError(
+            f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; "
+            f"set MODEL.NUM_CLASSES {len(classes)}"
+        )
+    return Images(dataset, build_transform(config, is_training), classes, config.SEED)
+
+
+def _class_names(dataset: Dataset) -> list[str]:
+    """Names of the classes, in the order of their labels."""
+    if isinstance(dataset, ImageDataset):
+        reader = dataset.reader
+        class_to_idx = reader.class_name_to_idx if isinstance(reader, ReaderImageInTar) else reader.class_to_idx
+        return sorted(class_to_idx, key=class_to_idx.get)
+    return list(getattr(dataset, "classes", None) or dataset.all_categories)  # the latter: torchvision's INaturalist
+
+
+def build_train_loader(config: Config, processes: Processes) -> DataLoader:
+    """Loader of this process's training batches, `(images (b, 3, H, W), classes (b,))`.
+
+    Its `batch_sampler`, a :class:`TrainSampler`, can start at any update.
+
+    Raises:
+        DataError: the data set is unusable, or smaller than one global batch.
+    """
+    images = build_dataset(config, is_training=True)
+    if len(images) < config.TRAIN.GLOBAL_BATCH:
+        raise DataError(
+            f"{config.DATA.DATA_PATH}: its {len(images)} training images do not fill TRAIN.GLOBAL_BATCH "
+            f"{config.TRAIN.GLOBAL_BATCH}; lower it"
+        )
+    sampler = TrainSampler(
+        len(images),
+        config.TRAIN.GLOBAL_BATCH,
+        config.DATA.BATCH_SIZE,
+        repeats=config.AUG.REPEATED,
+        seed=config.SEED,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    return DataLoader(images, batch_sampler=sampler, **_loader_options(config, processes))
+
+
+def build_val_loader(config: Config, processes: Processes) -> DataLoader:
+    """Loader of this process's share of the validation images; over all processes each image comes exactly once."""
+    images = build_dataset(config, is_training=False)
+    own = Subset(images, range(processes.rank, len(images), processes.world_size))
+    return DataLoader(own, batch_size=config.DATA.BATCH_SIZE, **_loader_options(config, processes))
+
+
+def _loader_options(config: Config, processes: Processes) -> dict:
+    pin_memory = config.DATA.PIN_MEMORY and processes.device.type == "cuda"
+    workers = config.DATA.NUM_WORKERS
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
+
+
+def check_same_classes(train: Images, val: Images) -> None:
+    """Raise DataError unless labels mean the same in both sets."""
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes), key=natural_key)
+        raise DataError(f"train/ and val/ hold different classes ({', '.join(odd[:5])}); give both the same folders")
+
+
+def build_mixup(config: Config) -> Mixup | None:
+    """timm's Mixup, which also smooths the labels; None where mixup and cutmix are off."""
+    aug = config.AUG
+    if not aug.mixing:
+        return None
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=config.MODEL.NUM_CLASSES,
+    )

@@ -1,0 +1,250 @@
+"""One epoch of training, evaluation, and the published throughput measurement."""
+
+import datetime
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import AverageMeter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import Config
+from data import build_mixup, seed_everything
+from distributed import Processes, no_sync
+from lit_backbone import DeformableTokenMerging
+from lit_backbone.dtm import offset_statistics
+from logs import RunLog, peak_memory
+from optim import Schedule
+from resume import TrainState
+
+_logger = logging.getLogger(__name__)
+
+WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, as published
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is not finite; the update was not applied."""
+
+
+def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of a configuration's `bf16 | fp16 | off`; None for float32, which a CPU always uses."""
+    if name == "off" or device.type == "cpu":
+        return None
+    if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def to_device(images: Tensor, device: torch.device, config: Config) -> Tensor:
+    memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
+    return images.to(device, non_blocking=True, memory_format=memory_format)
+
+
+def progress(iterable, enable: bool, **options) -> tqdm:
+    """A progress bar in a terminal, nothing elsewhere."""
+    return tqdm(iterable, disable=not (enable and sys.stderr.isatty()), leave=False, dynamic_ncols=True, **options)
+
+
+def build_criterion(config: Config) -> nn.Module:
+    """Cross-entropy for the targets the configuration makes: mixed ones, smoothed ones or plain classes."""
+    if config.AUG.mixing:
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+@dataclass
+class Trainer:
+    """Runs updates: accumulation, mixed precision, clipping, averaging.
+
+    Attributes:
+        network: the model as it is called in training, wrapped for several processes where there are any.
+        loader: of this process's micro-batches; `accumulation` of them make an update.
+    """
+
+    config: Config
+    processes: Processes
+    state: TrainState
+    network: nn.Module
+    loader: DataLoader
+    schedule: Schedule
+    log: RunLog
+    mixup: Mixup | None = field(init=False)
+    criterion: nn.Module = field(init=False)
+    amp_dtype: torch.dtype | None = field(init=False)
+
+    def __post_init__(self):
+        self.mixup = build_mixup(self.config)
+        self.criterion = build_criterion(self.config)
+        self.amp_dtype = amp_dtype(self.config.RUNTIME.AMP_DTYPE, self.processes.device)
+
+    def train_epoch(self, after_update: Callable[[], None]) -> dict[str, float]:
+        """Train to the end of the current epoch, from wherever in it the state stands.
+
+        Args:
+            after_update: called after each update; may save.
+
+        Returns:
+            Mean loss and mean gradient norm over the updates that were run.
+        """
+        state, config = self.state, self.config
+        epoch, first = divmod(state.update, state.updates_per_epoch)
+        self.loader.batch_sampler.start(epoch, first)
+        self.network.train()
+        batches = iter(self.loader)
+        loss_meter, norm_meter, timer = AverageMeter(), AverageMeter(), AverageMeter()
+        for i in progress(range(first, state.updates_per_epoch), self.processes.is_main, desc=f"epoch {epoch}"):
+            began = time.perf_counter()
+            loss, norm = self.run_update(batches)
+            loss_meter.update(loss)
+            norm_meter.update(norm)
+            timer.update(time.perf_counter() - began)
+            after_update()
+            if (i + 1) % config.PRINT_FREQ == 0 or i + 1 == state.updates_per_epoch:
+                self._report(epoch, i + 1, loss_meter, norm_meter, timer)
+        return {"train/loss_epoch": loss_meter.avg, "train/grad_norm_epoch": norm_meter.avg}
+
+    def run_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """One optimiser update; returns this process's loss and the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: before anything is changed, if loss or gradient is not finite (an overflow that fp16's
+                loss scaling handles is none).
+        """
+        state, model = self.state, self.state.model
+        self.schedule.set(state.update)
+        accumulation = len(self.loader.batch_sampler.own_groups)
+        loss = torch.zeros((), device=self.processes.device)
+        for i, group in enumerate(self.loader.batch_sampler.own_groups):
+            images, targets = next(batches)
+            images = to_device(images, self.processes.device, self.config)
+            targets = targets.to(self.processes.device, non_blocking=True)
+            seed_everything("mixup and drop path", self.config.SEED, state.update, group)
+            if self.mixup:
+                images, targets = self.mixup(images, targets)
+            with no_sync(self.network, last=i + 1 == accumulation):
+                with autocast(self.amp_dtype, self.processes.device):
+                    part = self.criterion(self.network(images), targets) / accumulation
+                state.scaler.scale(part).backward()
+            loss += part.detach()
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
+        loss, norm = torch.stack((loss, norm)).tolist()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
+            raise NonFiniteError(self._accuse(loss, norm))
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema:
+            state.ema.update(model)
+        state.update += 1
+        return loss, norm
+
+    def _accuse(self, loss: float, norm: float) -> str:
+        """Where to look for the cause of a loss or gradient that is not finite."""
+        sampler, images = self.loader.batch_sampler, self.loader.dataset
+        epoch, update = divmod(self.state.update, self.state.updates_per_epoch)
+        keys = [key for batch in sampler.update(sampler.order(), update) for key in batch]
+        names = ", ".join(images.name(key.index) for key in keys[:3])
+        rates = ", ".join(f"{group['lr']:.3g}" for group in self.state.optimizer.param_groups)
+        return (
+            f"loss {loss}, gradient norm {norm} in epoch {epoch}, update {update}, process {self.processes.rank}; this "
+            f"update was not applied. Look at its {len(keys)} images ({names}, ...), at the learning rates ({rates}), "
+            f"or try RUNTIME.AMP_DTYPE off"
+        )
+
+    def _report(self, epoch: int, done: int, loss: AverageMeter, norm: AverageMeter, timer: AverageMeter) -> None:
+        state, config = self.state, self.config
+        remaining = config.TRAIN.EPOCHS * state.updates_per_epoch - state.update
+        eta = datetime.timedelta(seconds=int(remaining * timer.avg))
+        rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        _logger.info(
+            f"epoch {epoch} [{done}/{state.updates_per_epoch}] eta {eta} lr {rates['decay']:.3e} "
+            f"loss {loss.val:.4f} ({loss.avg:.4f}) grad norm {norm.val:.3f} "
+            f"{config.TRAIN.GLOBAL_BATCH / timer.avg:.1f} img/s mem {peak_memory(self.processes.device):.2f} GiB"
+        )
+        scalars = {"train/loss": loss.val, "train/grad_norm": norm.val}
+        scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
+        self.log.scalars(scalars, state.update)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, config: Config, processes: Processes) -> dict[str, float]:
+    """Accuracy on the validation images, each counted once, whatever the number of processes.
+
+    Returns:
+        `acc1`, `acc5` in percent, mean cross-entropy `loss` and the number of `images`, over all processes.
+    """
+    model.eval()
+    dtype = amp_dtype(config.TEST.AMP_DTYPE, processes.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # right in 1, right in 5, loss, images
+    for images, targets in progress(loader, processes.is_main, desc="evaluate", unit="batch"):
+        images = to_device(images, processes.device, config)
+        targets = targets.to(processes.device, non_blocking=True)
+        with autocast(dtype, processes.device):
+            logits = model(images).float()  # (B, classes)
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(targets), device=processes.device))
+        totals += torch.stack([count.double() for count in counts])
+    right1, right5, loss, images = processes.sum(totals).tolist()
+    return {"acc1": 100 * right1 / images, "acc5": 100 * right5 / images, "loss": loss / images, "images": int(images)}
+
+
+def print_accuracy(stats: dict[str, float]) -> None:
+    """The two lines that the original prints."""
+    _logger.info(f"loss {stats['loss']:.3f}")
+    print(f" * Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}", flush=True)
+    print(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.1f}%", flush=True)
+
+
+@torch.no_grad()
+def dtm_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Mean offset length in pixels of the map, and share of samples off the map, of each DTM on a batch of images."""
+    found = {}
+
+    def record(name: str) -> Callable:
+        def hook(_, inputs: tuple[Tensor], offset: Tensor) -> None:
+            length, outside = offset_statistics(offset, tuple(inputs[0].shape[-2:]))
+            found.update({f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()})
+
+        return hook
+
+    merges = {name: module for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)}
+    handles = [module.offset.register_forward_hook(record(name)) for name, module in merges.items()]
+    model.eval()
+    model.forward(images)  # not model(images), which may be compiled and then calls no hooks
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def measure_throughput(model: nn.Module, config: Config, processes: Processes) -> float:
+    """Images per second of inference on random images, after a warm-up, as published."""
+    device = processes.device
+    model.eval()
+    images = to_device(torch.randn(config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), device, config)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with autocast(amp_dtype(config.TEST.AMP_DTYPE, device), device):
+        for _ in progress(range(WARMUP_ITERATIONS), processes.is_main, desc="warm-up"):
+            model(images)
+        wait()
+        began = time.perf_counter()
+        for _ in progress(range(TIMED_ITERATIONS), processes.is_main, desc="timing"):
+            model(images)
+        wait()
+    return TIMED_ITERATIONS * len(images) / (time.perf_counter() - began)

@@ -1,0 +1,52 @@
+"""What a run tells: console, a file per process, TensorBoard and one JSON line per epoch."""
+
+import json
+import logging
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+
+def setup_logging(rank: int, folder: Path | None = None) -> None:
+    """Send log records to the console (first process only) and to `folder/log_rank{rank}.txt`."""
+    handlers: list[logging.Handler] = []
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / f"log_rank{rank}.txt"))
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%m-%d %H:%M:%S", handlers=handlers, force=True
+    )
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest memory use so far, in GiB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class RunLog:
+    """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.writer = SummaryWriter(str(folder)) if folder else None
+
+    def scalars(self, values: dict[str, float], update: int) -> None:
+        """Write scalars under their tags at an update of the run."""
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, update)
+
+    def epoch(self, record: dict[str, float], update: int) -> None:
+        """Append an epoch's record to `log.jsonl` and TensorBoard."""
+        if self.folder:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
+            self.writer.flush()

@@ -1,0 +1,198 @@
+"""Train, evaluate or time a classifier: `python main.py --cfg configs/lit-s.yaml --data-path /data/imagenet`."""
+
+import argparse
+import json
+import logging
+import platform
+import shlex
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+try:
+    import lit_backbone  # noqa: F401, registers the models
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from config import Config, ConfigError, accumulation_steps, dump, load_config
+from data import DataError, build_train_loader, build_val_loader, check_same_classes, seed_everything
+from distributed import Processes, processes
+from engine import (
+    NonFiniteError,
+    Trainer,
+    amp_dtype,
+    dtm_statistics,
+    evaluate,
+    measure_throughput,
+    print_accuracy,
+    to_device,
+)
+from lit_backbone import CheckpointError, load_checkpoint
+from logs import RunLog, setup_logging
+from optim import Schedule, build_optimizer
+from resume import LATEST, Saver, TrainState, restore_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the run, e.g. configs/lit-s.yaml")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint named by --resume")
+    mode.add_argument("--throughput", action="store_true", help="measure images per second of inference")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override keys: TRAIN.EPOCHS 100")
+    parser.add_argument("--resume", metavar="FILE", help="MODEL.RESUME: checkpoint to continue or evaluate")
+    parser.add_argument("--pretrained", metavar="FILE", help="MODEL.PRETRAINED: checkpoint to start from")
+    parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH: data set with train/ and val/")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per process")
+    parser.add_argument("--output", metavar="DIR", help="OUTPUT: where runs are written")
+    parser.add_argument("--tag", help="TAG: name of this run")
+    return parser.parse_args(argv)
+
+
+def build_model(config: Config, device: torch.device) -> nn.Module:
+    """The configured model, its weights drawn from the seed alone or read from MODEL.PRETRAINED."""
+    seed_everything("weights", config.SEED)
+    keywords = dict(config.MODEL.LIT)
+    if timm.models.is_model_in_modules(config.MODEL.NAME, ["lit"]):
+        keywords["img_size"] = config.DATA.IMG_SIZE
+    model = timm.create_model(
+        config.MODEL.NAME,
+        num_classes=config.MODEL.NUM_CLASSES,
+        drop_rate=config.MODEL.DROP_RATE,
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        **keywords,
+    )
+    if config.MODEL.PRETRAINED:
+        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model))
+    model.to(device)
+    if config.RUNTIME.COMPILE:
+        model.compile()
+    return model
+
+
+def run_throughput(config: Config, context: Processes) -> None:
+    speed = measure_throughput(build_model(config, context.device), config, context)
+    _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per process at batch size {config.DATA.BATCH_SIZE}")
+
+
+def run_evaluation(config: Config, context: Processes) -> None:
+    if not config.MODEL.RESUME:
+        raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
+    loader = build_val_loader(config, context)
+    model = build_model(config, context.device)
+    model.load_state_dict(load_checkpoint(config.MODEL.RESUME, model, use_ema=config.TRAIN.EMA > 0, new_head=False))
+    stats = evaluate(model, loader, config, context)
+    if context.is_main:
+        print_accuracy(stats)
+
+
+def run_training(config: Config, context: Processes, folder: Path) -> None:
+    accumulation = accumulation_steps(config, context.world_size)
+    train_loader, val_loader = build_train_loader(config, context), build_val_loader(config, context)
+    check_same_classes(train_loader.dataset, val_loader.dataset.dataset)
+    model = build_model(config, context.device)
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing()
+    updates_per_epoch = train_loader.batch_sampler.updates
+    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, context.device)
+    state = TrainState(
+        model,
+        optimizer=build_optimizer(model, config),
+        scaler=GradScaler(context.device.type, enabled=dtype == torch.float16),
+        ema=ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None,
+        updates_per_epoch=updates_per_epoch,
+    )
+    schedule = Schedule(state.optimizer, config, updates_per_epoch)
+    folder.mkdir(parents=True, exist_ok=True)
+    setup_logging(context.rank, folder)
+    if checkpoint := find_checkpoint(config, folder):
+        restore_checkpoint(checkpoint, state, config)
+        _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
+    if context.is_main:
+        describe_run(config, context, state, accumulation, folder)
+    log = RunLog(folder if context.is_main else None)
+    trainer = Trainer(config, context, state, context.wrap(model), train_loader, schedule, log)
+    saver = Saver(config, context, state, folder, train_loader.dataset.classes)
+    with logging_redirect_tqdm():
+        while state.epoch < config.TRAIN.EPOCHS:
+            record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
+            saver.sync_statistics()
+            record |= validate(state, val_loader, config, context)
+            log.epoch(record, state.update)
+            saver.after_epoch(record["val/acc1"])
+
+
+def validate(state: TrainState, loader: DataLoader, config: Config, context: Processes) -> dict[str, float]:
+    """Accuracy of the weights a run is judged by, their moving average where there is one, and what DTM does."""
+    model = state.ema.module if state.ema else state.model
+    stats = evaluate(model, loader, config, context)
+    record = {f"val/{name}": value for name, value in stats.items()}
+    _logger.info(
+        f"epoch {state.epoch - 1}: Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f} "
+        f"on {stats['images']} images, best so far {max(state.best, stats['acc1']):.3f}"
+    )
+    images, _ = next(iter(loader))
+    return record | dtm_statistics(model, to_device(images, context.device, config))
+
+
+def find_checkpoint(config: Config, folder: Path) -> str:
+    """The run's own latest checkpoint if it may be continued, else MODEL.RESUME."""
+    latest = folder / LATEST
+    return str(latest) if config.TRAIN.AUTO_RESUME and latest.exists() else config.MODEL.RESUME
+
+
+def describe_run(config: Config, context: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
+    """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
+    (folder / "config.yaml").write_text(dump(config))
+    start = {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "update": state.update,
+        "processes": context.world_size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
+    }
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+    parameters = sum(p.numel() for p in state.model.parameters())
+    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, context.device) or torch.float32
+    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {context.device}, written to {folder}")
+    _logger.info(
+        f"batch {config.DATA.BATCH_SIZE} x {context.world_size} processes x {accumulation} accumulated = "
+        f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
+        f"learning rate {config.learning_rates[0]:.3g}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "eval", "throughput", "opts")}
+    try:
+        config = load_config(args.cfg, args.opts, **shortcuts)
+        with processes(config.RUNTIME.DEVICE) as context:
+            setup_logging(context.rank)
+            if args.throughput:
+                run_throughput(config, context)
+            elif args.eval:
+                run_evaluation(config, context)
+            else:
+                run_training(config, context, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
+    except DataError as error:
+        sys.exit(f"error: {str(error).rpartition('DataError: ')[2].strip()}")  # without the trace of a loader's process
+    except (ConfigError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The program as it is used: training, evaluation, timing, fine-tuning, several processes, and what goes wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from config import load_config
+from data import build_val_loader
+from distributed import Processes
+from lit_backbone import load_checkpoint, read_checkpoint
+from resume import BEST, LATEST
+
+CLASSIFICATION = Path(__file__).parents[2] / "classification"
+
+
+def command(*args: str | Path, processes: int = 0) -> list[str]:
+    """`python main.py ARGS`, or torchrun with so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return list(map(str, [sys.executable, *launcher, CLASSIFICATION / "main.py", *args]))
+
+
+def run(*args: str | Path, processes: int = 0) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, processes=processes), capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "output" / "tiny" / "default"
+
+
+def test_a_run_leaves_what_is_promised(tiny_cfg, folder):
+    cfg = tiny_cfg()
+    finished = run("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "3")
+    assert finished.returncode == 0, finished.stderr
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {
+        "config", "starts", "log", "log_rank0", "latest", "best", "events",
+    }  # fmt: skip
+    assert load_config(folder / "config.yaml") == load_config(cfg, ["TRAIN.EPOCHS", "3"])
+    start = json.loads((folder / "starts.jsonl").read_text())
+    assert "TRAIN.EPOCHS 3" in start["command"] and start["torch"] == torch.__version__
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert all(record["val/images"] == 12 for record in records)
+
+    console = (folder / "log_rank0.txt").read_text()
+    assert console.count("\n") >= 9 and all(line in finished.stdout for line in console.splitlines())
+    assert "batch 4 x 1 processes x 2 accumulated = 8 images per update, 4 updates per epoch" in console
+    assert re.search(
+        r"epoch 2 \[4/4\] eta 0:00:00 lr \S+ loss \S+ \(\S+\) grad norm \S+ \S+ img/s mem \S+ GiB", console
+    )
+
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/grad_norm", "lr/decay", "lr/no_decay", "lr/offset", "val/acc1", "val/acc5"} <= tags
+    for stage in (1, 2, 3):
+        lengths = [event.value for event in events.Scalars(f"dtm/stages.{stage}.merge/length")]
+        assert len(lengths) == 3 and all(length > 0 for length in lengths)  # they start at zero and learn
+        assert all(0 <= event.value < 0.5 for event in events.Scalars(f"dtm/stages.{stage}.merge/outside"))
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def accuracy_by_hand(cfg: Path, checkpoint: Path, use_ema: bool = False) -> float:
+    config = load_config(cfg)
+    model = main.build_model(config, torch.device("cpu")).eval()
+    model.load_state_dict(load_checkpoint(checkpoint, use_ema=use_ema))
+    images = build_val_loader(config, Processes(0, 1, torch.device("cpu"))).dataset.dataset
+    with torch.no_grad():
+        hits = [model(image[None]).argmax().item() == target for image, target in map(images.__getitem__, range(12))]
+    return 100 * sum(hits) / len(hits)
+
+
+def test_evaluation_prints_the_published_lines(tiny_cfg, folder):
+    cfg = tiny_cfg()
+    assert run("--cfg", cfg).returncode == 0
+    before = sorted(folder.iterdir())
+    evaluated = run("--cfg", cfg, "--eval", "--resume", folder / BEST)
+    accuracy = accuracy_by_hand(cfg, folder / BEST)
+    expected = (
+        f"\n * Acc@1 {accuracy:.3f} Acc@5 100.000\nAccuracy of the network on the 12 test images: {accuracy:.1f}%\n"
+    )
+    assert expected in evaluated.stdout, evaluated.stdout + evaluated.stderr
+    assert accuracy == pytest.approx(read_checkpoint(folder / BEST)["best"])
+    assert sorted(folder.iterdir()) == before  # evaluation writes nothing
+
+
+def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
+    cfg = tiny_cfg(TRAIN={"EMA": 0.999})  # so slow that it has hardly left the initial weights
+    main.main(["--cfg", str(cfg)])
+    capsys.readouterr()
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
+    accuracy = accuracy_by_hand(cfg, folder / LATEST, use_ema=True)
+    assert f" * Acc@1 {accuracy:.3f} " in capsys.readouterr().out
+    content = read_checkpoint(folder / LATEST)
+    assert not torch.equal(content["model"]["head.weight"], content["model_ema"]["head.weight"])
+
+
+def test_throughput_needs_no_data(tiny_cfg):
+    timed = run("--cfg", tiny_cfg(), "--throughput", "--data-path", "/no/such/place")
+    assert timed.returncode == 0 and re.search(
+        r"lit_s: [1-9][0-9.]* images/s per process at batch size 4", timed.stdout
+    )
+
+
+def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, folder, image_folder, tmp_path, capsys):
+    main.main(["--cfg", str(tiny_cfg())])
+    for split in ("train", "val"):
+        (tmp_path / "two" / split).mkdir(parents=True)
+        for name in ("ant", "cat"):
+            (tmp_path / "two" / split / name).symlink_to(image_folder / split / name)
+    fine_tuned = tiny_cfg(
+        "fine", DATA={"IMG_SIZE": [64, 96], "DATA_PATH": str(tmp_path / "two")}, MODEL={"NUM_CLASSES": 2}
+    )
+    main.main(["--cfg", str(fine_tuned), "--pretrained", str(folder / LATEST), "--opts", "TRAIN.BASE_LR", "1e-9"])
+    assert (
+        f"{folder / LATEST}: its head has 3 classes, the model 2; the head is initialised anew"
+        in capsys.readouterr().out
+    )
+    before = read_checkpoint(folder / LATEST)["model"]
+    after = read_checkpoint(tmp_path / "output" / "fine" / "default" / LATEST)["model"]
+    assert after["head.weight"].shape == (2, 32) and after["stages.2.blocks.0.attn.rel_pos_bias"].shape == (1, 3, 7, 11)
+    weight = "stages.2.blocks.0.mlp.fc1.weight"
+    assert torch.allclose(before[weight], after[weight], atol=1e-6)
+
+
+def losses(folder: Path) -> list[float]:
+    """Training loss of each epoch."""
+    return [json.loads(line)["train/loss_epoch"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("option", ["TRAIN.USE_CHECKPOINT", "RUNTIME.CHANNELS_LAST"])
+def test_options_that_only_cost_or_save_change_nothing(tiny_cfg, folder, tmp_path, option):
+    main.main(["--cfg", str(tiny_cfg())])
+    main.main(["--cfg", str(tiny_cfg()), "--tag", "other", "--opts", option, "true"])
+    plain, other = (losses(folder.parent / tag) for tag in ("default", "other"))
+    assert plain == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_training(tiny_cfg, folder):
+    """torch.compile's kernels round differently, so the runs agree only as far as a few updates let them."""
+    main.main(["--cfg", str(tiny_cfg())])
+    main.main(["--cfg", str(tiny_cfg()), "--tag", "compiled", "--opts", "RUNTIME.COMPILE", "true"])
+    plain, other = (losses(folder.parent / tag) for tag in ("default", "compiled"))
+    assert plain == pytest.approx(other, rel=1e-2)
+
+
+@pytest.mark.parametrize("criterion", [{"MIXUP": 0.0, "CUTMIX": 0.0}, {"MIXUP": 0.0, "CUTMIX": 1.0}])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_every_criterion_learns(tiny_cfg, folder, criterion, smoothing):
+    plain = {"AUTO_AUGMENT": "", "REPROB": 0.0, "COLOR_JITTER": 0.0, "SCALE": [0.8, 1.0]}
+    cfg = tiny_cfg(AUG=criterion | plain, MODEL={"LABEL_SMOOTHING": smoothing})
+    main.main(["--cfg", str(cfg), "--opts", "TRAIN.EPOCHS", "8", "MODEL.DROP_PATH_RATE", "0"])
+    assert losses(folder)[-1] < 0.9 * losses(folder)[0]
+
+
+# ---- several processes
+
+DETERMINISTIC = {"MODEL": {"DROP_PATH_RATE": 0.0}, "AUG": {"MIXUP": 0.0, "CUTMIX": 0.0, "REPEATED": 3}}
+
+
+def test_two_processes_are_two_accumulated_batches(tiny_cfg, folder):
+    """Batch b on each of two processes against two accumulation steps of b: the same parameters."""
+    cfg = tiny_cfg(**DETERMINISTIC)
+    alone = run("--cfg", cfg, "--tag", "alone")
+    pair = run("--cfg", cfg, "--tag", "pair", processes=2)
+    assert alone.returncode == pair.returncode == 0, alone.stderr + pair.stderr
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in pair.stdout
+    a, b = (read_checkpoint(folder.parent / tag / LATEST) for tag in ("alone", "pair"))
+    assert a["update"] == b["update"] == 8
+    initial = main.build_model(load_config(cfg), torch.device("cpu"))
+    assert (a["model"]["head.weight"] - initial.head.weight).abs().max() > 0.01  # the runs went somewhere
+    for name, _ in initial.named_parameters():
+        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-4, msg=name)
+    assert (folder.parent / "pair" / "log_rank1.txt").exists()
+
+
+def test_two_processes_killed_and_started_again(tiny_cfg, folder):
+    """Both are killed somewhere in the run; started again, they end with the uninterrupted run's weights."""
+    cfg = tiny_cfg(**DETERMINISTIC, SAVE_FREQ=1)
+    options = ["--cfg", cfg, "--opts", "TRAIN.EPOCHS", "5", "TRAIN.SAVE_STEPS", "1"]
+    whole = run(*options, "--tag", "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+
+    latest = folder.parent / "killed" / LATEST
+    started = subprocess.Popen(command(*options, "--tag", "killed", processes=2), start_new_session=True)
+    while not latest.exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    assert read_checkpoint(latest)["update"] < 20
+    again = run(*options, "--tag", "killed", processes=2)
+    assert again.returncode == 0 and f"continuing {latest}" in again.stdout, again.stderr
+    resumed, expected = read_checkpoint(latest), read_checkpoint(folder.parent / "whole" / LATEST)
+    assert resumed["update"] == expected["update"] == 20
+    for name, value in expected["model"].items():
+        assert torch.equal(resumed["model"][name], value), name
+
+
+# ---- what goes wrong
+
+
+def assert_fails(capsys, args: list, *parts: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(list(map(str, args)))
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_cfg, folder, capsys, image_folder):
+    cfg = tiny_cfg(TRAIN={"BASE_LR": 1e30, "SAVE_STEPS": 1, "CLIP_GRAD": None, "WARMUP_LR": 1e30, "WARMUP_EPOCHS": 1})
+    assert_fails(
+        capsys, ["--cfg", cfg], "epoch 0, update 1", "not applied", str(image_folder / "train"), "learning rates"
+    )
+    left = read_checkpoint(folder / LATEST)
+    assert left["update"] == 1 and all(value.isfinite().all() for value in left["model"].values())
+
+
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["--data-path", "/no/such/place"], ["/no/such/place", "--data-path"]),
+        (["--opts", "MODEL.NUM_CLASSES", "7"], ["3 classes", "MODEL.NUM_CLASSES 3"]),
+        (["--batch-size", "64"], ["TRAIN.GLOBAL_BATCH 8", "--batch-size 8"]),
+        (["--opts", "TRAIN.GLOBAL_BATCH", "400"], ["33", "TRAIN.GLOBAL_BATCH 400"]),
+        (["--opts", "MODEL.NAME", "lit_xs"], ["lit_xs", "lit_s"]),
+        (["--opts", "RUNTIME.DEVICE", "cuda"], ["RUNTIME.DEVICE", "GPU"]),
+        (["--resume", "/no/such/file.pth"], ["/no/such/file.pth"]),
+        (["--pretrained", "/no/such/file.pth"], ["/no/such/file.pth"]),
+        (["--eval"], ["--resume"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_bad_input_is_one_clear_line(tiny_cfg, capsys, args, parts):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert_fails(capsys, ["--cfg", tiny_cfg(), *args], *parts)
+
+
+def test_checkpoint_of_another_model(tiny_cfg, folder, capsys):
+    main.main(["--cfg", str(tiny_cfg())])
+    other = ["--opts", "MODEL.LIT.depths", "[1, 1, 1, 2]"]
+    for args in (["--eval", "--resume", folder / LATEST], ["--pretrained", folder / LATEST, "--tag", "other"]):
+        assert_fails(capsys, ["--cfg", tiny_cfg(), *args, *other], str(folder / LATEST), "stages.3.blocks.1.")
+
+
+def test_corrupt_training_image_is_named(tiny_cfg, image_folder, tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cat"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for file in (image_folder / split / name).iterdir():
+                (tmp_path / split / name / file.name).symlink_to(file)
+    bad = tmp_path / "train" / "ant" / "0.jpg"
+    bad.unlink()
+    bad.write_text("not an image")
+    for workers in ("0", "2"):
+        args = ["--cfg", tiny_cfg(), "--data-path", tmp_path, "--opts", "DATA.NUM_WORKERS", workers]
+        assert_fails(capsys, args, f"error: {bad}: no readable image")

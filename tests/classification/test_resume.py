@@ -1,0 +1,204 @@
+"""A run that is interrupted anywhere and resumed ends as if it had not been; a bad checkpoint is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from config import Config, load_config
+from engine import Trainer
+from lit_backbone import CheckpointError, read_checkpoint
+from resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+
+UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8
+EVERYTHING = {  # all that draws random numbers or carries state from update to update
+    "MODEL": {"DROP_PATH_RATE": 0.2, "DROP_RATE": 0.1},
+    "TRAIN": {"EMA": 0.9, "SAVE_STEPS": 1},
+    "AUG": {"REPEATED": 3},
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train(cfg: Path, *opts: str, stop_after: int | None = None, monkeypatch=None) -> dict:
+    """Run `main.py` on a file, killing it after so many updates in all; the checkpoint that it leaves."""
+    config = load_config(cfg, opts)
+    folder = Path(config.OUTPUT) / cfg.stem / config.TAG
+    with monkeypatch.context() as patch:
+        run_update = Trainer.run_update
+
+        def run_and_count(self, batches):
+            if self.state.update == stop_after:
+                raise Interrupted
+            return run_update(self, batches)
+
+        patch.setattr(Trainer, "run_update", run_and_count)
+        try:
+            main.main(["--cfg", str(cfg), *(["--opts", *opts] if opts else [])])
+            assert stop_after is None
+        except Interrupted:
+            pass
+    return read_checkpoint(folder / LATEST) if (folder / LATEST).exists() else {}
+
+
+def assert_same(a, b, path: str = "") -> None:
+    """Bit for bit equality of nested dictionaries, lists and tensors."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+def without_config(checkpoint: dict) -> dict:
+    return {key: value for key, value in checkpoint.items() if key != "config"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict:
+    """The final checkpoint of the run with everything on; filled by the first test that needs it."""
+    return {}
+
+
+@pytest.fixture
+def reference(uninterrupted, tiny_cfg, monkeypatch) -> dict:
+    if not uninterrupted:
+        uninterrupted.update(train(tiny_cfg("whole", **EVERYTHING), monkeypatch=monkeypatch))
+        assert uninterrupted["update"] == UPDATES
+    return without_config(uninterrupted)
+
+
+@pytest.mark.parametrize("stop_after", range(UPDATES))
+def test_interrupted_at_any_update(reference, tiny_cfg, monkeypatch, stop_after):
+    """With repeated augmentation, accumulation, mixup, cutmix, drop path, EMA: weights, averages, optimiser, best."""
+    cfg = tiny_cfg(**EVERYTHING)
+    left = train(cfg, stop_after=stop_after, monkeypatch=monkeypatch)
+    assert left.get("update", 0) == stop_after
+    assert_same(without_config(train(cfg, monkeypatch=monkeypatch)), reference)
+
+
+def test_interrupted_twice_with_other_numbers_of_workers(reference, tiny_cfg, monkeypatch):
+    cfg = tiny_cfg(**EVERYTHING)
+    train(cfg, "DATA.NUM_WORKERS", "2", stop_after=3, monkeypatch=monkeypatch)
+    train(cfg, "DATA.NUM_WORKERS", "1", stop_after=6, monkeypatch=monkeypatch)
+    assert_same(without_config(train(cfg, monkeypatch=monkeypatch)), reference)
+
+
+def test_checkpoints_at_epoch_ends_alone_are_enough(reference, tiny_cfg, monkeypatch):
+    cfg = tiny_cfg(**EVERYTHING)
+    left = train(cfg, "TRAIN.SAVE_STEPS", "0", stop_after=6, monkeypatch=monkeypatch)
+    assert left["update"] == 4
+    final = train(cfg, "TRAIN.SAVE_STEPS", "0", monkeypatch=monkeypatch)
+    assert_same(without_config(final), reference)
+
+
+def test_another_seed_is_another_run(reference, tiny_cfg, monkeypatch):
+    other = train(tiny_cfg(**EVERYTHING), "SEED", "1", monkeypatch=monkeypatch)
+    assert not torch.equal(other["model"]["head.weight"], reference["model"]["head.weight"])
+
+
+def test_integer_buffers_are_not_averaged(reference):
+    counts = {key: value for key, value in reference["model_ema"].items() if key.endswith("num_batches_tracked")}
+    assert counts and all(value == UPDATES * 2 for value in counts.values())  # two micro-batches an update
+    assert not torch.equal(reference["model_ema"]["head.weight"], reference["model"]["head.weight"])
+
+
+def test_automatic_resume_can_be_off(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg()
+    train(cfg, monkeypatch=monkeypatch)
+    left = train(cfg, "TRAIN.AUTO_RESUME", "false", "TRAIN.SAVE_STEPS", "1", stop_after=1, monkeypatch=monkeypatch)
+    assert left["update"] == 1
+
+
+def test_best_is_the_highest_accuracy(tiny_cfg, monkeypatch, tmp_path):
+    train(tiny_cfg(), "TRAIN.EPOCHS", "6", monkeypatch=monkeypatch)
+    folder = tmp_path / "output" / "tiny" / "default"
+    records = [line.split('"val/acc1": ')[1] for line in (folder / "log.jsonl").read_text().splitlines()]
+    accuracies = [float(record.split(",")[0]) for record in records]
+    best = read_checkpoint(folder / BEST)
+    assert len(accuracies) == 6 and best["best"] == max(accuracies)
+    assert best["update"] == (accuracies.index(max(accuracies)) + 1) * 4
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / LATEST
+    write_atomically(path, {"update": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_atomically(path, {"update": 2})
+    assert read_checkpoint(path) == {"update": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# ---- checkpoints that cannot be resumed
+
+
+def state_of(config: Config) -> TrainState:
+    model = main.build_model(config, torch.device("cpu"))
+    optimizer = main.build_optimizer(model, config)
+    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, updates_per_epoch=4)
+
+
+def assert_refused(path: Path, config: Config, *parts: str) -> None:
+    state = state_of(config)
+    with pytest.raises(CheckpointError) as caught:
+        restore_checkpoint(path, state, config)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    assert all(part in message for part in parts), message
+    assert state.update == 0
+
+
+@pytest.fixture
+def checkpoint(tiny_cfg, tmp_path, monkeypatch) -> Path:
+    train(tiny_cfg(), stop_after=None, monkeypatch=monkeypatch)
+    return tmp_path / "output" / "tiny" / "default" / LATEST
+
+
+def test_weights_alone_are_no_run_to_resume(checkpoint, tiny_cfg, tmp_path):
+    torch.save(read_checkpoint(checkpoint)["model"], tmp_path / "weights.pth")
+    assert_refused(tmp_path / "weights.pth", load_config(tiny_cfg()), "--pretrained")
+
+
+def test_checkpoint_of_another_model(checkpoint, tiny_cfg):
+    config = load_config(tiny_cfg(), ["MODEL.LIT.depths", "[1, 1, 2, 1]"])
+    assert_refused(checkpoint, config, "stages.2.blocks.1.")
+
+
+def test_checkpoint_of_another_head(checkpoint, tiny_cfg):
+    assert_refused(checkpoint, load_config(tiny_cfg(), ["MODEL.NUM_CLASSES", "5"]), "3 classes", "5")
+
+
+def test_checkpoint_of_epochs_of_another_length(checkpoint, tiny_cfg, tmp_path):
+    content = read_checkpoint(checkpoint) | {"updates_per_epoch": 8}
+    torch.save(content, tmp_path / "other.pth")
+    assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "8 updates", "TRAIN.GLOBAL_BATCH")
+
+
+def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path):
+    content = read_checkpoint(checkpoint)
+    content["optimizer"]["param_groups"].pop()
+    torch.save(content, tmp_path / "other.pth")
+    assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "optimiser")
+
+
+def test_truncated_checkpoint(checkpoint, tiny_cfg, tmp_path):
+    (tmp_path / "half.pth").write_bytes(checkpoint.read_bytes()[:5000])
+    assert_refused(tmp_path / "half.pth", load_config(tiny_cfg()), "truncated")
+
+
+def test_a_changed_setting_is_reported(checkpoint, tiny_cfg, caplog):
+    config = load_config(tiny_cfg(), ["TRAIN.WEIGHT_DECAY", "0.3"])
+    restore_checkpoint(checkpoint, state_of(config), config)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{checkpoint} was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3"
+    ]
