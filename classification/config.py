@@ -54,7 +54,7 @@ class Data(Section):
 class Model(Section):
     NAME: str = Field("lit_s", description="a model that timm knows, lit_backbone's included")
     RESUME: str = Field("", description="checkpoint to evaluate, or to continue training from")
-    PRETRAINED: str = Field("", description="checkpoint whose weights training starts from")
+    PRETRAINED: str = Field("", description="checkpoint whose weights, not their average, a new run starts from")
     NUM_CLASSES: int = Field(1000, ge=1, description="outputs of the head")
     DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout, probability")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
@@ -363,8 +363,6 @@ def _impossible(config: Config) -> Iterator[tuple[list[str], str]]:
         key = f"MODEL.LIT.{keyword}"
         if key in _ELSEWHERE or keyword not in keywords:
             yield [key], _ELSEWHERE.get(key) or f"no keyword of LIT's constructor; {_nearest(keyword, keywords)}"
-    if model.RESUME and model.PRETRAINED:
-        yield ["MODEL.PRETRAINED", "MODEL.RESUME"], "cannot be set together with MODEL.RESUME; empty one of them"
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem

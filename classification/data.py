@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, Mixup, create_dataset, create_transform
+from timm.data import ImageDataset, Mixup, create_dataset, create_transform, get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor
@@ -184,15 +184,19 @@ def _image_root(config: Config, split: str) -> Path:
     raise DataError(f"{root}: holds neither {split}/ nor {split}.tar; expected an image folder as ImageNet's")
 
 
-def _check_class_folders(folder: Path) -> list[str]:
-    """Names of the class folders; timm drops one without images, which would shift all labels after it."""
+def _check_class_folders(folder: Path) -> None:
+    """Refuse a class folder without images: timm drops it, which would shift all labels after it."""
     classes = sorted((entry.name for entry in os.scandir(folder) if entry.is_dir()), key=natural_key)
     if not classes:
         raise DataError(f"{folder}: holds no class folders; expected {folder.name}/CLASS/IMAGE")
+    extensions = get_img_extensions()
     for name in classes:
-        if not any(files for _, _, files in os.walk(folder / name, followlinks=True)):
-            raise DataError(f"{folder / name}: an empty class folder; add images, or remove it in train/ and val/")
-    return classes
+        files = (file for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
+        if not any(file.lower().endswith(extensions) for file in files):
+            kinds = " ".join(extensions)
+            raise DataError(
+                f"{folder / name}: a class folder without images ({kinds}); fill it or remove it everywhere"
+            )
 
 
 def build_dataset(config: Config, is_training: bool) -> Images:
@@ -231,7 +235,8 @@ def _class_names(dataset: Dataset) -> list[str]:
         reader = dataset.reader
         class_to_idx = reader.class_name_to_idx if isinstance(reader, ReaderImageInTar) else reader.class_to_idx
         return sorted(class_to_idx, key=class_to_idx.get)
-    return list(getattr(dataset, "classes", None) or dataset.all_categories)  # the latter: torchvision's INaturalist
+    names = getattr(dataset, "classes", None) or dataset.all_categories  # the latter: torchvision's INaturalist
+    return [", ".join(name) if isinstance(name, tuple) else name for name in names]  # its ImageNet has synonyms
 
 
 def build_train_loader(config: Config, processes: Processes) -> DataLoader:

@@ -58,8 +58,11 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("RUNTIME.DEVICE: is cuda, but PyTorch sees no GPU; use auto or cpu, or check the driver")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as are the other variables
-    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is LOCAL_RANK
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"{local_rank + 1} or more processes for {torch.cuda.device_count()} GPUs; start one per GPU")
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
     if world_size == 1:

@@ -6,6 +6,7 @@ import logging
 import platform
 import shlex
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ except ModuleNotFoundError as error:
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -49,7 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint named by --resume")
     mode.add_argument("--throughput", action="store_true", help="measure images per second of inference")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override keys: TRAIN.EPOCHS 100")
+    overrides = dict(nargs="+", action="extend", default=[], metavar="KEY VALUE")
+    parser.add_argument("--opts", **overrides, help="override keys of the configuration, e.g. TRAIN.EPOCHS 100")
     parser.add_argument("--resume", metavar="FILE", help="MODEL.RESUME: checkpoint to continue or evaluate")
     parser.add_argument("--pretrained", metavar="FILE", help="MODEL.PRETRAINED: checkpoint to start from")
     parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH: data set with train/ and val/")
@@ -60,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_model(config: Config, device: torch.device) -> nn.Module:
-    """The configured model, its weights drawn from the seed alone or read from MODEL.PRETRAINED."""
+    """The configured model, its weights drawn from the seed alone."""
     seed_everything("weights", config.SEED)
     keywords = dict(config.MODEL.LIT)
     if timm.models.is_model_in_modules(config.MODEL.NAME, ["lit"]):
@@ -72,8 +74,6 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
         **keywords,
     )
-    if config.MODEL.PRETRAINED:
-        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model))
     model.to(device)
     if config.RUNTIME.COMPILE:
         model.compile()
@@ -100,7 +100,10 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
     accumulation = accumulation_steps(config, context.world_size)
     train_loader, val_loader = build_train_loader(config, context), build_val_loader(config, context)
     check_same_classes(train_loader.dataset, val_loader.dataset.dataset)
+    checkpoint = find_checkpoint(config, folder)
     model = build_model(config, context.device)
+    if config.MODEL.PRETRAINED and not checkpoint:
+        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model))
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     updates_per_epoch = train_loader.batch_sampler.updates
@@ -115,7 +118,7 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
     schedule = Schedule(state.optimizer, config, updates_per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
     setup_logging(context.rank, folder)
-    if checkpoint := find_checkpoint(config, folder):
+    if checkpoint:
         restore_checkpoint(checkpoint, state, config)
         _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
     if context.is_main:
@@ -123,17 +126,24 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
     log = RunLog(folder if context.is_main else None)
     trainer = Trainer(config, context, state, context.wrap(model), train_loader, schedule, log)
     saver = Saver(config, context, state, folder, train_loader.dataset.classes)
-    with logging_redirect_tqdm():
+    probe = to_device(next(iter(val_loader))[0], context.device, config) if context.is_main else None
+    with logging_redirect_tqdm() if context.is_main else nullcontext():
         while state.epoch < config.TRAIN.EPOCHS:
             record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
             saver.sync_statistics()
-            record |= validate(state, val_loader, config, context)
+            record |= validate(state, val_loader, probe, config, context)
             log.epoch(record, state.update)
             saver.after_epoch(record["val/acc1"])
 
 
-def validate(state: TrainState, loader: DataLoader, config: Config, context: Processes) -> dict[str, float]:
-    """Accuracy of the weights a run is judged by, their moving average where there is one, and what DTM does."""
+def validate(
+    state: TrainState, loader: DataLoader, probe: Tensor | None, config: Config, context: Processes
+) -> dict[str, float]:
+    """Accuracy of the weights a run is judged by, their moving average where there is one, and what DTM does.
+
+    Args:
+        probe: images `(b, 3, H, W)` on which DTM is looked at; None not to look.
+    """
     model = state.ema.module if state.ema else state.model
     stats = evaluate(model, loader, config, context)
     record = {f"val/{name}": value for name, value in stats.items()}
@@ -141,8 +151,9 @@ def validate(state: TrainState, loader: DataLoader, config: Config, context: Pro
         f"epoch {state.epoch - 1}: Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f} "
         f"on {stats['images']} images, best so far {max(state.best, stats['acc1']):.3f}"
     )
-    images, _ = next(iter(loader))
-    return record | dtm_statistics(model, to_device(images, context.device, config))
+    if probe is not None:
+        record |= dtm_statistics(model, probe)
+    return record
 
 
 def find_checkpoint(config: Config, folder: Path) -> str:

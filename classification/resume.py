@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all, and enough to continue as if it had never stopped."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     updates_per_epoch: int
     update: int = 0  # updates done, over the whole run
-    best: float = 0.0  # highest validation accuracy so far, in percent
+    best: float = -math.inf  # highest validation accuracy so far, in percent
 
     @property
     def epoch(self) -> int:

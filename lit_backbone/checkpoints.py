@@ -145,7 +145,8 @@ def unwrap_state_dict(content: dict[str, Any], *, use_ema: bool = False) -> dict
     """The weights inside a checkpoint's content, without wrapping key (`model`, ...) or `module.` prefix."""
     names = (EMA_WRAPPERS + WRAPPERS) if use_ema else (WRAPPERS + EMA_WRAPPERS)
     wrapped = next((content[name] for name in names if isinstance(content.get(name), dict)), content)
-    return {key: value for key, value in clean_state_dict(wrapped).items() if isinstance(value, Tensor)}
+    weights = {key: value for key, value in wrapped.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return clean_state_dict(weights)
 
 
 def load_checkpoint(
@@ -162,7 +163,11 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be read safely, holds no weights, or does not fit `model`.
     """
-    state_dict = convert_released(unwrap_state_dict(read_checkpoint(path), use_ema=use_ema))
+    state_dict = unwrap_state_dict(read_checkpoint(path), use_ema=use_ema)
+    if (
+        model is None or not state_dict.keys() <= model.state_dict().keys()
+    ):  # some of timm's models share released names
+        state_dict = convert_released(state_dict)
     if not state_dict:
         raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")
     return state_dict if model is None else fit_state_dict(state_dict, model, path, new_head=new_head)
@@ -179,18 +184,12 @@ def fit_state_dict(
     Raises:
         CheckpointError: the state dict, read from `path`, is another model's; names some of the keys.
     """
-    state_dict = resize_position_tables(state_dict, model)
     own = model.state_dict()
-    head = [key for key in own if key.startswith("head.")]
-    if any(key not in state_dict or state_dict[key].shape != own[key].shape for key in head):
-        classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else "no"
-        message = f"{path}: its head has {classes} classes, the model {model.num_classes}"
-        if not new_head:
-            raise CheckpointError(f"{message}; set the model's number of classes to the checkpoint's")
-        _logger.warning(f"{message}; the head is initialised anew")
-        state_dict |= {key: own[key] for key in head}
-    if not head:
+    classes, own_classes = (len(state.get("head.weight", ())) for state in (state_dict, own))
+    state_dict = resize_position_tables(state_dict, model)
+    if classes != own_classes:
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
+        state_dict |= {key: value for key, value in own.items() if key.startswith("head.")}
     problems = {
         "keys missing": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
         "keys unexpected": [key for key in state_dict if key not in own],
@@ -200,6 +199,11 @@ def fit_state_dict(
         found = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys)
         name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
         raise CheckpointError(f"{path}: not a checkpoint of {name}: {found}")
+    if classes != own_classes and own_classes > 0:  # a model without a head needs none
+        message = f"{path}: its head has {classes or 'no'} classes, the model {own_classes}"
+        if not new_head:
+            raise CheckpointError(f"{message}; set the model's number of classes to the checkpoint's")
+        _logger.warning(f"{message}; the head is initialised anew")
     return state_dict
 
 

@@ -123,6 +123,8 @@ class LIT(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        if pos_embed not in ("relative", "absolute", "none"):
+            raise ValueError(f"pos_embed={pos_embed!r}: use 'relative', 'absolute' or 'none'")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
         dd = {"device": device, "dtype": dtype}
@@ -148,9 +150,13 @@ class LIT(nn.Module):
                 block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size, **block_args)
             else:
                 block = partial(MlpBlock, **block_args)
+            if i == 0:
+                merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
+            else:
+                merge = _build_merge(merging, in_chs, dim, **dd)
             stages += [
                 Stage(
-                    _build_merge(in_chs, dim, "embed" if i == 0 else merging, pad=pad_input, **dd),
+                    merge,
                     [block(drop_path=rate) for rate in drop_paths[i]],
                     dim,
                     pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
@@ -295,10 +301,8 @@ class LIT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _build_merge(in_chs: int, out_chs: int, kind: str, *, pad: bool, device=None, dtype=None) -> nn.Module:
+def _build_merge(kind: str, in_chs: int, out_chs: int, *, device=None, dtype=None) -> nn.Module:
     dd = {"device": device, "dtype": dtype}
-    if kind == "embed":
-        return ConvMerging(in_chs, out_chs, PATCH_SIZE, pad=pad, **dd)
     if kind == "conv":
         return ConvMerging(in_chs, out_chs, 2, **dd)
     if kind == "dtm":

@@ -147,13 +147,6 @@ def test_several_mistakes_are_all_reported_one_line_each(write):
     )
 
 
-def test_resume_and_pretrained_exclude_each_other(write):
-    path = write("MODEL: {PRETRAINED: a.pth}")
-    message = complaint(path, resume="b.pth")
-    assert message == "--resume: MODEL.PRETRAINED: cannot be set together with MODEL.RESUME; empty one of them"
-    assert load_config(path, ["MODEL.PRETRAINED", ""], resume="b.pth").MODEL.RESUME == "b.pth"
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -272,8 +272,9 @@ def test_empty_class_folder(tiny_cfg, image_folder, tmp_path):
     for name in ("ant", "bee", "cat"):
         (tmp_path / "train" / name).symlink_to(image_folder / "train" / name)
     (tmp_path / "train" / "asp").mkdir()
+    (tmp_path / "train" / "asp" / "notes.txt").touch()
     config = load_config(tiny_cfg(), data_path=str(tmp_path))
-    assert_data_error(lambda: build_dataset(config, is_training=True), "train/asp", "empty")
+    assert_data_error(lambda: build_dataset(config, is_training=True), "train/asp", "without images")
 
 
 def test_folder_without_classes(tiny_cfg, tmp_path):

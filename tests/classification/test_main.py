@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -267,3 +268,20 @@ def test_corrupt_training_image_is_named(tiny_cfg, image_folder, tmp_path, capsy
     for workers in ("0", "2"):
         args = ["--cfg", tiny_cfg(), "--data-path", tmp_path, "--opts", "DATA.NUM_WORKERS", workers]
         assert_fails(capsys, args, f"error: {bad}: no readable image")
+
+
+def test_options_can_be_given_in_parts(tiny_cfg):
+    args = main.parse_args(["--cfg", "x", "--opts", "SEED", "1", "--tag", "t", "--opts", "PRINT_FREQ", "2"])
+    assert load_config(tiny_cfg(), args.opts).SEED == 1 and load_config(tiny_cfg(), args.opts).PRINT_FREQ == 2
+
+
+def test_any_timm_model_can_be_fine_tuned(tiny_cfg, tmp_path):
+    """Names of other models that look like released ones of ours are left as they are."""
+    small = dict(embed_dim=32, depth=1, num_heads=1)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, **small)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, **small)
+    loaded = load_checkpoint(tmp_path / "vit.pth", model)
+    model.load_state_dict(loaded)
+    assert torch.equal(model.patch_embed.proj.weight, vit.patch_embed.proj.weight)
+    assert model.head.out_features == 5

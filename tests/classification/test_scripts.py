@@ -1,0 +1,153 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "classification" / "scripts"
+MODELS = ("lit-ti", "lit-s", "lit-m", "lit-b")
+TINY = [
+    *("--data-path", "data", "--batch-size", "4", "--opts", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "0"),
+    *("MODEL.NUM_CLASSES", "3", "MODEL.LIT.embed_dims", "[8, 16, 24, 32]", "MODEL.LIT.depths", "[1, 1, 1, 1]"),
+    *("MODEL.LIT.num_heads", "[1, 1, 1, 1]"),
+]
+ONE_EPOCH = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.GLOBAL_BATCH", "8"]
+
+
+def shell(command, cwd, *paths, **variables) -> subprocess.CompletedProcess:
+    """Run a command in `cwd`, without GPUs, with the tests' interpreter first on the PATH but for `paths`."""
+    path = os.pathsep.join(map(str, (*paths, Path(sys.executable).parent, os.environ["PATH"])))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, **variables}
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def run(script, *args, cwd) -> str:
+    """The standard output of a script that must succeed."""
+    done = shell(["bash", SCRIPTS / script, *args], cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(image_folder, tmp_path_factory) -> Path:
+    """A folder far from the repository that holds `data/`, its validation images one short, and what trains there."""
+    root = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(image_folder, root / "data")
+    next((root / "data" / "val").rglob("*.jpg")).unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(workplace):
+    """What training with one process says; it leaves output/lit-s/default/."""
+    return run("lit-s.sh", "1", *TINY, *ONE_EPOCH, cwd=workplace)
+
+
+def test_training_with_one_process(trained, workplace):
+    assert "batch 4 x 1 processes x 2 accumulated = 8 images per update" in trained
+    assert (workplace / "output/lit-s/default/latest.pth").is_file()
+
+
+def test_training_with_two_processes(workplace):
+    out = run("lit-s.sh", "2", *TINY, *ONE_EPOCH, "--tag", "two", cwd=workplace)
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in out
+    assert (workplace / "output/lit-s/two/latest.pth").is_file()
+
+
+def test_evaluation_prints_the_published_lines_whatever_the_number_of_processes(trained, workplace):
+    images = len(list((workplace / "data" / "val").rglob("*.jpg")))
+    assert images % 3
+    printed = []
+    for processes in ([], ["3"]):  # without a number and without GPUs: one
+        out = run("lit-s-eval.sh", *processes, "output/lit-s/default/latest.pth", *TINY, cwd=workplace)
+        logged = re.compile(r"\d\d-\d\d \d\d:\d\d:\d\d ")
+        printed.append([line.strip() for line in out.splitlines() if not logged.match(line)])
+    one, three = printed
+    assert one == three
+    accuracy = re.fullmatch(r"\* Acc@1 (\d+\.\d{3}) Acc@5 100\.000", one[0])
+    assert one[1:] == [f"Accuracy of the network on the {images} test images: {float(accuracy[1]):.1f}%"]
+    right = float(accuracy[1]) / 100 * images
+    assert right == pytest.approx(round(right), abs=1e-3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_scripts_name_their_model(model, tmp_path):
+    """With a `python` that prints what it is told to run."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = -I ] || echo "$@"\n')
+    fake.chmod(0o755)
+
+    def told(script, *args):
+        done = shell(["bash", SCRIPTS / script, *args], tmp_path, fake.parent)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    start = [f"{SCRIPTS.parent}/main.py", "--cfg", f"{SCRIPTS.parent}/configs/{model}.yaml"]
+    assert Path(start[2]).is_file()
+    assert told(f"{model}.sh", "1", "--tag", "x") == [*start, "--tag", "x"]
+    assert told(f"{model}-eval.sh", "1", "a.pth", "--tag", "x") == [*start, "--eval", "--resume", "a.pth", "--tag", "x"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert told(f"{model}.sh", "8") == [*torchrun, *start]
+    assert told(f"{model}-eval.sh", "8", "a.pth") == [*torchrun, *start, "--eval", "--resume", "a.pth"]
+
+
+@pytest.mark.parametrize("args", [[], ["1"], ["--tag", "x"], ["1", "--tag", "x"]])
+def test_evaluation_without_a_checkpoint_is_refused(args, tmp_path):
+    done = shell(["bash", SCRIPTS / "lit-b-eval.sh", *args], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"error: name a checkpoint: bash {SCRIPTS}/lit-b-eval.sh [GPUs] CHECKPOINT\n"
+
+
+def test_without_an_environment_the_remedy_is_named(tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "classification" / "scripts")
+    for name in ("python", "python3"):
+        (tmp_path / name).symlink_to("/bin/false")
+    done = shell(["bash", tmp_path / "classification/scripts/lit-s.sh", "1"], tmp_path, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"error: no environment with lit_backbone; run `bash setup_env.sh` in {tmp_path}\n"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))
+def test_scripts_are_sound(script):
+    assert shell(["bash", "-n", SCRIPTS / script], SCRIPTS).stderr == ""
+    if shutil.which("shellcheck"):
+        done = shell(["shellcheck", "-x", "-S", "warning", "-P", "SCRIPTDIR:.", f"scripts/{script}"], SCRIPTS.parent)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Stand-ins for Slurm's commands: this host twice for two nodes, and an `srun` that runs its command on each."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\necho localhost\n")
+    (tmp_path / "srun").write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "srun $*"\n'
+        "while [[ $1 == --* ]]; do shift; done\n"
+        '"$@" & first=$!\n'
+        '"$@" & second=$!\n'
+        "wait $first && wait $second\n"
+    )
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    job = dict(JOB_ID=str(os.getpid()), JOB_NODELIST="node[1-2]", NNODES="2", GPUS_ON_NODE="1", CPUS_PER_TASK="4")
+    variables = {f"SLURM_{name}": value for name, value in job.items()}
+    return lambda *args, cwd: shell(["bash", SCRIPTS / "slurm.sbatch", *args], cwd, tmp_path, **variables)
+
+
+def test_slurm_joins_its_nodes(slurm, workplace):
+    where = ["--data-path", workplace / "data", "--output", workplace / "output", "--tag", "slurm"]
+    done = slurm("configs/lit-s.yaml", *TINY[2:], *ONE_EPOCH, *where, cwd=SCRIPTS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in done.stdout
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in done.stdout
+    assert (workplace / "output/lit-s/slurm/latest.pth").is_file()
+
+
+def test_slurm_job_submitted_wrongly_is_refused(slurm, tmp_path):
+    assert slurm("configs/lit-s.yaml", cwd=tmp_path).stderr == "error: submit this script in classification/\n"
+    for args in ([], ["--data-path", "data"]):
+        assert slurm(*args, cwd=SCRIPTS.parent).stderr.startswith("error: name a configuration: sbatch ")
