@@ -155,6 +155,7 @@ class Config(Section):
         return self.TRAIN.BASE_LR * scale, self.TRAIN.WARMUP_LR * bounds, self.TRAIN.MIN_LR * bounds
 
 
+_ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
 _ELSEWHERE = {  # keys of the original that are gone, and LIT keywords that have a key of their own
     "AMP_OPT_LEVEL": "is now RUNTIME.AMP_DTYPE: bf16, fp16 or off",
     "EVAL_MODE": "is now the flag --eval",
@@ -163,6 +164,9 @@ _ELSEWHERE = {  # keys of the original that are gone, and LIT keywords that have
     "DATA.CACHE_MODE": "is gone; the operating system caches what is read, delete the key",
     "DATA.ZIP_MODE": "is gone; use image folders, or a timm data set in DATA.DATASET",
     "MODEL.TYPE": "is gone; MODEL.NAME alone chooses the model",
+    "MODEL.LIT.device": "is set by RUNTIME.DEVICE",
+    "MODEL.LIT.dtype": "is set by RUNTIME.AMP_DTYPE",
+    "MODEL.LIT.in_chans": "cannot be set; images are read as RGB",
     "MODEL.LIT.drop_path_rate": "is set by MODEL.DROP_PATH_RATE",
     "MODEL.LIT.drop_rate": "is set by MODEL.DROP_RATE",
     "MODEL.LIT.img_size": "is set by DATA.IMG_SIZE",
@@ -234,6 +238,8 @@ def dump(config: Config) -> str:
 def accumulation_steps(config: Config, world_size: int) -> int:
     """How many batches of each of `world_size` processes make up TRAIN.GLOBAL_BATCH."""
     batch, total = config.DATA.BATCH_SIZE, config.TRAIN.GLOBAL_BATCH
+    if config.AUG.mixing and batch % 2:  # checked here, as evaluation and timing may use any batch
+        raise ConfigError(f"DATA.BATCH_SIZE: {_ODD.format(batch, batch + 1)}")
     if total % (batch * world_size) == 0:
         return total // (batch * world_size)
     step = 2 if config.AUG.mixing else 1  # mixup pairs images
@@ -359,17 +365,25 @@ def _impossible(config: Config) -> Iterator[tuple[list[str], str]]:
         nearest = _nearest(model.NAME, timm.list_models(module="lit"))
         yield ["MODEL.NAME"], f"timm knows no model {model.NAME!r}; {nearest}"
     keywords = inspect.signature(LIT).parameters
-    for keyword in model.LIT:
+    wrong = [keyword for keyword in model.LIT if f"MODEL.LIT.{keyword}" in _ELSEWHERE or keyword not in keywords]
+    for keyword in wrong:
         key = f"MODEL.LIT.{keyword}"
-        if key in _ELSEWHERE or keyword not in keywords:
-            yield [key], _ELSEWHERE.get(key) or f"no keyword of LIT's constructor; {_nearest(keyword, keywords)}"
+        yield [key], _ELSEWHERE.get(key) or f"no keyword of LIT's constructor; {_nearest(keyword, keywords)}"
+    if model.LIT and not wrong and timm.models.is_model_in_modules(model.NAME, ["lit"]):
+        try:
+            timm.create_model(model.NAME, img_size=data.IMG_SIZE, device="meta", **model.LIT)
+        except Exception as error:  # a value of any wrong kind may fail anywhere in the constructor
+            yield ["MODEL.LIT"], f"makes no model: {str(error).splitlines()[0]}"
+    try:
+        timm.data.create_transform(data.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
+    except (AssertionError, KeyError, ValueError):
+        yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
-    for key, size in {"DATA.BATCH_SIZE": data.BATCH_SIZE, "TRAIN.GLOBAL_BATCH": train.GLOBAL_BATCH}.items():
-        if aug.mixing and size % 2:
-            problem = f"mixup and cutmix pair images, but {size} is odd; use {size + 1}, or switch both off"
-            yield [key, "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"], problem
+    if aug.mixing and train.GLOBAL_BATCH % 2:
+        keys = ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"]
+        yield keys, _ODD.format(train.GLOBAL_BATCH, train.GLOBAL_BATCH + 1)
     low, high = aug.CUTMIX_MINMAX or (0, 1)
     if any(int(side * low) == int(side * high) for side in data.IMG_SIZE):
         problem = f"[{low}, {high}] leaves no box to draw in an image of {min(data.IMG_SIZE)} pixels; widen the range"

@@ -24,6 +24,11 @@ class DataError(RuntimeError):
     """A data set that cannot be used; the message is one line that names the place and the remedy."""
 
 
+def one_line(error: DataError) -> str:
+    """Its message, without the trace of a loader's process that PyTorch puts around it."""
+    return str(error).rpartition("DataError: ")[2].strip()
+
+
 def derive_seed(purpose: str, *key: int) -> int:
     """A 32-bit seed that follows from what it is for and from the numbers in `key`, unrelated for any other call."""
     entropy = (zlib.crc32(purpose.encode()), len(key), *key)  # SeedSequence itself takes (1,) and (1, 0) for the same
@@ -92,7 +97,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
         order = torch.randperm(self.num_images, generator=generator)
         return order.repeat_interleave(self.repeats)[: self.updates * self.global_batch]
 
-    def update(self, order: Tensor, update: int) -> list[list[SampleKey]]:
+    def micro_batches(self, order: Tensor, update: int) -> list[list[SampleKey]]:
         """This process's micro-batches of one update."""
         end = (update + 1) * self.global_batch
         own = [range(end - self.global_batch + group, end, self.groups) for group in self.own_groups]
@@ -101,7 +106,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self.order()
         for update in range(self.first_update, self.updates):
-            yield from self.update(order, update)
+            yield from self.micro_batches(order, update)
 
     def __len__(self) -> int:
         return (self.updates - self.first_update) * len(self.own_groups)
@@ -139,7 +144,7 @@ class Images(Dataset):
                     return image.convert("RGB"), target
             image, target = self.dataset[index]
             return image.convert("RGB"), target
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders fail in many ways
             raise DataError(f"{self.name(index)}: no readable image ({error}); repair or remove the file") from error
 
     def name(self, index: int) -> str:
@@ -212,6 +217,7 @@ def build_dataset(config: Config, is_training: bool) -> Images:
         where, name = _image_root(config, split), ""
         if where.is_dir():
             _check_class_folders(where)
+            options["search_split"] = False  # a class may be called "train"
         else:
             options["cache_tarinfo"] = False  # a pickle beside the data
     try:
@@ -270,6 +276,12 @@ def build_val_loader(config: Config, processes: Processes) -> DataLoader:
     images = build_dataset(config, is_training=False)
     own = Subset(images, range(processes.rank, len(images), processes.world_size))
     return DataLoader(own, batch_size=config.DATA.BATCH_SIZE, **_loader_options(config, processes))
+
+
+def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
+    """`(count, 3, H, W)`: images spread evenly over a loader's data set, whose classes follow each other."""
+    step = max(len(loader.dataset) // count, 1)
+    return torch.stack([loader.dataset[i][0] for i in range(0, len(loader.dataset), step)][:count])
 
 
 def _loader_options(config: Config, processes: Processes) -> dict:

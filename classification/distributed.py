@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,8 +41,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def check_same(self, value: int, remedy: str) -> None:
+        """Raise ConfigError on processes whose value is not that of all."""
+        total = self.sum(torch.tensor(value, device=self.device)).item()
+        if total != value * self.world_size:
+            raise ConfigError(f"process {self.rank} stands at update {value}, others elsewhere: {remedy}")
 
-def no_sync(model: nn.Module, last: bool) -> contextmanager:
+
+def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients of all but the last of accumulated batches need no averaging over the processes."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 

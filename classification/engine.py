@@ -27,6 +27,7 @@ from resume import TrainState
 
 _logger = logging.getLogger(__name__)
 
+SMALLEST_SCALE = 1.0  # of fp16's loss scaling; where even this overflows, the gradients themselves are not finite
 WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, as published
 
 
@@ -98,7 +99,7 @@ class Trainer:
             after_update: called after each update; may save.
 
         Returns:
-            Mean loss and mean gradient norm over the updates that were run.
+            Mean loss, over all processes, and mean gradient norm of the updates that were run.
         """
         state, config = self.state, self.config
         epoch, first = divmod(state.update, state.updates_per_epoch)
@@ -110,12 +111,15 @@ class Trainer:
             began = time.perf_counter()
             loss, norm = self.run_update(batches)
             loss_meter.update(loss)
-            norm_meter.update(norm)
+            if math.isfinite(norm):  # fp16's loss scaling skips an update now and then
+                norm_meter.update(norm)
             timer.update(time.perf_counter() - began)
             after_update()
             if (i + 1) % config.PRINT_FREQ == 0 or i + 1 == state.updates_per_epoch:
                 self._report(epoch, i + 1, loss_meter, norm_meter, timer)
-        return {"train/loss_epoch": loss_meter.avg, "train/grad_norm_epoch": norm_meter.avg}
+        sums = torch.tensor([loss_meter.sum, loss_meter.count], dtype=torch.float64, device=self.processes.device)
+        total, count = self.processes.sum(sums).tolist()
+        return {"train/loss_epoch": total / count, "train/grad_norm_epoch": norm_meter.avg}
 
     def run_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """One optimiser update; returns this process's loss and the gradient norm before clipping.
@@ -143,8 +147,9 @@ class Trainer:
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
         loss, norm = torch.stack((loss, norm)).tolist()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
-            raise NonFiniteError(self._accuse(loss, norm))
+        scaling = state.scaler.is_enabled() and state.scaler.get_scale() >= SMALLEST_SCALE
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaling):
+            raise NonFiniteError(self._diagnose(loss, norm))
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -153,11 +158,11 @@ class Trainer:
         state.update += 1
         return loss, norm
 
-    def _accuse(self, loss: float, norm: float) -> str:
+    def _diagnose(self, loss: float, norm: float) -> str:
         """Where to look for the cause of a loss or gradient that is not finite."""
         sampler, images = self.loader.batch_sampler, self.loader.dataset
         epoch, update = divmod(self.state.update, self.state.updates_per_epoch)
-        keys = [key for batch in sampler.update(sampler.order(), update) for key in batch]
+        keys = [key for batch in sampler.micro_batches(sampler.order(), update) for key in batch]
         names = ", ".join(images.name(key.index) for key in keys[:3])
         rates = ", ".join(f"{group['lr']:.3g}" for group in self.state.optimizer.param_groups)
         return (

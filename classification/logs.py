@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 def setup_logging(rank: int, folder: Path | None = None) -> None:
     """Send log records to the console (first process only) and to `folder/log_rank{rank}.txt`."""
-    handlers: list[logging.Handler] = []
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # or warnings without a handler go to the console
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
     if folder is not None:
@@ -31,11 +31,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 class RunLog:
-    """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent."""
+    """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent.
 
-    def __init__(self, folder: Path | None):
+    A run that continues at an epoch and update takes back what an interrupted one had written beyond them.
+    """
+
+    def __init__(self, folder: Path | None, epoch: int = 0, update: int = 0):
         self.folder = folder
-        self.writer = SummaryWriter(str(folder)) if folder else None
+        self.writer = None
+        if folder:
+            self.writer = SummaryWriter(str(folder), purge_step=update + 1)
+            path = folder / "log.jsonl"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in lines if json.loads(line)["epoch"] < epoch))
 
     def scalars(self, values: dict[str, float], update: int) -> None:
         """Write scalars under their tags at an update of the run."""
@@ -47,6 +55,6 @@ class RunLog:
         """Append an epoch's record to `log.jsonl` and TensorBoard."""
         if self.folder:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
             self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
             self.writer.flush()

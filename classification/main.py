@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import Config, ConfigError, accumulation_steps, dump, load_config
-from data import DataError, build_train_loader, build_val_loader, check_same_classes, seed_everything
+from data import (
+    DataError,
+    build_train_loader,
+    build_val_loader,
+    check_same_classes,
+    one_line,
+    sample_images,
+    seed_everything,
+)
 from distributed import Processes, processes
 from engine import (
     NonFiniteError,
@@ -36,10 +44,10 @@ from engine import (
     print_accuracy,
     to_device,
 )
-from lit_backbone import CheckpointError, load_checkpoint
+from lit_backbone import CheckpointError
 from logs import RunLog, setup_logging
 from optim import Schedule, build_optimizer
-from resume import LATEST, Saver, TrainState, restore_checkpoint
+from resume import LATEST, Saver, TrainState, load_weights, restore_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +98,7 @@ def run_evaluation(config: Config, context: Processes) -> None:
         raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
     loader = build_val_loader(config, context)
     model = build_model(config, context.device)
-    model.load_state_dict(load_checkpoint(config.MODEL.RESUME, model, use_ema=config.TRAIN.EMA > 0, new_head=False))
+    load_weights(config.MODEL.RESUME, model, new_head=False)
     stats = evaluate(model, loader, config, context)
     if context.is_main:
         print_accuracy(stats)
@@ -103,7 +111,7 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
     checkpoint = find_checkpoint(config, folder)
     model = build_model(config, context.device)
     if config.MODEL.PRETRAINED and not checkpoint:
-        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model))
+        load_weights(config.MODEL.PRETRAINED, model, new_head=True)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     updates_per_epoch = train_loader.batch_sampler.updates
@@ -120,13 +128,14 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
     setup_logging(context.rank, folder)
     if checkpoint:
         restore_checkpoint(checkpoint, state, config)
+        context.check_same(state.update, f"{folder} must be one folder that all nodes share")
         _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
     if context.is_main:
         describe_run(config, context, state, accumulation, folder)
-    log = RunLog(folder if context.is_main else None)
+    log = RunLog(folder if context.is_main else None, state.epoch, state.update)
     trainer = Trainer(config, context, state, context.wrap(model), train_loader, schedule, log)
     saver = Saver(config, context, state, folder, train_loader.dataset.classes)
-    probe = to_device(next(iter(val_loader))[0], context.device, config) if context.is_main else None
+    probe = to_device(sample_images(val_loader), context.device, config) if context.is_main else None
     with logging_redirect_tqdm() if context.is_main else nullcontext():
         while state.epoch < config.TRAIN.EPOCHS:
             record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
@@ -134,6 +143,7 @@ def run_training(config: Config, context: Processes, folder: Path) -> None:
             record |= validate(state, val_loader, probe, config, context)
             log.epoch(record, state.update)
             saver.after_epoch(record["val/acc1"])
+    _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {folder}")
 
 
 def validate(
@@ -159,7 +169,11 @@ def validate(
 def find_checkpoint(config: Config, folder: Path) -> str:
     """The run's own latest checkpoint if it may be continued, else MODEL.RESUME."""
     latest = folder / LATEST
-    return str(latest) if config.TRAIN.AUTO_RESUME and latest.exists() else config.MODEL.RESUME
+    if not config.TRAIN.AUTO_RESUME or not latest.exists():
+        return config.MODEL.RESUME
+    if ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED:
+        _logger.warning(f"{latest} exists and is continued, not {ignored}; name another run with --tag to start anew")
+    return str(latest)
 
 
 def describe_run(config: Config, context: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
@@ -199,10 +213,10 @@ def main(argv: list[str] | None = None) -> None:
                 run_evaluation(config, context)
             else:
                 run_training(config, context, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
-    except DataError as error:
-        sys.exit(f"error: {str(error).rpartition('DataError: ')[2].strip()}")  # without the trace of a loader's process
-    except (ConfigError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+        message = one_line(error) if isinstance(error, DataError) else str(error)
+        _logger.debug(message, exc_info=True)
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

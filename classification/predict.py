@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import Config
-from data import DataError, build_transform
+from data import DataError, build_transform, one_line
 from engine import progress
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import convert_released, fit_state_dict, unwrap_state_dict
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         for path, predictions in predict(classifier, paths, args.topk, device):
             tqdm.write(write(path, predictions))  # past the progress bar
     except DataError as error:
-        sys.exit(f"error: {str(error).rpartition('DataError: ')[2].strip()}")  # without the trace of a loader's process
+        sys.exit(f"error: {one_line(error)}")
     except CheckpointError as error:
         sys.exit(f"error: {error}")
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from config import Config
 from distributed import Processes
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import fit_state_dict
+from lit_backbone.checkpoints import fit_state_dict, weights_of
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
     """`torch.save` that leaves either the old file or the whole new one, also when the machine fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that a killed run leaves at most one
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -126,18 +126,36 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> N
             f"{path}: its epochs have {content['updates_per_epoch']} updates, this run's {state.updates_per_epoch}; "
             "resume with the same data set and TRAIN.GLOBAL_BATCH"
         )
+    own = state.model.state_dict()
+    if any(value.shape != own[key].shape for key, value in content["model"].items() if "pos_" in key and key in own):
+        raise CheckpointError(f"{path}: is for another DATA.IMG_SIZE; start from its weights with --pretrained instead")
     state.model.load_state_dict(fit_state_dict(content["model"], state.model, path, new_head=False))
     if state.ema:
         average = content["model_ema"] or content["model"]  # a run that switches EMA on starts it here
         state.ema.module.load_state_dict(fit_state_dict(average, state.ema.module, path, new_head=False))
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     try:
         state.optimizer.load_state_dict(content["optimizer"])
-        state.scaler.load_state_dict(content["scaler"])
+        for group, setting in zip(state.optimizer.param_groups, settings):
+            group.update(setting)  # this run's weight decay and betas, not the checkpoint's
+        if content["scaler"]:  # empty where the checkpoint's run scaled no losses
+            state.scaler.load_state_dict(content["scaler"])
     except (ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: its optimiser state does not fit this run: {error}") from error
     state.update, state.best = content["update"], content["best"]
     for key, old, new in _differences(content["config"], config.model_dump(mode="json")):
         _logger.warning(f"{path} was written with {key} {old}, this run has {new}")
+
+
+def load_weights(path: str | Path, model: nn.Module, *, new_head: bool) -> None:
+    """Give `model` the weights that a checkpoint is judged by: the moving average of a run that keeps one.
+
+    Raises:
+        CheckpointError: the file cannot be read or is another model's; without `new_head`, another head's.
+    """
+    content = read_checkpoint(path)
+    written_here = "updates_per_epoch" in content  # the authors published accuracies of the weights themselves
+    model.load_state_dict(weights_of(content, path, model, use_ema=written_here, new_head=new_head))
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ package's own layout is. Converting never resizes: position tables of another in
 asked for, by :func:`load_checkpoint` with a model and by timm's loader of pretrained weights.
 """
 
+import argparse
 import logging
 import math
 import re
@@ -31,13 +32,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or is not one of this model; the message is one line that names the file."""
 
 
-class _InertNamespace:
-    """Stands in for `argparse.Namespace` when a checkpoint is read: takes attributes, does nothing."""
-
-
-# Released checkpoints pickle their training configuration beside the weights. These stand-ins let PyTorch's restricted
-# unpickler build it as plain data; they hold no code, so a crafted file gains nothing from them.
-torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode"), (_InertNamespace, "argparse.Namespace")])
+# Released checkpoints pickle their training configuration beside the weights. PyTorch's restricted unpickler builds it
+# as plain data: a Namespace is a bag of attributes, and a dictionary stands in for yacs's CfgNode, installed or not.
+# (Named, because timm allows the bare Namespace while it reads a file, and forbids it, also for others, afterwards.)
+torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")])
 
 
 # ---- released layouts
@@ -74,29 +72,34 @@ def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released state dict in this package's layout; our own layout comes back as it is.
 
     Tables become maps: relative biases `((2H-1)(2W-1), heads)` to `(1, heads, 2H-1, 2W-1)`, absolute embeddings
-    `(1, HW, C)` to `(1, C, H, W)`, the class token's slot apart from them. Released tables are square.
-    `relative_position_index` is derived, and dropped; so is the class token's slot where there is no class token.
+    `(1, HW, C)` to `(1, C, H, W)`, the class token's slot apart from them. Those that are not square, as all released
+    ones are, stay as they are. `relative_position_index` is derived, and dropped; so is the class token's slot where
+    there is no class token.
     """
     out = {}
     for released, value in state_dict.items():
         key = _renamed(released)
         if key.endswith("relative_position_index"):
             continue
-        if key.endswith("rel_pos_bias") and value.ndim == 2:
+        if key.endswith("rel_pos_bias") and value.ndim == 2 and _is_square(value.shape[0]):
             side = math.isqrt(value.shape[0])
             value = value.t().reshape(1, -1, side, side)  # (side^2, heads) -> (1, heads, side, side)
-        elif key.endswith("pos_embed") and key != released:
-            side = math.isqrt(value.shape[1])
-            if side**2 != value.shape[1]:
-                if "cls_token" in state_dict:
-                    out[key.replace("pos_embed", "cls_pos_embed")] = value[:, :1]
-                value = value[:, 1:]
-            value = value.transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
+        elif key.endswith("pos_embed") and key != released and value.ndim == 3:
+            prefix = 0 if _is_square(value.shape[1]) else 1  # the class token's slot
+            side = math.isqrt(value.shape[1] - prefix)
+            if prefix and "cls_token" in state_dict:
+                out[key.replace("pos_embed", "cls_pos_embed")] = value[:, :1]
+            if prefix + side**2 == value.shape[1]:
+                value = value[:, prefix:].transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
         out[key] = value
     return out
 
 
-def rename_released_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+def load_released_layout(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Pre-hook of `load_state_dict`: converts a released layout below `prefix`, in place."""
     keys = [key for key in state_dict if key.startswith(prefix)]
     ours = convert_released({key.removeprefix(prefix): state_dict.pop(key) for key in keys})
@@ -163,10 +166,21 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be read safely, holds no weights, or does not fit `model`.
     """
-    state_dict = unwrap_state_dict(read_checkpoint(path), use_ema=use_ema)
-    if (
-        model is None or not state_dict.keys() <= model.state_dict().keys()
-    ):  # some of timm's models share released names
+    return weights_of(read_checkpoint(path), path, model, use_ema=use_ema, new_head=new_head)
+
+
+def weights_of(
+    content: dict[str, Any],
+    path: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    use_ema: bool = False,
+    new_head: bool = True,
+) -> dict[str, Tensor]:
+    """:func:`load_checkpoint` for the content of a file that has been read already."""
+    state_dict = unwrap_state_dict(content, use_ema=use_ema)
+    # other timm models have names like the released ones
+    if model is None or not state_dict.keys() <= model.state_dict().keys():
         state_dict = convert_released(state_dict)
     if not state_dict:
         raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")

@@ -6,11 +6,11 @@ the whole map followed by an ordinary convolution: no im2col, no compiled operat
 """
 
 import torch
-import torch.nn.functional as F
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
+_BILINEAR, _ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
 
 
 def sampling_positions(offset: Tensor) -> Tensor:
@@ -59,10 +59,11 @@ def deformable_sample(x: Tensor, offset: Tensor) -> Tensor:
     Returns:
         `(B, C, 2 * (H // 2), 2 * (W // 2))` in the dtype of `x`. Coordinates and interpolation are at least float32.
     """
-    y, x_ = sampling_positions(offset).unbind(-1)
-    grid = torch.stack((_normalize(x_, x.shape[3]), _normalize(y, x.shape[2])), dim=-1)
-    dtype = torch.promote_types(x.dtype, grid.dtype)  # grid_sample wants one dtype for both
-    out = F.grid_sample(x.to(dtype), grid.to(dtype), mode="bilinear", padding_mode="zeros", align_corners=True)
+    row, column = sampling_positions(offset).unbind(-1)
+    grid = torch.stack((_normalize(column, x.shape[3]), _normalize(row, x.shape[2])), dim=-1)
+    dtype = torch.promote_types(x.dtype, grid.dtype)  # the sampler wants one dtype for both
+    # not F.grid_sample: on a GPU it would take cuDNN's sampler, whose arithmetic _normalize is not made for
+    out = torch.ops.aten.grid_sampler_2d(x.to(dtype), grid.to(dtype), _BILINEAR, _ZEROS, True)
     return out.to(x.dtype)
 
 
@@ -84,6 +85,17 @@ def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     return length, outside.float().mean()
 
 
+@register_notrace_module
+class OffsetConv2d(nn.Conv2d):
+    """A convolution that stays in float32 under autocast: bfloat16 would round an offset of 10 pixels by up to 0.03."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class DeformableTokenMerging(nn.Module):
     """Halves a token map, each output token reading four input tokens at learned positions.
 
@@ -93,7 +105,7 @@ class DeformableTokenMerging(nn.Module):
     def __init__(self, in_chs: int, out_chs: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.offset = nn.Conv2d(in_chs, 2 * TAPS, kernel_size=2, stride=2, **dd)
+        self.offset = OffsetConv2d(in_chs, 2 * TAPS, kernel_size=2, stride=2, **dd)
         self.proj = nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd)
         self.norm = nn.BatchNorm2d(out_chs, **dd)
         self.act = nn.GELU()
@@ -105,7 +117,8 @@ class DeformableTokenMerging(nn.Module):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype  # float32 under autocast, in which the residual stream then stays
         x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels-last in memory
         x = deformable_sample(x, self.offset(x))  # -> (B, C, 2(H//2), 2(W//2))
-        x = self.act(self.norm(self.proj(x)))  # -> (B, C', H//2, W//2)
+        x = self.act(self.norm(self.proj(x).to(dtype)))  # -> (B, C', H//2, W//2)
         return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter_fn, rename_released_keys
+from .checkpoints import checkpoint_filter_fn, load_released_layout
 from .dtm import DeformableTokenMerging
 from .layers import AttentionBlock, ConvMerging, MlpBlock, resize_table
 
@@ -73,7 +73,9 @@ class Stage(nn.Module):
         if self.cls_token is not None:
             x = self.prepend_class_token(x)
         # only blocks are recomputed: DTM's BatchNorm would update its statistics twice
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class LIT(nn.Module):
@@ -88,7 +90,8 @@ class LIT(nn.Module):
         in_chans: input channels.
         num_classes: size of the head; 0 for none.
         global_pool: `avg` (mean of the normalised tokens), `token` (class token) or an empty string (no pooling).
-        embed_dims, depths, num_heads, mlp_ratios: of each stage, or one number for all.
+        embed_dims, depths: channels and number of blocks of each stage.
+        num_heads, mlp_ratios: of each stage, or one number for all; heads count where a stage attends.
         attention: which stages attend; the others are pure MLPs and hold no attention module.
         merging: how stages 2-4 are entered: `dtm` or `conv` (2x2 stride-2 convolution and LayerNorm).
         pos_embed: `relative` bias in the stages that attend, `absolute` embedding in every stage, or `none`.
@@ -98,8 +101,6 @@ class LIT(nn.Module):
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all blocks.
     """
-
-    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class LIT(nn.Module):
             raise ValueError("depths, embed_dims, num_heads, mlp_ratios and attention must name as many stages each")
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.output_fmt = "NLC" if class_token else "NHWC"  # of forward_features
         self.num_prefix_tokens = int(class_token)
         self._set_global_pool(global_pool)
         self.pad_input = pad_input
@@ -173,7 +175,7 @@ class LIT(nn.Module):
         self.norm = norm_layer(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.register_load_state_dict_pre_hook(rename_released_keys)
+        self.register_load_state_dict_pre_hook(load_released_layout)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -208,7 +210,7 @@ class LIT(nn.Module):
         block = r"^stages\.(\d+)\.blocks\.(\d+)"
         entry = r"^stages\.(\d+)\.(?:merge|pos_embed|cls_token|cls_pos_embed)"  # with the stage's first block
         blocks = r"^stages\.(\d+)" if coarse else [(block, None), (entry, (0,)), (r"^norm", (99999,))]
-        return dict(stem=r"^stages\.0\.merge", blocks=blocks)
+        return dict(stem=r"^stages\.0\.(?:merge|pos_embed)", blocks=blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass instead of keeping them."""
@@ -254,14 +256,14 @@ class LIT(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: use 'NCHW' or 'NHWC'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
+        map_sizes = self._map_sizes(tuple(x.shape[2:]), len(self.stages))
         intermediates = []
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            height, width = x.shape[1] // 2, x.shape[2] // 2  # of the map the last stage, where a class token is, makes
             x = stage(x)
             if i in take_indices:
                 y = self.norm(x) if norm and i == last else x
-                y = y if y.ndim == 4 else y[:, 1:].unflatten(1, (height, width))  # (B, 1 + H*W, C) -> (B, H, W, C)
+                y = y if y.ndim == 4 else y[:, 1:].unflatten(1, map_sizes[i])  # (B, 1 + H*W, C) -> (B, H, W, C)
                 intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
         if intermediates_only:
             return intermediates
@@ -276,7 +278,7 @@ class LIT(nn.Module):
         self.stages = self.stages[: max_index + 1]
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-            self.num_prefix_tokens = 0
+            self.num_prefix_tokens, self.output_fmt = 0, "NHWC"
         if prune_norm or prune_end:
             self.norm = nn.Identity()
         if prune_head or prune_end:
@@ -385,7 +387,7 @@ def lit_ti(pretrained: bool = False, **kwargs) -> LIT:
 
 @register_model
 def lit_s(pretrained: bool = False, **kwargs) -> LIT:
-    """LIT-S."""
+    """LIT-S: the defaults of :class:`LIT`, with Swin-T's widths and depths."""
     return _create_lit("lit_s", pretrained, **kwargs)
 
 

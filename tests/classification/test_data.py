@@ -89,7 +89,7 @@ class TestTrainSampler:
 
     def test_knows_the_batches_of_an_update(self):
         sampler = TrainSampler(100, 24, 8, rank=1, world_size=3)
-        assert [sampler.update(sampler.order(), i) for i in range(4)] == [[batch] for batch in sampler]
+        assert [sampler.micro_batches(sampler.order(), i) for i in range(4)] == [[batch] for batch in sampler]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -182,6 +182,15 @@ def test_image_folder(tiny_cfg):
     dataset = build_dataset(load_config(tiny_cfg()), is_training=True)
     assert dataset.classes == ["ant", "bee", "cat"] and len(dataset) == 33
     assert all(label == channel for label, channel in labelled_mean_colours(dataset))
+
+
+def test_classes_may_have_the_names_of_splits(tiny_cfg, image_folder, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name, target in (("car", "ant"), ("train", "bee"), ("val", "cat")):
+            (tmp_path / split / name).symlink_to(image_folder / split / target)
+        dataset = build_dataset(load_config(tiny_cfg(), data_path=str(tmp_path)), is_training=split == "train")
+        assert dataset.classes == ["car", "train", "val"] and len(dataset) == {"train": 33, "val": 12}[split]
 
 
 def test_tar_of_images(tiny_cfg, image_folder, tmp_path):

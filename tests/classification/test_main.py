@@ -18,7 +18,8 @@ import main
 from config import load_config
 from data import build_val_loader
 from distributed import Processes
-from lit_backbone import load_checkpoint, read_checkpoint
+from engine import to_device
+from lit_backbone import lit, load_checkpoint, read_checkpoint
 from resume import BEST, LATEST
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
@@ -105,6 +106,22 @@ def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
     assert not torch.equal(content["model"]["head.weight"], content["model_ema"]["head.weight"])
 
 
+def test_the_average_counts_whatever_the_evaluating_configuration_says(tiny_cfg, folder, capsys):
+    main.main(["--cfg", str(tiny_cfg(TRAIN={"EMA": 0.999}))])
+    capsys.readouterr()
+    main.main(["--cfg", str(tiny_cfg()), "--eval", "--resume", str(folder / LATEST), "--batch-size", "5"])
+    assert f" * Acc@1 {accuracy_by_hand(tiny_cfg(), folder / LATEST, use_ema=True):.3f} " in capsys.readouterr().out
+
+
+def test_a_finished_run_says_that_it_ignores_new_weights(tiny_cfg, folder, capsys):
+    main.main(["--cfg", str(tiny_cfg())])
+    capsys.readouterr()
+    main.main(["--cfg", str(tiny_cfg()), "--pretrained", "other.pth"])
+    out = capsys.readouterr().out
+    assert f"{folder / LATEST} exists and is continued, not other.pth; name another run with --tag" in out
+    assert "finished 2 epochs" in out
+
+
 def test_throughput_needs_no_data(tiny_cfg):
     timed = run("--cfg", tiny_cfg(), "--throughput", "--data-path", "/no/such/place")
     assert timed.returncode == 0 and re.search(
@@ -138,12 +155,22 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["train/loss_epoch"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("option", ["TRAIN.USE_CHECKPOINT", "RUNTIME.CHANNELS_LAST"])
-def test_options_that_only_cost_or_save_change_nothing(tiny_cfg, folder, tmp_path, option):
+def test_recomputing_activations_changes_nothing(tiny_cfg, folder, monkeypatch):
+    recomputed = []
+    checkpoint_seq = lit.checkpoint_seq
+    monkeypatch.setattr(lit, "checkpoint_seq", lambda *args: recomputed.append(1) or checkpoint_seq(*args))
     main.main(["--cfg", str(tiny_cfg())])
-    main.main(["--cfg", str(tiny_cfg()), "--tag", "other", "--opts", option, "true"])
-    plain, other = (losses(folder.parent / tag) for tag in ("default", "other"))
-    assert plain == pytest.approx(other, rel=1e-3)
+    assert not recomputed
+    main.main(["--cfg", str(tiny_cfg()), "--tag", "other", "--opts", "TRAIN.USE_CHECKPOINT", "true"])
+    assert len(recomputed) == 8 * 2 * 4  # updates, batches, stages; none in evaluation
+    assert losses(folder) == pytest.approx(losses(folder.parent / "other"), rel=1e-3)
+
+
+@pytest.mark.parametrize("enabled, memory_format", [(True, torch.channels_last), (False, torch.contiguous_format)])
+def test_channels_last(tiny_cfg, enabled, memory_format):
+    config = load_config(tiny_cfg(), ["RUNTIME.CHANNELS_LAST", str(enabled).lower()])
+    images = to_device(torch.rand(2, 3, 32, 32), torch.device("cpu"), config)
+    assert images.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.slow
@@ -275,8 +302,8 @@ def test_options_can_be_given_in_parts(tiny_cfg):
     assert load_config(tiny_cfg(), args.opts).SEED == 1 and load_config(tiny_cfg(), args.opts).PRINT_FREQ == 2
 
 
-def test_any_timm_model_can_be_fine_tuned(tiny_cfg, tmp_path):
-    """Names of other models that look like released ones of ours are left as they are."""
+def test_weights_of_a_vision_transformer_keep_their_names(tmp_path):
+    """Other models of timm have names that look like LIT's released ones."""
     small = dict(embed_dim=32, depth=1, num_heads=1)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, **small)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")

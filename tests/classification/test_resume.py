@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere and resumed ends as if it had not been; a bad checkpoint is refused."""
 
+import json
 import os
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_integer_buffers_are_not_averaged(reference):
     assert not torch.equal(reference["model_ema"]["head.weight"], reference["model"]["head.weight"])
 
 
+def test_the_log_has_one_line_per_epoch(tiny_cfg, monkeypatch, tmp_path):
+    """An epoch that is run again, because its end was not saved, replaces its record."""
+    cfg = tiny_cfg(SAVE_FREQ=3)
+    train(cfg, "TRAIN.EPOCHS", "5", stop_after=4 * 4 + 1, monkeypatch=monkeypatch)
+    train(cfg, "TRAIN.EPOCHS", "5", monkeypatch=monkeypatch)
+    lines = (tmp_path / "output" / "tiny" / "default" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
+
+
 def test_automatic_resume_can_be_off(tiny_cfg, monkeypatch):
     cfg = tiny_cfg()
     train(cfg, monkeypatch=monkeypatch)
@@ -133,6 +143,7 @@ def test_best_is_the_highest_accuracy(tiny_cfg, monkeypatch, tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / LATEST
     write_atomically(path, {"update": 1})
+    (tmp_path / f".{LATEST}.tmp").write_bytes(b"left by a killed run")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         write_atomically(path, {"update": 2})
@@ -191,6 +202,24 @@ def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path):
     assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "optimiser")
 
 
+def test_checkpoint_of_another_image_size(checkpoint, tiny_cfg):
+    assert_refused(checkpoint, load_config(tiny_cfg(), ["DATA.IMG_SIZE", "64"]), "DATA.IMG_SIZE", "--pretrained")
+
+
+@pytest.mark.parametrize("scaled_before", [False, True])
+def test_loss_scaling_is_restored(checkpoint, tiny_cfg, tmp_path, scaled_before):
+    """fp16's scale continues where it stood; a run that had none starts with its own."""
+    before, after = (torch.amp.GradScaler("cpu", enabled=enabled, init_scale=8.0) for enabled in (scaled_before, True))
+    before.scale(torch.ones(1))  # which makes the scale
+    before.update(32.0)
+    torch.save(read_checkpoint(checkpoint) | {"scaler": before.state_dict()}, tmp_path / "other.pth")
+    config = load_config(tiny_cfg())
+    state = state_of(config)
+    state.scaler = after
+    restore_checkpoint(tmp_path / "other.pth", state, config)
+    assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
+
+
 def test_truncated_checkpoint(checkpoint, tiny_cfg, tmp_path):
     (tmp_path / "half.pth").write_bytes(checkpoint.read_bytes()[:5000])
     assert_refused(tmp_path / "half.pth", load_config(tiny_cfg()), "truncated")
@@ -198,7 +227,9 @@ def test_truncated_checkpoint(checkpoint, tiny_cfg, tmp_path):
 
 def test_a_changed_setting_is_reported(checkpoint, tiny_cfg, caplog):
     config = load_config(tiny_cfg(), ["TRAIN.WEIGHT_DECAY", "0.3"])
-    restore_checkpoint(checkpoint, state_of(config), config)
+    state = state_of(config)
+    restore_checkpoint(checkpoint, state, config)
+    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.3, 0.0, 0.3]  # and is in force
     assert [record.getMessage() for record in caplog.records] == [
         f"{checkpoint} was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3"
     ]

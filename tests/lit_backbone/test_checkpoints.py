@@ -1,0 +1,410 @@
+import argparse
+import copy
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from lit_backbone import LIT, CheckpointError, load_checkpoint, read_checkpoint
+from tests.lit_backbone.small import SHRUNK, shrunk_released, small_lit
+
+RELEASES = "https://github.com/ziplab/LIT/releases/download"
+RELEASED_FILES = {
+    "lit_ti": f"{RELEASES}/v1.0/lit_ti.pth",
+    "lit_s": f"{RELEASES}/v1.0/lit_s.pth",
+    "lit_m": f"{RELEASES}/v1.0/lit_m.pth",
+    "lit_b": f"{RELEASES}/v1.0/lit_b.pth",
+    "pvt_small_full_msa": f"{RELEASES}/v2.1/pvt_full_msa.pth",
+}
+
+
+class CfgNode(dict):
+    """What `yacs.config.CfgNode` is to pickle: a dictionary with attributes of its own, one of them a set."""
+
+    def __init__(self, content: dict[str, Any]):
+        super().__init__({key: CfgNode(v) if isinstance(v, dict) else v for key, v in content.items()})
+        self.__dict__["__immutable__"] = False
+        self.__dict__["__deprecated_keys__"] = set()
+        self.__dict__["__renamed_keys__"] = {}
+        self.__dict__["__new_allowed__"] = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
+CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+
+
+def save_with_config(content: dict[str, Any], path: Path) -> None:
+    """Save as the reference's trainers do, with their configurations beside the weights; yacs is gone afterwards."""
+    config = CfgNode({"MODEL": {"NAME": "lit_s", "DEPTHS": [2, 2, 6, 2]}, "BASE": [""], "TRAIN": {"BASE_LR": 5e-4}})
+    arguments = argparse.Namespace(lr=5e-4, data_path="/imagenet", betas=(0.9, 0.999), opt_eps=None)
+    yacs = {"yacs": ModuleType("yacs"), "yacs.config": ModuleType("yacs.config")}
+    yacs["yacs.config"].CfgNode = CfgNode
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in yacs.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save(content | {"config": config, "args": arguments, "epoch": 299, "max_accuracy": 81.5}, path)
+    assert "yacs" not in sys.modules
+
+
+def shrunk_model(name: str, **kwargs: Any) -> LIT:
+    return timm.create_model(name, **(SHRUNK[name] | kwargs))
+
+
+def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+
+
+@pytest.fixture(params=["lit_s", "lit_ti"])
+def released(request: pytest.FixtureRequest, goldens: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """A model's name, and weights in its released layout."""
+    return request.param, shrunk_released(request.param, goldens["state_dicts"][request.param]["keys"])
+
+
+@pytest.fixture
+def expected(released: tuple[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The same weights in this package's layout, as a model holds them; its values are checked in test_goldens.py."""
+    name, state = released
+    model = shrunk_model(name)
+    model.load_state_dict(state)
+    return dict(model.state_dict())
+
+
+# ---- load_state_dict
+
+
+def test_load_state_dict_takes_both_layouts(released: tuple[str, dict[str, Tensor]]) -> None:
+    name, state = released
+    keys = list(state)
+    model = shrunk_model(name)
+    model.load_state_dict(state, strict=True)
+    assert list(state) == keys  # the caller's dictionary stays as it is
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == sum(value.numel() for key, value in state.items() if "running" not in key)
+    twin = shrunk_model(name)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    assert_same_state(twin, dict(model.state_dict()))
+    with pytest.raises(RuntimeError, match="patch_embed_extra"):
+        model.load_state_dict(state | {"patch_embed_extra": torch.ones(1)})
+
+
+def test_released_layout_loads_under_a_prefix(
+    released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor]
+) -> None:
+    name, state = released
+    detector = nn.ModuleDict({"backbone": shrunk_model(name), "neck": nn.Linear(2, 3)})
+    neck = {"neck.weight": torch.ones(3, 2), "neck.bias": torch.ones(3)}
+    detector.load_state_dict({f"backbone.{key}": value for key, value in state.items()} | neck, strict=True)
+    assert_same_state(detector["backbone"], expected)
+    assert_same_state(detector["neck"], {"weight": neck["neck.weight"], "bias": neck["neck.bias"]})
+
+
+def test_released_layout_loads_into_copies(
+    released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor]
+) -> None:
+    name, state = released
+    model = shrunk_model(name)
+    for twin in (copy.deepcopy(model), ModelEmaV3(model).module):
+        twin.load_state_dict(state, strict=True)
+        assert_same_state(twin, expected)
+
+
+# ---- reading files
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"state_dict": state, "meta": {"epoch": 12}},
+        lambda state: {"model_ema": state},
+        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}, "optimizer": {"state": {}}},
+        lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    ],
+    ids=["bare", "model", "state_dict", "model_ema", "module.", "compiled"],
+)
+def test_load_checkpoint_unwraps(
+    wrap: Callable[[dict[str, Tensor]], dict[str, Any]],
+    released: tuple[str, dict[str, Tensor]],
+    expected: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    name, state = released
+    torch.save(wrap(state), tmp_path / "weights.pth")
+    for model in (None, shrunk_model(name)):
+        fresh = shrunk_model(name)
+        fresh.load_state_dict(load_checkpoint(tmp_path / "weights.pth", model), strict=True)
+        assert_same_state(fresh, expected)
+
+
+def test_load_checkpoint_reads_safetensors(
+    released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name, state = released
+    save_file(state, tmp_path / "weights.safetensors")
+    model = shrunk_model(name)
+    model.load_state_dict(load_checkpoint(str(tmp_path / "weights.safetensors"), model))
+    assert_same_state(model, expected)
+
+
+def test_load_checkpoint_prefers_the_average_on_demand(tmp_path: Path) -> None:
+    model = small_lit()
+    state = model.state_dict()
+    average = {key: value + 1 for key, value in state.items()}
+    for wrapper in ("model_ema", "state_dict_ema"):
+        torch.save({"model": state, wrapper: average}, tmp_path / "both.pth")
+        for use_ema, weights in ((False, state), (True, average)):
+            loaded = load_checkpoint(tmp_path / "both.pth", use_ema=use_ema)
+            torch.testing.assert_close(loaded, dict(weights), rtol=0, atol=0)
+    torch.save({"model": state}, tmp_path / "one.pth")
+    torch.testing.assert_close(load_checkpoint(tmp_path / "one.pth", use_ema=True), dict(state), rtol=0, atol=0)
+
+
+def test_configurations_beside_the_weights_are_plain_data(tmp_path: Path) -> None:
+    state = small_lit().state_dict()
+    save_with_config({"model": state}, tmp_path / "trained.pth")
+    content = read_checkpoint(tmp_path / "trained.pth")
+    assert content["config"]["MODEL"] == {"NAME": "lit_s", "DEPTHS": [2, 2, 6, 2]}
+    assert content["args"].betas == (0.9, 0.999)
+    assert content["epoch"] == 299
+    torch.testing.assert_close(load_checkpoint(tmp_path / "trained.pth"), dict(state), rtol=0, atol=0)
+
+
+# ---- files that are no checkpoints
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def write_truncated(path: Path) -> None:
+    torch.save(small_lit().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_truncated_safetensors(path: Path) -> None:
+    save_file(small_lit().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_FILES = {
+    "missing.pth": (lambda path: None, "no such file"),
+    "directory.pth": (lambda path: path.mkdir(), "no such file"),
+    "empty.pth": (lambda path: path.touch(), "unreadable"),
+    "page.pth": (lambda path: path.write_text("<!DOCTYPE html>\n<title>Not found</title>\n"), "unreadable"),
+    "truncated.pth": (write_truncated, "unreadable or truncated"),
+    "truncated.safetensors": (write_truncated_safetensors, "unreadable or truncated"),
+    "text.safetensors": (lambda path: path.write_text("no tensors"), "unreadable"),
+    "list.pth": (lambda path: torch.save([torch.ones(1)], path), "holds a list; expected a dictionary"),
+    "no-weights.pth": (lambda path: torch.save({"epoch": 3, "model": {"name": "lit_s"}}, path), "holds no weights"),
+    "numbered.pth": (lambda path: torch.save({0: torch.ones(1)}, path), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_unreadable_files(name: str, tmp_path: Path) -> None:
+    write, reason = BAD_FILES[name]
+    write(tmp_path / name)
+    with pytest.raises(CheckpointError, match=reason) as error:
+        load_checkpoint(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    assert "expected" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["system", "eval", "getattr", "Path"])
+def test_files_that_would_run_code_are_refused(name: str, legacy: bool, tmp_path: Path) -> None:
+    mark, path = tmp_path / "code-ran", tmp_path / "crafted.pth"
+    payload = {
+        "system": Call(os.system, f"touch {mark}"),
+        "eval": Call(eval, f"open({str(mark)!r}, 'w')"),
+        "getattr": Call(getattr, "text", "upper"),
+        "Path": mark,  # harmless, but no plain data
+    }[name]
+    content = {"model": small_lit().state_dict(), "config": payload}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=f"refused, because it pickles .*{name}") as error:
+        load_checkpoint(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+# ---- fitting a model
+
+
+@pytest.mark.parametrize("new_head", [True, False])
+def test_a_checkpoint_of_another_model_names_keys(
+    new_head: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"model": small_lit("relative").state_dict()}, path)
+    for model, keys in (
+        (small_lit("class_token"), ["missing", "stages.0.pos_embed", "unexpected", "attn.rel_pos_bias"]),
+        (small_lit(depths=(1, 1, 1, 1)), ["unexpected", "stages.1.blocks.1.norm2.weight"]),
+        (small_lit(embed_dims=(16, 32, 48, 64)), ["another shape", "stages.0.merge.proj.weight"]),
+        (shrunk_model("lit_ti"), ["lit_ti", "missing"]),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path, model, new_head=new_head)
+        assert str(error.value).startswith(f"{path}: not a checkpoint of ")
+        assert all(key in str(error.value) for key in keys), str(error.value)
+        assert "\n" not in str(error.value)
+    assert caplog.records == []  # nothing about a new head
+
+
+def test_another_number_of_classes_gets_a_new_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "ten.pth"
+    source = small_lit(num_classes=10)
+    torch.save(source.state_dict(), path)
+    model = small_lit(num_classes=7)
+    head = copy.deepcopy(model.head.state_dict())
+    with caplog.at_level(logging.WARNING):
+        model.load_state_dict(load_checkpoint(path, model), strict=True)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path}: ")
+    assert "10 classes, the model 7" in record.getMessage()
+    assert_same_state(model.head, dict(head))
+    expected = {key: value for key, value in source.state_dict().items() if not key.startswith("head.")}
+    body = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    torch.testing.assert_close(body, expected, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="10 classes, the model 7"):
+        load_checkpoint(path, model, new_head=False)
+
+
+def test_headless_models_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "weights.pth"
+    source, headless = small_lit(), small_lit(num_classes=0)
+    torch.save(source.state_dict(), path)
+    headless.load_state_dict(load_checkpoint(path, headless), strict=True)
+    torch.testing.assert_close(headless.norm.weight, source.norm.weight)
+    assert caplog.records == []
+
+    torch.save(headless.state_dict(), path)
+    source.load_state_dict(load_checkpoint(path, source), strict=True)
+    assert "no classes, the model 10" in caplog.text
+
+
+def resized_by_hand(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tables of a released layout at 224 x 224, resized for 256 x 320 as the reference does."""
+    sizes = [(64, 80), (32, 40), (16, 20), (8, 10)]
+    tables = {}
+    for key, table in state.items():
+        if name == "lit_s" and key.endswith("relative_position_bias_table"):
+            stage, side = int(key.split(".")[1]), int(len(table) ** 0.5)
+            (height, width), heads = sizes[stage], table.shape[1]
+            table = table.permute(1, 0).view(1, heads, side, side)
+            key = key.replace("layers", "stages").replace("relative_position_bias_table", "rel_pos_bias")
+            size = (2 * height - 1, 2 * width - 1)
+            tables[key] = F.interpolate(table, size=size, mode="bicubic", align_corners=False)
+        elif name == "lit_ti" and key.startswith("pos_embed"):
+            stage = int(key[-1]) - 1
+            if stage == 3:
+                tables["stages.3.cls_pos_embed"], table = table[:, :1], table[:, 1:]
+            side = int(table.shape[1] ** 0.5)
+            table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            size = sizes[stage]
+            tables[f"stages.{stage}.pos_embed"] = F.interpolate(table, size=size, mode="bilinear", align_corners=False)
+    return tables
+
+
+@pytest.mark.parametrize("through_timm", [False, True])
+def test_tables_are_resized_for_another_input_size(
+    through_timm: bool, released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name, state = released
+    path = tmp_path / "weights.pth"
+    torch.save({"model": state}, path)
+    if through_timm:
+        overlay = dict(file=str(path))
+        model = shrunk_model(name, img_size=(256, 320), pretrained=True, pretrained_cfg_overlay=overlay)
+    else:
+        model = shrunk_model(name, img_size=(256, 320))
+        model.load_state_dict(load_checkpoint(path, model), strict=True)
+    tables = resized_by_hand(name, state)
+    assert len(tables) == {"lit_s": 8, "lit_ti": 5}[name]
+    torch.testing.assert_close(dict(model.state_dict()), expected | tables, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="size mismatch"):  # loading itself never resizes
+        shrunk_model(name, img_size=(256, 320)).load_state_dict(state)
+
+
+# ---- timm's ways to weights
+
+
+@pytest.mark.parametrize("name", RELEASED_FILES)
+def test_default_configuration_names_the_release(name: str) -> None:
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.url == RELEASED_FILES[name]
+    assert cfg.input_size == (3, 224, 224)
+    assert (cfg.crop_pct, cfg.interpolation) == (0.875, "bicubic")
+    assert cfg.mean == (0.485, 0.456, 0.406)
+    assert cfg.std == (0.229, 0.224, 0.225)
+
+
+def test_timm_checkpoint_path(
+    released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name, state = released
+    save_with_config({"model": state}, tmp_path / "weights.pth")
+    assert_same_state(shrunk_model(name, checkpoint_path=str(tmp_path / "weights.pth")), expected)
+
+
+def test_timm_pretrained_file_for_other_classes_and_channels(
+    released: tuple[str, dict[str, Tensor]], expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name, state = released
+    save_with_config({"model": state}, tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"))
+    model = shrunk_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1)
+    assert model.head.weight.shape[0] == 5
+    first = "stages.0.merge.proj.weight"
+    expected[first] = expected[first].sum(1, keepdim=True)  # grey counts as equal red, green and blue
+    loaded = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    kept = {key: value for key, value in expected.items() if not key.startswith("head.")}
+    torch.testing.assert_close(loaded, kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_timm_pretrained_reads_the_hub_cache(
+    features_only: bool,
+    released: tuple[str, dict[str, Tensor]],
+    expected: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of `pretrained=True` but the download."""
+    name, state = released
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    save_with_config({"model": state}, cache / RELEASED_FILES[name].rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, *_, **__: pytest.fail(f"downloads {url}"))
+    model = shrunk_model(name, pretrained=True, features_only=features_only)
+    if features_only:
+        expected = {f"model.{key}": v for key, v in expected.items() if not key.startswith(("head.", "norm."))}
+    assert_same_state(model, expected)

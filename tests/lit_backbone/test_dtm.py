@@ -1,0 +1,200 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import deform_conv2d
+
+from lit_backbone.dtm import DeformableTokenMerging, deformable_sample, offset_statistics, sampling_positions
+
+
+def warp_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(deformable_sample(x, offset), weight, bias, stride=2)
+
+
+def oracle(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return deform_conv2d(x, offset, weight, bias, stride=2)
+
+
+def output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
+
+
+def random_inputs(batch: int, channels: int, height: int, width: int, *, reach: float) -> tuple[Tensor, ...]:
+    """Map, offsets of up to `reach` pixels, weight and bias. No sample lies near a whole pixel, where sides differ."""
+    offset = reach * (2 * torch.rand(batch, 8, height // 2, width // 2) - 1)
+    offset = offset.floor() + 0.1 + 0.8 * (offset - offset.floor())
+    return torch.randn(batch, channels, height, width), offset, torch.randn(3, channels, 2, 2), torch.randn(3)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21), (56, 56)])
+def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
+    inputs = random_inputs(2, 5, *size, reach=reach)
+    expected = output_and_gradients(oracle, *inputs)
+    actual = output_and_gradients(warp_and_merge, *inputs)
+    assert actual[0].shape == (2, 3, size[0] // 2, size[1] // 2)
+    for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=2e-4, msg=lambda text, of=name: f"{of}: {text}")
+        assert relative_error(result, reference) < 2e-5 or reference.norm() == 0, name
+
+
+def test_reads_nothing_far_outside_the_map() -> None:
+    x, offset, weight, bias = random_inputs(1, 4, 6, 6, reach=1.0)
+    for shift in (-40.0, 40.0, 1e6):
+        out = warp_and_merge(x, offset + shift, weight, bias)
+        torch.testing.assert_close(out, bias[None, :, None, None].expand_as(out), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-13)])
+def test_zero_offsets_are_a_plain_convolution(dtype: torch.dtype, tolerance: float) -> None:
+    for height, width in ((56, 56), (57, 41), (14, 14)):
+        x, offset, weight, bias = (tensor.to(dtype) for tensor in random_inputs(2, 6, height, width, reach=1.0))
+        out = warp_and_merge(x, torch.zeros_like(offset), weight, bias)
+        assert relative_error(out, F.conv2d(x, weight, bias, stride=2)) < tolerance
+
+
+def test_whole_offsets_are_a_shift() -> None:
+    x = torch.randn(1, 3, 12, 10)
+    for dy, dx in ((1, 0), (0, -1), (3, -2), (-5, 7)):
+        offset = torch.tensor([dy, dx], dtype=torch.float32).repeat(4)[None, :, None, None].expand(1, 8, 6, 5)
+        shifted = F.pad(x, (-dx, dx, -dy, dy))  # rows move up by dy, columns left by dx; zeros come in
+        torch.testing.assert_close(deformable_sample(x, offset), shifted, rtol=0, atol=2e-5)
+
+
+def assert_gradients_on_whole_pixels(offset: Tensor, height: int, width: int) -> None:
+    x, weight, bias = torch.randn(1, 1, height, width), torch.randn(1, 1, 2, 2), torch.zeros(1)
+    expected = output_and_gradients(oracle, x, offset, weight, bias)
+    actual = output_and_gradients(warp_and_merge, x, offset, weight, bias)
+    cosine = torch.cosine_similarity(actual[2].flatten(), expected[2].flatten(), dim=0)
+    assert cosine > 1 - 1e-6, f"offset gradients of a {height}x{width} map: cosine {cosine}"
+    for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight"], strict=False):
+        assert relative_error(result, reference) < 2e-4, f"{name} of a {height}x{width} map"
+
+
+def test_gradients_at_zero_offsets_for_every_size() -> None:
+    """Training starts here, on a kink of the sampling; which sizes round to the wrong side of it is a lottery."""
+    for size in range(2, 131):
+        for height, width in ((size, 2), (2, size)):
+            assert_gradients_on_whole_pixels(torch.zeros(1, 8, height // 2, width // 2), height, width)
+    assert_gradients_on_whole_pixels(torch.zeros(1, 8, 100, 167), 200, 334)
+
+
+def test_gradients_at_whole_offsets() -> None:
+    for height, width in ((14, 14), (29, 18), (56, 56)):
+        offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many end on and beyond the border
+        assert_gradients_on_whole_pixels(offset, height, width)
+
+
+def test_gradcheck() -> None:
+    inputs = [tensor.double().requires_grad_() for tensor in random_inputs(1, 2, 5, 6, reach=2.0)]
+    assert torch.autograd.gradcheck(warp_and_merge, inputs)
+
+
+def test_order_of_offset_channels() -> None:
+    offset = torch.randn(2, 8, 3, 4)
+    expected = torch.empty(2, 6, 8, 2)
+    for i in range(3):
+        for j in range(4):
+            for ky in range(2):
+                for kx in range(2):
+                    channel = 2 * (2 * ky + kx)
+                    expected[:, 2 * i + ky, 2 * j + kx, 0] = 2 * i + ky + offset[:, channel, i, j]
+                    expected[:, 2 * i + ky, 2 * j + kx, 1] = 2 * j + kx + offset[:, channel + 1, i, j]
+    torch.testing.assert_close(sampling_positions(offset), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_coordinates_stay_float32_in_half_precision(autocast: bool) -> None:
+    x = torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)
+    x[..., 201] = 1
+    offset = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
+    offset[0, 3, 0, 100] = 0.5  # dx of tap (0, 1): the sample at column 201 reads 201.5, in bfloat16 it would be 202
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = deformable_sample(x, offset)
+        assert deformable_sample(x.float(), offset).dtype == torch.float32
+    assert sampling_positions(offset).dtype == torch.float32
+    assert out.dtype == torch.bfloat16
+    assert out[0, 0, 0, 201].item() == 0.5
+
+
+def test_autocast_leaves_offsets_and_residual_stream_in_float32() -> None:
+    """Only the products of features and weights are rounded: offsets are those of float32, bit for bit."""
+    merge = DeformableTokenMerging(6, 10).eval()
+    torch.nn.init.normal_(merge.offset.weight)
+    offsets = []
+    merge.offset.register_forward_hook(lambda *args: offsets.append(args[2]))
+    x = torch.randn(2, 8, 8, 6)
+    expected = merge(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = merge(x)
+    assert out.dtype == torch.float32
+    assert torch.equal(*offsets)
+    assert 0 < (out - expected).abs().max() < 0.05
+    assert merge.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_offset_statistics_by_hand() -> None:
+    offset = torch.zeros(1, 8, 1, 1)
+    offset[0, :, 0, 0] = torch.tensor([3, 4, 0, 0.5, -2, 0, 0, 0])  # taps (0, 0), (0, 1), (1, 0), (1, 1)
+    length, outside = offset_statistics(offset, (2, 2))  # they read (3, 4), (0, 1.5), (-1, 0) and (1, 1)
+    assert length.item() == pytest.approx((5 + 0.5 + 2 + 0) / 4)
+    assert outside.item() == pytest.approx(2 / 4)
+
+
+def test_share_outside_counts_samples_that_read_zero() -> None:
+    _, offset, _, _ = random_inputs(2, 1, 9, 13, reach=6.0)
+    share = (deformable_sample(torch.ones(2, 1, 9, 13), offset) == 0).float().mean()
+    assert 0.1 < share < 0.9
+    assert offset_statistics(offset, (9, 13))[1].item() == pytest.approx(share.item())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 6), (7, 11)])
+def test_module_is_deformable_convolution_batch_norm_gelu(size: tuple[int, int]) -> None:
+    merging = DeformableTokenMerging(6, 10)
+    assert merging.offset.weight.count_nonzero() == merging.offset.bias.count_nonzero() == 0
+    torch.nn.init.normal_(merging.offset.weight, std=0.3)
+    torch.nn.init.uniform_(merging.offset.bias, 0.1, 0.9)
+    x = torch.randn(2, *size, 6)
+    out = merging(x)
+
+    x = x.permute(0, 3, 1, 2)
+    offset = F.conv2d(x, merging.offset.weight, merging.offset.bias, stride=2)
+    expected = deform_conv2d(x, offset, merging.proj.weight, merging.proj.bias, stride=2)
+    mean, var = expected.mean((0, 2, 3), keepdim=True), expected.var((0, 2, 3), keepdim=True, correction=0)
+    expected = (expected - mean) / (var + 1e-5).sqrt()
+    expected = 0.5 * expected * (1 + torch.erf(expected / math.sqrt(2)))
+    assert out.shape == (2, size[0] // 2, size[1] // 2, 10)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(backend: str) -> None:
+    inputs = random_inputs(2, 4, 8, 6, reach=2.0)
+    expected = output_and_gradients(oracle, *inputs)
+    actual = output_and_gradients(torch.compile(warp_and_merge, fullgraph=True, backend=backend), *inputs)
+    for result, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_exports_with_free_sizes() -> None:
+    class Sample(torch.nn.Module):
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            return deformable_sample(x, offset)
+
+    free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    example = random_inputs(2, 4, 12, 8, reach=2.0)[:2]
+    program = torch.export.export(Sample(), example, dynamic_shapes=(free, free))
+    x, offset, weight, bias = random_inputs(3, 4, 10, 14, reach=2.0)
+    out = F.conv2d(program.module()(x, offset), weight, bias, stride=2)
+    torch.testing.assert_close(out, oracle(x, offset, weight, bias), rtol=1e-4, atol=1e-4)

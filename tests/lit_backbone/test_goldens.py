@@ -1,0 +1,204 @@
+"""The figures in `tests/goldens` hold: they were measured on the reference, with weights in its released layouts.
+
+Values compare as the largest difference in units of the reference array's standard deviation.
+"""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_backbone import LIT
+from lit_backbone.checkpoints import convert_released
+from tests.goldens.fill import fill, image, soft_target
+
+CLASSIFIERS = ["lit_ti", "lit_s", "lit_m", "lit_b", "pvt_small_full_msa"]
+DENSE = {
+    "lit_ti_det": dict(model_name="lit_ti", class_token=False, global_pool="avg"),
+    "lit_ti_seg": dict(model_name="lit_ti", class_token=False, global_pool="avg"),
+    "lit_s_det": dict(model_name="lit_s", img_size=800),
+    "lit_s_seg": dict(model_name="lit_s", img_size=512),
+}
+DETECTORS = {
+    "retinanet_lit_ti": "lit_ti_det",
+    "retinanet_lit_s": "lit_s_det",
+    "mask_rcnn_lit_ti": "lit_ti_det",
+    "mask_rcnn_lit_s": "lit_s_det",
+    "sem_fpn_lit_ti": "lit_ti_seg",
+    "sem_fpn_lit_s": "lit_s_seg",
+}
+
+
+def assert_agrees(actual: Tensor, figure: Mapping[str, Any], tolerance: float = 1e-4) -> None:
+    actual = actual.detach().double()
+    assert list(actual.shape) == figure["shape"]
+    expected = torch.tensor(figure["value"], dtype=torch.float64)
+    error = (actual.flatten()[figure["index"]] - expected).abs().max() / figure["std"]
+    assert error < tolerance, f"{error:.1e} standard deviations"
+    assert actual.norm().item() == pytest.approx(figure["l2"], rel=tolerance)
+
+
+def meta_state(layout: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in layout.items()}
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- layouts and sizes
+
+
+def test_every_figure_is_used(goldens: dict[str, Any]) -> None:
+    assert goldens["state_dicts"].keys() == {*CLASSIFIERS, *DENSE, *DETECTORS}
+    assert goldens["outputs"]["logits"].keys() == {"lit_s", "lit_ti", "pvt_small_full_msa"}
+    assert goldens["outputs"]["offsets"].keys() == {"lit_ti"}
+    assert goldens["outputs"]["features"].keys() == {*DENSE}
+    assert goldens["train_step"].keys() == goldens["train_step_zero_offsets"].keys() == {"lit_s", "lit_ti"}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_layout_and_parameter_count(name: str, goldens: dict[str, Any]) -> None:
+    model = timm.create_model(name, device="meta")
+    assert parameter_count(model) == goldens["state_dicts"][name]["parameters"]
+    model.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=True)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_layout(name: str, goldens: dict[str, Any]) -> None:
+    """The backbone part: the dense models' own output norms, and ImageNet's final norm, are not shared."""
+    model = timm.create_model(**DENSE[name], num_classes=0, device="meta")
+    result = model.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=False)
+    assert result.missing_keys == ["norm.weight", "norm.bias"]
+    assert all(key.startswith(("norm0.", "norm1.", "norm2.", "norm3.")) for key in result.unexpected_keys)
+    assert bool(result.unexpected_keys) == name.startswith("lit_s")
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detector_layout(name: str, goldens: dict[str, Any]) -> None:
+    detector = nn.Module()
+    detector.backbone = timm.create_model(**DENSE[DETECTORS[name]], num_classes=0, device="meta")
+    result = detector.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=False)
+    assert result.missing_keys == ["backbone.norm.weight", "backbone.norm.bias"]
+    unexpected = {key for key in result.unexpected_keys if key.startswith("backbone.")}
+    assert all(key.startswith("backbone.norm") for key in unexpected)
+    assert bool(unexpected) == name.endswith("lit_s")
+
+
+@pytest.mark.parametrize("name, giga", list(zip(CLASSIFIERS, [3.61, 4.08, 8.59, 15.03, 8.38], strict=True)))
+def test_multiply_adds(name: str, giga: float) -> None:
+    model = timm.create_model(name, device="meta").eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, abs=0.01)
+
+
+# ---- values
+
+
+@pytest.fixture(scope="module")
+def filled(request: pytest.FixtureRequest, goldens: dict[str, Any]) -> tuple[str, LIT, dict[str, Tensor]]:
+    """Name, model and the released weights it holds."""
+    state = fill(goldens["state_dicts"][request.param]["keys"])
+    model = timm.create_model(request.param)
+    model.load_state_dict(state, strict=True)
+    return request.param, model, state
+
+
+@pytest.mark.parametrize("filled", ["lit_s", "lit_ti", "pvt_small_full_msa"], indirect=True)
+def test_logits_and_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict[str, Any]) -> None:
+    name, model, state = filled
+    model.load_state_dict(state)
+    offsets = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: offsets.append(output))
+        for path, module in model.named_modules()
+        if path.endswith("merge.offset")
+    ]
+    with torch.no_grad():
+        logits = model.eval()(image((2, 3, 224, 224), 0))
+    for hook in hooks:
+        hook.remove()
+    assert_agrees(logits, goldens["outputs"]["logits"][name])
+    assert len(offsets) == (0 if name == "pvt_small_full_msa" else 3)
+    for offset, figure in zip(offsets, goldens["outputs"]["offsets"].get(name, []), strict=False):
+        assert_agrees(offset, figure)
+
+
+def training_step(model: LIT, state: Mapping[str, Tensor]) -> float:
+    model.load_state_dict(state)
+    model.train().zero_grad()
+    logits = model(image((4, 3, 224, 224), 11))
+    loss = (-soft_target(4, 1000, 12) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    loss.backward()
+    return loss.item()
+
+
+def own_name(released: str) -> str:
+    """This package's name of a released parameter; the shape fits every kind of table."""
+    return next(iter(convert_released({released: torch.empty(1, 1, 1)})))
+
+
+@pytest.mark.parametrize("filled", ["lit_s", "lit_ti"], indirect=True)
+def test_training_step(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict[str, Any]) -> None:
+    name, model, state = filled
+    figures = goldens["train_step"][name]
+    assert training_step(model, state) == pytest.approx(figures["loss"], rel=1e-5)
+
+    norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
+    if "stages.3.cls_pos_embed" in norms:  # the released table holds the class token's slot, too
+        slot = norms.pop("stages.3.cls_pos_embed")
+        norms["stages.3.pos_embed"] = (norms["stages.3.pos_embed"] ** 2 + slot**2) ** 0.5
+    expected = {own_name(key): norm for key, norm in figures["grad_norms"].items()}
+    before_batch_norm = {f"stages.{i}.merge.proj.bias" for i in (1, 2, 3)}  # zero gradient up to rounding
+    assert norms.keys() == expected.keys()
+    assert all(norms[key] < 1e-6 for key in before_batch_norm)
+    for key in norms.keys() - before_batch_norm:
+        assert norms[key] == pytest.approx(expected[key], rel=1e-3), key
+
+    buffers = dict(model.named_buffers())
+    assert len(figures["bn_after"]) == 6
+    for key, (mean, norm) in figures["bn_after"].items():
+        assert buffers[own_name(key)].mean().item() == pytest.approx(mean, rel=1e-4, abs=1e-7), key
+        assert buffers[own_name(key)].norm().item() == pytest.approx(norm, rel=1e-5), key
+
+
+@pytest.mark.parametrize("filled", ["lit_s", "lit_ti"], indirect=True)
+def test_training_step_from_zero_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict[str, Any]) -> None:
+    name, model, state = filled
+    figures = goldens["train_step_zero_offsets"][name]
+    state = {key: torch.zeros_like(value) if "conv_offset" in key else value for key, value in state.items()}
+    assert training_step(model, state) == pytest.approx(figures["loss"], rel=1e-5)
+
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert len(figures["offset_grads"]) == 6
+    for key, figure in figures["offset_grads"].items():
+        gradient = gradients[own_name(key)]
+        sample, expected = gradient.flatten()[figure["index"]], torch.tensor(figure["value"])
+        assert torch.cosine_similarity(sample, expected, dim=0) > 1 - 1e-6, key
+        assert (sample - expected).norm() / expected.norm() < 1e-3, key
+        assert gradient.norm().item() == pytest.approx(figure["l2"], rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_features(name: str, goldens: dict[str, Any]) -> None:
+    state = fill(goldens["state_dicts"][name]["keys"])
+    output_norms = {key: state.pop(key) for key in list(state) if key.startswith("norm")}
+    model = timm.create_model(**DENSE[name], num_classes=0).eval()
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    for size, figures in goldens["outputs"]["features"][name].items():
+        with torch.no_grad():
+            maps = model.forward_intermediates(image((1, 3, *ast.literal_eval(size)), 7), intermediates_only=True)
+        assert len(maps) == len(figures) == 4
+        for i, (x, figure) in enumerate(zip(maps, figures, strict=True)):
+            if f"norm{i}.weight" in output_norms:
+                weight, bias = output_norms[f"norm{i}.weight"], output_norms[f"norm{i}.bias"]
+                x = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps=1e-5).permute(0, 3, 1, 2)
+            assert_agrees(x, figure)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_backbone.layers import Attention, ConvMerging, pad_to_multiple, relative_position_bias, resize_table
+
+
+@pytest.mark.parametrize("map_size", [(4, 4), (2, 5), (3, 1)])
+def test_relative_bias_is_looked_up_by_displacement(map_size: tuple[int, int]) -> None:
+    height, width = map_size
+    table = torch.randn(1, 2, 2 * height - 1, 2 * width - 1)
+    bias = relative_position_bias(table, height, width)
+    assert bias.shape == (1, 2, height * width, height * width)
+    for query in range(height * width):
+        for key in range(height * width):
+            dy, dx = query // width - key // width, query % width - key % width
+            expected = table[0, :, dy + height - 1, dx + width - 1]
+            assert torch.equal(bias[0, :, query, key], expected), (query, key)
+
+
+def test_relative_bias_of_another_map_is_resized_bicubically() -> None:
+    table = torch.randn(1, 2, 27, 27)
+    resized = F.interpolate(table, size=(9, 13), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(
+        relative_position_bias(table, 5, 7), relative_position_bias(resized, 5, 7), rtol=0, atol=0
+    )
+
+
+def test_resize_table_by_hand() -> None:
+    table = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    # half-pixel centres: two pixels drawn out to four are sampled at 0, 0.25, 0.75 and 1
+    step = torch.tensor([0.0, 0.25, 0.75, 1.0])
+    expected = 2 * step[:, None] + step[None, :]
+    torch.testing.assert_close(resize_table(table, 4, 4, mode="bilinear")[0, 0], expected)
+    assert resize_table(table, 2, 2, mode="bicubic") is table
+    assert resize_table(table.bfloat16(), 4, 4, mode="bicubic").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size, padded", [((8, 12), (8, 12)), ((9, 11), (12, 12)), ((7, 4), (8, 4))])
+def test_pad_to_multiple(size: tuple[int, int], padded: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size)
+    expected = torch.zeros(2, 3, *padded)
+    expected[:, :, : size[0], : size[1]] = x
+    assert torch.equal(pad_to_multiple(x, 4), expected)
+
+
+def test_conv_merging_pads_or_cuts() -> None:
+    x = torch.randn(1, 10, 9, 3)
+    cut, pad = ConvMerging(3, 8, 4), ConvMerging(3, 8, 4, pad=True)
+    pad.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(cut(x), cut(x[:, :8, :8]))
+    torch.testing.assert_close(pad(x), cut(F.pad(x, (0, 0, 0, 3, 0, 2))))
+    torch.testing.assert_close(cut(x).mean(-1), torch.zeros(1, 2, 2), rtol=0, atol=1e-6)  # LayerNorm comes last
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_by_its_formula(with_bias: bool) -> None:
+    attention = Attention(12, 3, map_size=(2, 3) if with_bias else None)
+    if with_bias:
+        torch.nn.init.normal_(attention.rel_pos_bias)
+    x = torch.randn(2, 2, 3, 12)
+    tokens = x.flatten(1, 2)
+    heads = []
+    for head in range(3):
+        q, k, v = (
+            tokens @ attention.qkv.weight[rows].T + attention.qkv.bias[rows]
+            for rows in (slice(part * 12 + head * 4, part * 12 + head * 4 + 4) for part in range(3))
+        )
+        scores = q @ k.transpose(1, 2) / 4**0.5
+        if with_bias:
+            scores = scores + relative_position_bias(attention.rel_pos_bias, 2, 3)[:, head]
+        heads += [scores.softmax(-1) @ v]
+    expected = torch.cat(heads, dim=-1) @ attention.proj.weight.T + attention.proj.bias
+    torch.testing.assert_close(attention(x), expected.view(2, 2, 3, 12))
+
+
+def test_heads_divide_channels() -> None:
+    with pytest.raises(ValueError, match="5 heads do not divide 12 channels"):
+        Attention(12, 5)

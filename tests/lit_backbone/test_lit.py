@@ -1,0 +1,376 @@
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import FeatureGraphNet, group_parameters
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from lit_backbone import LIT
+from lit_backbone.layers import Attention, AttentionBlock, MlpBlock
+from tests.lit_backbone.small import KINDS, SMALL, small_lit
+
+VARIANTS = ["lit_b", "lit_m", "lit_s", "lit_ti", "pvt_small_full_msa"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ---- timm
+
+
+def test_registration() -> None:
+    assert timm.list_models(module="lit") == VARIANTS
+    assert set(timm.list_pretrained("lit_*")) == {"lit_b.in1k", "lit_m.in1k", "lit_s.in1k", "lit_ti.in1k"}
+    model = timm.create_model("lit_s", **SMALL, drop_path_rate=0.1)
+    assert isinstance(model, LIT)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_variants_take_overrides() -> None:
+    for name in VARIANTS:
+        model = timm.create_model(name, device="meta", num_classes=7, in_chans=1, img_size=64, drop_rate=0.5)
+        assert model(torch.empty(1, 1, 64, 64, device="meta")).shape == (1, 7)
+        with pytest.raises(TypeError, match="not_an_argument"):
+            timm.create_model(name, device="meta", not_an_argument=1)
+
+
+def test_features_only() -> None:
+    model = timm.create_model("lit_s", features_only=True, out_indices=(1, 3), **SMALL)
+    assert isinstance(model, FeatureGetterNet)
+    assert model.feature_info.channels() == [16, 32]
+    assert model.feature_info.reduction() == [8, 32]
+    assert [x.shape for x in model(torch.randn(1, 3, 64, 96))] == [(1, 16, 8, 12), (1, 32, 2, 3)]
+
+
+def test_fx_trace(kind: str) -> None:
+    model = small_lit(kind)
+    x = torch.randn(1, 3, 96, 64)
+    expected = model.forward_intermediates(x, [0, 1, 2], intermediates_only=True, output_fmt="NHWC")
+    graph = FeatureGraphNet(copy.deepcopy(model), out_indices=(0, 1, 2))
+    for traced, direct in zip(graph(x), expected, strict=True):
+        torch.testing.assert_close(traced, direct)
+
+
+def test_group_matcher_orders_layers(kind: str) -> None:
+    model = small_lit(kind)
+    depths = [len(stage.blocks) for stage in model.stages]
+    for coarse in (False, True):
+        layers = group_parameters(model, model.group_matcher(coarse), reverse=True)
+        assert layers.keys() == dict(model.named_parameters()).keys()
+        assert layers["stages.0.merge.proj.weight"] == 0
+        for i, depth in enumerate(depths):
+            for j in range(depth):
+                expected = 1 + (i if coarse else sum(depths[:i]) + j)
+                assert layers[f"stages.{i}.blocks.{j}.mlp.fc1.weight"] == expected
+            if i > 0:
+                first_block = layers[f"stages.{i}.blocks.0.mlp.fc1.weight"]
+                assert layers[f"stages.{i}.merge.proj.weight"] == first_block
+        assert layers["head.weight"] >= layers["norm.weight"] >= layers["stages.3.blocks.0.mlp.fc1.weight"]
+
+
+def test_no_weight_decay() -> None:
+    attention_blocks = ["stages.2.blocks.0", "stages.2.blocks.1", "stages.3.blocks.0"]
+    assert small_lit("relative").no_weight_decay() == {f"{block}.attn.rel_pos_bias" for block in attention_blocks}
+    assert small_lit("class_token").no_weight_decay() == {"stages.3.cls_token"}  # absolute embeddings decay
+    assert small_lit("conv_merging").no_weight_decay() == set()
+
+
+# ---- structure
+
+
+def test_attention_free_stages_hold_no_attention() -> None:
+    model = small_lit()
+    for stage, attends in zip(model.stages, (False, False, True, True), strict=True):
+        assert all(isinstance(block, AttentionBlock if attends else MlpBlock) for block in stage.blocks)
+        assert any(isinstance(module, Attention) for module in stage.modules()) == attends
+
+
+def test_drop_path_grows_linearly_over_all_blocks() -> None:
+    model = small_lit(depths=(1, 2, 3, 1), drop_path_rate=0.3)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.3 * i / 6 for i in range(7)])
+    x = torch.randn(4, 3, 64, 64)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.allclose(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(img_size=28), "32"),
+        (dict(img_size=(64, 31)), "32"),
+        (dict(embed_dims=(8, 16, 32)), "stages"),
+        (dict(num_heads=(1, 2)), "stages"),
+        (dict(mlp_ratios=(4, 4, 4, 4, 4)), "stages"),
+        (dict(attention=(False, True)), "stages"),
+        (dict(num_heads=5), "5 heads do not divide 24 channels"),
+        (dict(merging="pool"), "merging='pool'"),
+        (dict(depths=(1, 2), embed_dims=(8, 16)), "stages"),
+        (dict(pos_embed="sine"), "pos_embed='sine'"),
+        (dict(global_pool="max"), "global_pool='max'"),
+        (dict(global_pool="token"), "global_pool='token'"),
+        (dict(class_token=True), "class_token"),
+    ],
+)
+def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LIT(**(SMALL | arguments))
+
+
+def assert_initialised(model: LIT) -> None:
+    """As the reference is: truncated normal of std 0.02 where it asks for that, PyTorch's defaults elsewhere."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert module.bias.count_nonzero() == 0, name
+        elif name.endswith("merge.offset"):
+            assert module.weight.count_nonzero() == module.bias.count_nonzero() == 0, name
+        elif isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            assert module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+            assert 0 < module.bias.abs().max() <= bound, name
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.running_mean == 0).all(), name
+            assert (module.running_var == 1).all(), name
+            assert module.num_batches_tracked == 0, name
+    for name, parameter in model.named_parameters():
+        if name.endswith(("pos_embed", "cls_token", "rel_pos_bias")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
+
+
+def test_initialisation(kind: str) -> None:
+    arguments = dict(embed_dims=(16, 32, 48, 64), img_size=224)  # large enough for statistics
+    assert_initialised(LIT(**(SMALL | KINDS[kind] | arguments)))
+
+    model = LIT(**(SMALL | KINDS[kind] | arguments), device="meta").to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(77)  # whatever init_weights leaves out shows
+    model.init_weights()
+    assert_initialised(model)
+
+
+# ---- heads
+
+
+def test_pooling_by_its_formula() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    for kind, pooling in (("relative", "avg"), ("class_token", "avg"), ("class_token", "token")):
+        model = small_lit(kind, global_pool=pooling)
+        tokens = model.forward_features(x)
+        if kind == "relative":
+            assert tokens.shape == (2, 2, 2, 32)
+            pooled = tokens.sum((1, 2)) / 4
+        else:
+            assert tokens.shape == (2, 1 + 2 * 2, 32)
+            pooled = tokens[:, 0] if pooling == "token" else tokens[:, 1:].sum(1) / 4
+        torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), pooled)
+        torch.testing.assert_close(model(x), pooled @ model.head.weight.T + model.head.bias)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pooled)
+        model.reset_classifier(0, "")
+        torch.testing.assert_close(model(x), tokens)
+
+
+def test_reset_classifier() -> None:
+    model = small_lit("class_token").double()
+    model.reset_classifier(200)
+    assert model.num_classes == 200
+    assert model.global_pool == "token"
+    assert model.get_classifier() is model.head
+    assert model.head.weight.dtype == torch.float64
+    assert model.head.weight.shape == (200, 32)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.head.bias.count_nonzero() == 0
+    model.reset_classifier(3, "avg")
+    assert model(torch.randn(1, 3, 64, 64, dtype=torch.float64)).shape == (1, 3)
+    for pooling in ("max", "token"):
+        with pytest.raises(ValueError, match=f"global_pool='{pooling}'"):
+            small_lit("relative").reset_classifier(3, pooling)
+
+
+# ---- sizes
+
+
+def test_tables_follow_the_input_size() -> None:
+    def shapes(model: LIT) -> dict[str, tuple[int, ...]]:
+        tables = ("pos_embed", "rel_pos_bias")
+        return {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith(tables)}
+
+    relative = {
+        "stages.2.blocks.0.attn.rel_pos_bias": (1, 3, 2 * 16 - 1, 2 * 20 - 1),
+        "stages.2.blocks.1.attn.rel_pos_bias": (1, 3, 2 * 16 - 1, 2 * 20 - 1),
+        "stages.3.blocks.0.attn.rel_pos_bias": (1, 4, 2 * 8 - 1, 2 * 10 - 1),
+    }
+    absolute = {
+        "stages.0.pos_embed": (1, 8, 64, 80),
+        "stages.1.pos_embed": (1, 16, 32, 40),
+        "stages.2.pos_embed": (1, 24, 16, 20),
+        "stages.3.cls_pos_embed": (1, 1, 32),
+        "stages.3.pos_embed": (1, 32, 8, 10),
+    }
+    for kind, expected in (("relative", relative), ("class_token", absolute), ("conv_merging", {})):
+        assert shapes(small_lit(kind, img_size=(256, 320))) == expected
+        model = small_lit(kind)
+        model.set_input_size((256, 320))
+        assert shapes(model) == expected
+
+
+def test_set_input_size_equals_resizing_on_the_fly(kind: str) -> None:
+    model = small_lit(kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "2" in name
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    x = torch.randn(2, 3, 96, 160)
+    expected = model(x)
+    model.set_input_size((96, 160))
+    torch.testing.assert_close(model(x), expected)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    with pytest.raises(ValueError, match="32"):
+        model.set_input_size(16)
+
+
+def test_input_remainder_is_padded_or_cut() -> None:
+    x = torch.randn(1, 3, 70, 93)
+    padding, cutting = small_lit("relative"), small_lit("class_token")
+    torch.testing.assert_close(padding(x), padding(F.pad(x, (0, 3, 0, 2))))
+    torch.testing.assert_close(cutting(x), cutting(x[:, :, :68, :92]))
+
+
+def test_smallest_input(kind: str) -> None:
+    assert small_lit(kind, img_size=32)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+# ---- intermediate features
+
+
+def test_forward_intermediates(kind: str) -> None:
+    model = small_lit(kind)
+    x = torch.randn(2, 3, 64, 96)
+    final, maps = model.forward_intermediates(x)
+    assert [tuple(y.shape) for y in maps] == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 24, 4, 6), (2, 32, 2, 3)]
+    torch.testing.assert_close(final, model.forward_features(x))
+
+    *_, normalised = model.forward_intermediates(x, norm=True, output_fmt="NHWC", intermediates_only=True)
+    tokens = final[:, 1:] if kind == "class_token" else final  # of which the maps hold no class token
+    torch.testing.assert_close(normalised.reshape(2, -1, 32), tokens.reshape(2, -1, 32))
+    last = F.layer_norm(maps[3].permute(0, 2, 3, 1), (32,), model.norm.weight, model.norm.bias, eps=1e-5)
+    torch.testing.assert_close(last, normalised)
+
+    early, some = model.forward_intermediates(x, indices=[0, 2], stop_early=True, output_fmt="NHWC")
+    torch.testing.assert_close(early, some[1])
+    for y, index in zip(some, (0, 2), strict=True):
+        torch.testing.assert_close(y.permute(0, 3, 1, 2), maps[index])
+    (only,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
+    torch.testing.assert_close(only, maps[3])
+    with pytest.raises(ValueError, match="NLC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_prune_intermediate_layers(kind: str) -> None:
+    model = small_lit(kind)
+    x = torch.randn(2, 3, 64, 96)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
+    assert len(model.stages) == 3
+    assert model.num_features == 24
+    for y, index in zip(model.forward_intermediates(x, [0, 2], intermediates_only=True), (0, 2), strict=True):
+        torch.testing.assert_close(y, expected[index])
+    torch.testing.assert_close(model(x), expected[2].permute(0, 2, 3, 1))
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (2, 5)
+
+
+# ---- training, copies, compilers
+
+
+def test_grad_checkpointing_changes_nothing(kind: str) -> None:
+    x = torch.randn(4, 3, 64, 64)
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(1)
+        model = small_lit(kind, drop_path_rate=0.3).train()
+        model.set_grad_checkpointing(enable)
+        assert all(stage.grad_checkpointing == enable for stage in model.stages)
+        model(x).square().mean().backward()
+        results += [({name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers()))]
+    (gradients, buffers), (recomputed_gradients, recomputed_buffers) = results
+    torch.testing.assert_close(recomputed_gradients, gradients)
+    torch.testing.assert_close(recomputed_buffers, buffers, rtol=0, atol=0)
+    batches = [value.item() for name, value in buffers.items() if name.endswith("num_batches_tracked")]
+    assert batches == ([] if kind == "conv_merging" else [1, 1, 1])
+
+
+def test_grad_checkpointing_recomputes_blocks_only() -> None:
+    model = small_lit().train()
+    model.set_grad_checkpointing()
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    twice = {name for name in calls if calls.count(name) == 2}
+    assert not any(".merge" in name for name in twice)
+    assert {f"stages.{i}.blocks.{j}.norm2" for i, depth in enumerate(SMALL["depths"]) for j in range(depth)} <= twice
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(kind: str, copy_of: Any) -> None:
+    model = small_lit(kind)
+    twin = copy_of(model)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(twin(x), model(x))
+    with torch.no_grad():
+        twin.norm.weight.zero_()
+    assert model.norm.weight.count_nonzero() > 0
+
+
+def test_bfloat16_autocast(kind: str) -> None:
+    model = small_lit(kind)
+    x = torch.randn(4, 3, 64, 64)
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert F.cosine_similarity(out.float(), expected).min() > 0.99
+    assert (model.bfloat16()(x.bfloat16())).dtype == torch.bfloat16
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "kind, backend",
+    [
+        ("relative", "aot_eager"),
+        ("class_token", "aot_eager"),
+        pytest.param("relative", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_as_one_graph(kind: str, backend: str) -> None:
+    model = small_lit(kind, depths=(1, 1, 1, 1))
+    x = torch.randn(2, 3, 96, 64)
+    expected, actual = model(x), torch.compile(model, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    compiled_gradients = torch.autograd.grad(actual.square().sum(), parameters)
+    torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_exports_with_free_sizes(kind: str) -> None:
+    model = small_lit(kind)
+    free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    program = torch.export.export(model, (torch.randn(2, 3, 128, 96),), dynamic_shapes=(free,)).module()
+    for size in ((64, 64), (160, 224)):  # the first is the tables' own, where nothing is resized
+        x = torch.randn(3, 3, *size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)

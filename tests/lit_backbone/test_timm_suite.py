@@ -1,0 +1,89 @@
+"""timm's own model tests, run against the models of this package.
+
+They come with timm's source distribution only, which pip fetches once into pytest's cache.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import timm
+
+ROOT = Path(__file__).parents[2]
+CLASS_TOKEN_MODELS = {"lit_ti", "pvt_small_full_msa"}  # timm files tests of models without a map under "non-standard"
+FILTERS = {"FEAT_INTER_FILTERS": "'lit'", "NON_STD_FILTERS": "'lit_ti*', 'pvt_small_full_msa*'"}
+LEFT_OUT = "torchscript or inference or pretrained"  # deprecated by PyTorch; need a network
+
+
+@pytest.fixture(scope="module")
+def timm_tests(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scratch copy of timm's tests that knows the models of this package."""
+    name = f"timm-{timm.__version__}"
+    archive = pytestconfig.cache.mkdir("timm") / f"{name}.tar.gz"
+    if not archive.is_file():
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-binary",
+            "timm",
+            "--dest",
+            archive.parent,
+        ]
+        result = subprocess.run([*download, f"timm=={timm.__version__}"], capture_output=True, text=True)
+        if not archive.is_file():
+            report = pytest.fail if os.environ.get("CI") else pytest.skip
+            report(f"pip cannot fetch the source distribution of {name}: {result.stderr.strip()[-500:]}")
+    scratch = tmp_path_factory.mktemp("timm")
+    with tarfile.open(archive) as tar:
+        for file in ("conftest.py", "test_models.py"):
+            (scratch / file).write_bytes(tar.extractfile(f"{name}/tests/{file}").read())
+    source = (scratch / "test_models.py").read_text()
+    for filters, models in FILTERS.items():
+        assert source.count(f"\n{filters} = [\n") == 1
+        source = source.replace(f"\n{filters} = [\n", f"\n{filters} = [\n    {models},\n")
+    (scratch / "test_models.py").write_text(f"import lit_backbone\n{source}")
+    (scratch / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT}\nfilterwarnings = ignore\n")
+    return scratch
+
+
+def expected_tests(model: str) -> set[str]:
+    tests = {
+        f"test_model_forward[1-{model}]",
+        f"test_model_backward[2-{model}]",
+        f"test_model_forward_fx[1-{model}]",
+        f"test_model_backward_fx[2-{model}]",
+        f"test_model_forward_intermediates[1-{model}]",
+        f"test_model_forward_intermediates_features[1-{model}]",
+        f"test_prune_intermediate_layers_contract[{model}]",
+    }
+    if model in CLASS_TOKEN_MODELS:
+        return tests | {f"test_model_default_cfgs_non_std[1-{model}.in1k]"}
+    return tests | {f"test_model_default_cfgs[1-{model}.in1k]", f"test_model_forward_features[1-{model}]"}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "models",
+    [("lit_ti", "lit_s"), pytest.param(("lit_m", "lit_b", "pvt_small_full_msa"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_timm_model_tests(models: tuple[str, ...], timm_tests: Path) -> None:
+    report = timm_tests / "report.xml"
+    selection = f"({' or '.join(models)}) and not ({LEFT_OUT})"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, f"--junitxml={report}"],
+        cwd=timm_tests,
+        env=os.environ | {"TIMEOUT": "600"},  # timm's own limit for a test
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    passed = {case.get("name") for case in ElementTree.parse(report).iter("testcase") if len(case) == 0}
+    assert passed >= set.union(*map(expected_tests, models))
