@@ -90,9 +90,10 @@ class OffsetConv2d(nn.Conv2d):
     """A convolution that stays in float32 under autocast: bfloat16 would round an offset of 10 pixels by up to 0.03."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
