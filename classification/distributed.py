@@ -54,7 +54,7 @@ def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the processes that torchrun started, or stand alone.
 
     Args:

@@ -33,7 +33,7 @@ from data import (
     sample_images,
     seed_everything,
 )
-from distributed import Processes, processes
+from distributed import Processes, join_processes
 from engine import (
     NonFiniteError,
     Trainer,
@@ -88,66 +88,67 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     return model
 
 
-def run_throughput(config: Config, context: Processes) -> None:
-    speed = measure_throughput(build_model(config, context.device), config, context)
+def run_throughput(config: Config, processes: Processes) -> None:
+    speed = measure_throughput(build_model(config, processes.device), config, processes)
     _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per process at batch size {config.DATA.BATCH_SIZE}")
 
 
-def run_evaluation(config: Config, context: Processes) -> None:
+def run_evaluation(config: Config, processes: Processes) -> None:
     if not config.MODEL.RESUME:
         raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
-    loader = build_val_loader(config, context)
-    model = build_model(config, context.device)
+    loader = build_val_loader(config, processes)
+    model = build_model(config, processes.device)
     load_weights(config.MODEL.RESUME, model, new_head=False)
-    stats = evaluate(model, loader, config, context)
-    if context.is_main:
+    stats = evaluate(model, loader, config, processes)
+    if processes.is_main:
         print_accuracy(stats)
 
 
-def run_training(config: Config, context: Processes, folder: Path) -> None:
-    accumulation = accumulation_steps(config, context.world_size)
-    train_loader, val_loader = build_train_loader(config, context), build_val_loader(config, context)
+def run_training(config: Config, processes: Processes, folder: Path) -> None:
+    accumulation = accumulation_steps(config, processes.world_size)
+    train_loader, val_loader = build_train_loader(config, processes), build_val_loader(config, processes)
     check_same_classes(train_loader.dataset, val_loader.dataset.dataset)
     checkpoint = find_checkpoint(config, folder)
-    model = build_model(config, context.device)
+    model = build_model(config, processes.device)
     if config.MODEL.PRETRAINED and not checkpoint:
         load_weights(config.MODEL.PRETRAINED, model, new_head=True)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     updates_per_epoch = train_loader.batch_sampler.updates
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, context.device)
+    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device)
     state = TrainState(
         model,
         optimizer=build_optimizer(model, config),
-        scaler=GradScaler(context.device.type, enabled=dtype == torch.float16),
+        scaler=GradScaler(processes.device.type, enabled=dtype == torch.float16),
         ema=ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None,
         updates_per_epoch=updates_per_epoch,
     )
     schedule = Schedule(state.optimizer, config, updates_per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
-    setup_logging(context.rank, folder)
+    setup_logging(processes.rank, folder)
     if checkpoint:
         restore_checkpoint(checkpoint, state, config)
-        context.check_same(state.update, f"{folder} must be one folder that all nodes share")
+    processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
+    if checkpoint:
         _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
-    if context.is_main:
-        describe_run(config, context, state, accumulation, folder)
-    log = RunLog(folder if context.is_main else None, state.epoch, state.update)
-    trainer = Trainer(config, context, state, context.wrap(model), train_loader, schedule, log)
-    saver = Saver(config, context, state, folder, train_loader.dataset.classes)
-    probe = to_device(sample_images(val_loader), context.device, config) if context.is_main else None
-    with logging_redirect_tqdm() if context.is_main else nullcontext():
+    if processes.is_main:
+        describe_run(config, processes, state, accumulation, folder)
+    log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
+    trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log)
+    saver = Saver(config, processes, state, folder, train_loader.dataset.classes)
+    probe = to_device(sample_images(val_loader), processes.device, config) if processes.is_main else None
+    with logging_redirect_tqdm() if processes.is_main else nullcontext():
         while state.epoch < config.TRAIN.EPOCHS:
             record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
             saver.sync_statistics()
-            record |= validate(state, val_loader, probe, config, context)
+            record |= validate(state, val_loader, probe, config, processes)
             log.epoch(record, state.update)
             saver.after_epoch(record["val/acc1"])
     _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {folder}")
 
 
 def validate(
-    state: TrainState, loader: DataLoader, probe: Tensor | None, config: Config, context: Processes
+    state: TrainState, loader: DataLoader, probe: Tensor | None, config: Config, processes: Processes
 ) -> dict[str, float]:
     """Accuracy of the weights a run is judged by, their moving average where there is one, and what DTM does.
 
@@ -155,7 +156,7 @@ def validate(
         probe: images `(b, 3, H, W)` on which DTM is looked at; None not to look.
     """
     model = state.ema.module if state.ema else state.model
-    stats = evaluate(model, loader, config, context)
+    stats = evaluate(model, loader, config, processes)
     record = {f"val/{name}": value for name, value in stats.items()}
     _logger.info(
         f"epoch {state.epoch - 1}: Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f} "
@@ -176,14 +177,14 @@ def find_checkpoint(config: Config, folder: Path) -> str:
     return str(latest)
 
 
-def describe_run(config: Config, context: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
+def describe_run(config: Config, processes: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
     """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
     (folder / "config.yaml").write_text(dump(config))
     start = {
         "command": shlex.join(sys.argv),
         "started": datetime.now().isoformat(timespec="seconds"),
         "update": state.update,
-        "processes": context.world_size,
+        "processes": processes.world_size,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
@@ -191,10 +192,10 @@ def describe_run(config: Config, context: Processes, state: TrainState, accumula
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
     parameters = sum(p.numel() for p in state.model.parameters())
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, context.device) or torch.float32
-    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {context.device}, written to {folder}")
+    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
+    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
     _logger.info(
-        f"batch {config.DATA.BATCH_SIZE} x {context.world_size} processes x {accumulation} accumulated = "
+        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x {accumulation} accumulated = "
         f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
         f"learning rate {config.learning_rates[0]:.3g}"
     )
@@ -205,14 +206,14 @@ def main(argv: list[str] | None = None) -> None:
     shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "eval", "throughput", "opts")}
     try:
         config = load_config(args.cfg, args.opts, **shortcuts)
-        with processes(config.RUNTIME.DEVICE) as context:
-            setup_logging(context.rank)
+        with join_processes(config.RUNTIME.DEVICE) as processes:
+            setup_logging(processes.rank)
             if args.throughput:
-                run_throughput(config, context)
+                run_throughput(config, processes)
             elif args.eval:
-                run_evaluation(config, context)
+                run_evaluation(config, processes)
             else:
-                run_training(config, context, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
+                run_training(config, processes, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
     except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
         message = one_line(error) if isinstance(error, DataError) else str(error)
         _logger.debug(message, exc_info=True)

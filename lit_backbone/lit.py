@@ -146,12 +146,11 @@ class LIT(nn.Module):
 
         stages, in_chs = [], in_chans
         for i, dim in enumerate(embed_dims):
-            block_args = dict(dim=dim, mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
+            block, extra = MlpBlock, {}
             if attention[i]:
                 map_size = map_sizes[i] if pos_embed == "relative" else None
-                block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size, **block_args)
-            else:
-                block = partial(MlpBlock, **block_args)
+                block, extra = AttentionBlock, dict(num_heads=num_heads[i], map_size=map_size)
+            extra |= dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
             if i == 0:
                 merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
             else:
@@ -159,7 +158,7 @@ class LIT(nn.Module):
             stages += [
                 Stage(
                     merge,
-                    [block(drop_path=rate) for rate in drop_paths[i]],
+                    [block(dim, drop_path=rate, **extra) for rate in drop_paths[i]],
                     dim,
                     pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
                     class_token=class_token and i == num_stages - 1,

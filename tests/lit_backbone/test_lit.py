@@ -366,6 +366,14 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
     torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-3, atol=1e-4)
 
 
+def test_compiles_as_one_graph_under_autocast() -> None:
+    model = small_lit(depths=(1, 1, 1, 1))
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(actual, model(x), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_exports_with_free_sizes(kind: str) -> None:
     model = small_lit(kind)
