@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def peak_memory(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def _epoch(line: str) -> float:
+    """Of a line of `log.jsonl`; a line that a killed run left unfinished belongs to none."""
+    try:
+        return json.loads(line)["epoch"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
 class RunLog:
     """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent.
 
@@ -43,7 +52,7 @@ class RunLog:
             self.writer = SummaryWriter(str(folder), purge_step=update + 1)
             path = folder / "log.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if json.loads(line)["epoch"] < epoch))
+            path.write_text("".join(line for line in lines if _epoch(line) < epoch))
 
     def scalars(self, values: dict[str, float], update: int) -> None:
         """Write scalars under their tags at an update of the run."""
@@ -55,6 +64,7 @@ class RunLog:
         """Append an epoch's record to `log.jsonl` and TensorBoard."""
         if self.folder:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                finite = {tag: value if math.isfinite(value) else None for tag, value in record.items()}
+                file.write(json.dumps(finite) + "\n")
             self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
             self.writer.flush()

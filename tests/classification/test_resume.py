@@ -118,6 +118,8 @@ def test_the_log_has_one_line_per_epoch(tiny_cfg, monkeypatch, tmp_path):
     """An epoch that is run again, because its end was not saved, replaces its record."""
     cfg = tiny_cfg(SAVE_FREQ=3)
     train(cfg, "TRAIN.EPOCHS", "5", stop_after=4 * 4 + 1, monkeypatch=monkeypatch)
+    with open(tmp_path / "output" / "tiny" / "default" / "log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "train/l')  # killed while writing
     train(cfg, "TRAIN.EPOCHS", "5", monkeypatch=monkeypatch)
     lines = (tmp_path / "output" / "tiny" / "default" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
