@@ -46,6 +46,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A small image folder that a test may spoil."""
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split, 4, seed=0)
+    return tmp_path / "images"
+
+
+@pytest.fixture
 def tiny_cfg(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes the YAML file of a tiny run, with the recipe's augmentation; keyword arguments replace whole keys."""
 

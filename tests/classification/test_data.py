@@ -327,15 +327,10 @@ def jpeg() -> bytes:
     "content", [b"", b"not an image", jpeg()[: len(jpeg()) // 2]], ids=["empty", "text", "truncated"]
 )
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_corrupt_image_is_named(tiny_cfg, image_folder, tmp_path, content, workers):
-    for split in ("train", "val"):
-        for name in ("ant", "bee", "cat"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for file in (image_folder / split / name).iterdir():
-                (tmp_path / split / name / file.name).symlink_to(file)
-    bad = tmp_path / "val" / "bee" / "bad.jpg"
+def test_corrupt_image_is_named(tiny_cfg, own_folder, content, workers):
+    bad = own_folder / "val" / "bee" / "bad.jpg"
     bad.write_bytes(content)
-    config = load_config(tiny_cfg(), ["DATA.NUM_WORKERS", workers], data_path=str(tmp_path))
+    config = load_config(tiny_cfg(), ["DATA.NUM_WORKERS", workers], data_path=str(own_folder))
     assert_data_error(lambda: list(build_val_loader(config, ALONE)), str(bad), "repair or remove")
 
 
