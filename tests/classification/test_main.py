@@ -32,7 +32,7 @@ def command(*args: str | Path, processes: int = 0) -> list[str]:
 
 
 def run(*args: str | Path, processes: int = 0) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, processes=processes), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(*args, processes=processes), capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
