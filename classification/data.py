@@ -178,9 +178,9 @@ def build_transform(config: Config, is_training: bool):
 
 def _image_root(config: Config, split: str) -> Path:
     """The folder `DATA_PATH/split`, or the archive `DATA_PATH/split.tar`."""
-    root = Path(config.DATA.DATA_PATH or ".")
     if not config.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty; give the data set's folder by --data-path")
+    root = Path(config.DATA.DATA_PATH)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the data set's folder by --data-path")
     for path in (root / split, root / f"{split}.tar"):

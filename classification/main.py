@@ -216,7 +216,6 @@ def main(argv: list[str] | None = None) -> None:
                 run_training(config, processes, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
     except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
         message = one_line(error) if isinstance(error, DataError) else str(error)
-        _logger.debug(message, exc_info=True)
         sys.exit(f"error: {message}")
 
 
