@@ -119,8 +119,8 @@ def resize_position_tables(state_dict: dict[str, Tensor], model: nn.Module) -> d
 # ---- files
 
 
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read all of a `.pth` or `.safetensors` file to the CPU without running any code it may hold.
+def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read all of a `.pth` or `.safetensors` file, to the CPU or another device, without running any code it may hold.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint at all, or pickles anything but plain data.
@@ -130,9 +130,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = load_file(path, device=str(device))
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can fail at any depth of the readers
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"refused, because it pickles {refused[1]} and reading that could run code"
@@ -188,12 +188,17 @@ def weights_of(
 
 
 def fit_state_dict(
-    state_dict: dict[str, Tensor], model: nn.Module, path: str | PathLike[str], *, new_head: bool = True
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    new_head: bool = True,
+    name: str | None = None,
 ) -> dict[str, Tensor]:
     """A state dict, in this package's layout, made to load strictly into `model`.
 
     Position tables are resized to the model's. With `new_head`, a head for another number of classes is replaced by the
-    model's own, with a warning; without, it is an error.
+    model's own, with a warning; without, it is an error. `name` is what messages call the model.
 
     Raises:
         CheckpointError: the state dict, read from `path`, is another model's; names some of the keys.
@@ -210,8 +215,8 @@ def fit_state_dict(
         "of another shape": [key for key in own if key in state_dict and state_dict[key].shape != own[key].shape],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys)
-        name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+        found = "; ".join(f"{len(keys)} {what} ({name_some(keys)})" for what, keys in problems.items() if keys)
+        name = name or getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
         raise CheckpointError(f"{path}: not a checkpoint of {name}: {found}")
     if classes != own_classes and own_classes > 0:  # a model without a head needs none
         message = f"{path}: its head has {classes or 'no'} classes, the model {own_classes}"
@@ -221,7 +226,8 @@ def fit_state_dict(
     return state_dict
 
 
-def _some(keys: list[str]) -> str:
+def name_some(keys: list[str]) -> str:
+    """The first few of many names, for a message."""
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 

@@ -332,7 +332,7 @@ def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **kwargs,
+        **(ARCHS[variant] | kwargs),
     )
 
 
@@ -376,12 +376,19 @@ PVT_SMALL = dict(
     norm_eps=1e-6,
     pad_input=False,
 )
+ARCHS: dict[str, dict[str, Any]] = {  # where a variant differs from the defaults of LIT
+    "lit_ti": PVT_SMALL,
+    "lit_s": {},
+    "lit_m": dict(depths=(2, 2, 18, 2)),
+    "lit_b": dict(embed_dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "pvt_small_full_msa": dict(PVT_SMALL, attention=(True, True, True, True), merging="conv"),
+}
 
 
 @register_model
 def lit_ti(pretrained: bool = False, **kwargs) -> LIT:
     """LIT-Ti: PVT-Small without attention in stages 1 and 2, with DTM."""
-    return _create_lit("lit_ti", pretrained, **dict(PVT_SMALL, **kwargs))
+    return _create_lit("lit_ti", pretrained, **kwargs)
 
 
 @register_model
@@ -393,18 +400,16 @@ def lit_s(pretrained: bool = False, **kwargs) -> LIT:
 @register_model
 def lit_m(pretrained: bool = False, **kwargs) -> LIT:
     """LIT-M: LIT-S with 18 blocks in stage 3."""
-    return _create_lit("lit_m", pretrained, **dict(dict(depths=(2, 2, 18, 2)), **kwargs))
+    return _create_lit("lit_m", pretrained, **kwargs)
 
 
 @register_model
 def lit_b(pretrained: bool = False, **kwargs) -> LIT:
     """LIT-B: LIT-M, wider."""
-    args = dict(embed_dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    return _create_lit("lit_b", pretrained, **dict(args, **kwargs))
+    return _create_lit("lit_b", pretrained, **kwargs)
 
 
 @register_model
 def pvt_small_full_msa(pretrained: bool = False, **kwargs) -> LIT:
     """PVT-Small with full attention in all four stages and plain convolutions between them (paper's attention maps)."""
-    args = dict(PVT_SMALL, attention=(True, True, True, True), merging="conv")
-    return _create_lit("pvt_small_full_msa", pretrained, **dict(args, **kwargs))
+    return _create_lit("pvt_small_full_msa", pretrained, **kwargs)

@@ -3,7 +3,6 @@
 Values compare as the largest difference in units of the reference array's standard deviation.
 """
 
-import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,56 +10,29 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_backbone import LIT
 from lit_backbone.checkpoints import convert_released
+from tests.goldens.compare import assert_agrees, meta_state, parameter_count
 from tests.goldens.fill import fill, image, soft_target
 
+BACKBONES = ["lit_ti_det", "lit_s_det", "lit_ti_seg", "lit_s_seg"]  # mm/test_backbone.py
+DETECTORS = ["retinanet_lit_ti", "retinanet_lit_s", "mask_rcnn_lit_ti", "mask_rcnn_lit_s"]  # detection/test_configs.py
+SEGMENTORS = ["sem_fpn_lit_ti", "sem_fpn_lit_s"]
 CLASSIFIERS = ["lit_ti", "lit_s", "lit_m", "lit_b", "pvt_small_full_msa"]
-DENSE = {
-    "lit_ti_det": dict(model_name="lit_ti", class_token=False, global_pool="avg"),
-    "lit_ti_seg": dict(model_name="lit_ti", class_token=False, global_pool="avg"),
-    "lit_s_det": dict(model_name="lit_s", img_size=800),
-    "lit_s_seg": dict(model_name="lit_s", img_size=512),
-}
-DETECTORS = {
-    "retinanet_lit_ti": "lit_ti_det",
-    "retinanet_lit_s": "lit_s_det",
-    "mask_rcnn_lit_ti": "lit_ti_det",
-    "mask_rcnn_lit_s": "lit_s_det",
-    "sem_fpn_lit_ti": "lit_ti_seg",
-    "sem_fpn_lit_s": "lit_s_seg",
-}
-
-
-def assert_agrees(actual: Tensor, figure: Mapping[str, Any], tolerance: float = 1e-4) -> None:
-    actual = actual.detach().double()
-    assert list(actual.shape) == figure["shape"]
-    expected = torch.tensor(figure["value"], dtype=torch.float64)
-    error = (actual.flatten()[figure["index"]] - expected).abs().max() / figure["std"]
-    assert error < tolerance, f"{error:.1e} standard deviations"
-    assert actual.norm().item() == pytest.approx(figure["l2"], rel=tolerance)
-
-
-def meta_state(layout: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in layout.items()}
-
-
-def parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ---- layouts and sizes
 
 
 def test_every_figure_is_used(goldens: dict[str, Any]) -> None:
-    assert goldens["state_dicts"].keys() == {*CLASSIFIERS, *DENSE, *DETECTORS}
+    assert goldens["state_dicts"].keys() == {*CLASSIFIERS, *BACKBONES, *DETECTORS, *SEGMENTORS}
     assert goldens["outputs"]["logits"].keys() == {"lit_s", "lit_ti", "pvt_small_full_msa"}
     assert goldens["outputs"]["offsets"].keys() == {"lit_ti"}
-    assert goldens["outputs"]["features"].keys() == {*DENSE}
+    assert goldens["outputs"]["features"].keys() == {*BACKBONES}
     assert goldens["train_step"].keys() == goldens["train_step_zero_offsets"].keys() == {"lit_s", "lit_ti"}
 
 
@@ -69,27 +41,6 @@ def test_classifier_layout_and_parameter_count(name: str, goldens: dict[str, Any
     model = timm.create_model(name, device="meta")
     assert parameter_count(model) == goldens["state_dicts"][name]["parameters"]
     model.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=True)
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_dense_layout(name: str, goldens: dict[str, Any]) -> None:
-    """The backbone part: the dense models' own output norms, and ImageNet's final norm, are not shared."""
-    model = timm.create_model(**DENSE[name], num_classes=0, device="meta")
-    result = model.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=False)
-    assert result.missing_keys == ["norm.weight", "norm.bias"]
-    assert all(key.startswith(("norm0.", "norm1.", "norm2.", "norm3.")) for key in result.unexpected_keys)
-    assert bool(result.unexpected_keys) == name.startswith("lit_s")
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_detector_layout(name: str, goldens: dict[str, Any]) -> None:
-    detector = nn.Module()
-    detector.backbone = timm.create_model(**DENSE[DETECTORS[name]], num_classes=0, device="meta")
-    result = detector.load_state_dict(meta_state(goldens["state_dicts"][name]["keys"]), strict=False)
-    assert result.missing_keys == ["backbone.norm.weight", "backbone.norm.bias"]
-    unexpected = {key for key in result.unexpected_keys if key.startswith("backbone.")}
-    assert all(key.startswith("backbone.norm") for key in unexpected)
-    assert bool(unexpected) == name.endswith("lit_s")
 
 
 @pytest.mark.parametrize("name, giga", list(zip(CLASSIFIERS, [3.61, 4.08, 8.59, 15.03, 8.38], strict=True)))
@@ -185,20 +136,3 @@ def test_training_step_from_zero_offsets(filled: tuple[str, LIT, dict[str, Tenso
         assert torch.cosine_similarity(sample, expected, dim=0) > 1 - 1e-6, key
         assert (sample - expected).norm() / expected.norm() < 1e-3, key
         assert gradient.norm().item() == pytest.approx(figure["l2"], rel=1e-3), key
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_dense_features(name: str, goldens: dict[str, Any]) -> None:
-    state = fill(goldens["state_dicts"][name]["keys"])
-    output_norms = {key: state.pop(key) for key in list(state) if key.startswith("norm")}
-    model = timm.create_model(**DENSE[name], num_classes=0).eval()
-    assert model.load_state_dict(state, strict=False).unexpected_keys == []
-    for size, figures in goldens["outputs"]["features"][name].items():
-        with torch.no_grad():
-            maps = model.forward_intermediates(image((1, 3, *ast.literal_eval(size)), 7), intermediates_only=True)
-        assert len(maps) == len(figures) == 4
-        for i, (x, figure) in enumerate(zip(maps, figures, strict=True)):
-            if f"norm{i}.weight" in output_norms:
-                weight, bias = output_norms[f"norm{i}.weight"], output_norms[f"norm{i}.bias"]
-                x = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps=1e-5).permute(0, 3, 1, 2)
-            assert_agrees(x, figure)
