@@ -2,11 +2,13 @@
 # Builds the environment of this project and installs the package in it, in editable mode. Run it again after an
 # update: it does nothing while the requirements are unchanged.
 #
-#   bash setup_env.sh [--dev] [conda_install_path] [env_name]
+#   bash setup_env.sh [--dev] [--mm] [conda_install_path] [env_name]
 #
 #   bash setup_env.sh                        a virtual environment, .venv beside this script
 #   bash setup_env.sh /home/anaconda3 lit    the conda environment "lit", created if missing
-#   --dev                                    also what tests and demo need
+#   --dev                                    also what tests and demos need
+#   --mm                                     also mmcv, mmdetection and mmsegmentation, for detection and segmentation;
+#                                            mmcv is compiled, which takes a C++ compiler and 5 to 30 minutes once
 #
 # PYTHON=/path/to/python chooses the interpreter that .venv is made from (3.10 or later).
 set -euo pipefail
@@ -35,17 +37,51 @@ find_python() {
     die "no Python 3.10 or later (tried ${candidates[*]}); name one: PYTHON=/path/to/python bash setup_env.sh"
 }
 
+# system_packages REMEDY PACKAGE...
+system_packages() {
+    local remedy=$1
+    shift
+    if ! command -v apt-get >/dev/null || ! as_root true 2>/dev/null; then die "$remedy"; fi
+    say "installing $*"
+    as_root apt-get update -qq || true
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null || die "$remedy"
+}
+
 # Debian and Ubuntu ship venv's pip apart from the interpreter.
 need_venv_module() {
     local package remedy
     if "$1" -c 'import ensurepip, venv' 2>/dev/null; then return; fi
     package=python$(minor "$1")-venv
     remedy="$1 cannot make virtual environments; install $package or give a conda installation"
-    if ! command -v apt-get >/dev/null || ! as_root true 2>/dev/null; then die "$remedy"; fi
-    say "installing $package"
-    as_root apt-get update -qq || true
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package" >/dev/null || die "$remedy"
+    system_packages "$remedy" "$package"
     "$1" -c 'import ensurepip, venv' 2>/dev/null || die "$remedy"
+}
+
+# What mmcv is compiled with, and the libraries that OpenCV's wheel expects of the system.
+need_compiler() {
+    local python=$prefix/bin/python headers
+    headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    if ! command -v c++ >/dev/null; then system_packages "no C++ compiler; install g++" g++; fi
+    if [[ ! -f $headers/Python.h ]]; then
+        system_packages "no Python.h in $headers; install the headers of $python" "python$(minor "$python")-dev"
+    fi
+    if ! "$python" -c 'import ctypes; ctypes.CDLL("libGL.so.1"); ctypes.CDLL("libglib-2.0.so.0")' 2>/dev/null; then
+        system_packages "libGL or glib is missing; install libgl1 and libglib2.0-0" libgl1 libglib2.0-0
+    fi
+    if ! "$python" -c 'import sys, torch; from torch.utils.cpp_extension import CUDA_HOME
+sys.exit(torch.cuda.is_available() and CUDA_HOME is None)'; then
+        die "mmcv needs nvcc to be compiled for this machine's GPUs; install the CUDA toolkit of torch's version, or set CUDA_HOME"
+    fi
+}
+
+# Two distributions of mmcv write into the same folder; whichever comes last breaks the other.
+need_one_mmcv() {
+    local others
+    others=$("$prefix/bin/python" -m pip list --format freeze --disable-pip-version-check 2>/dev/null |
+        grep -oE '^(mmcv|mmcv-full|mmcv-lite|mmengine|mmengine-lite|mmdet|mmsegmentation)(==|$)' | tr -d '=' | tr '\n' ' ') || true
+    if [[ -n $others ]]; then
+        die "$prefix holds ${others% } beside onedl-mmcv; run \`$prefix/bin/python -m pip uninstall -y ${others% } onedl-mmcv\`, then this script again"
+    fi
 }
 
 use_venv() {
@@ -90,9 +126,31 @@ install() {
         3.11 | 3.12 | 3.13) constraints=requirements/constraints.txt ;;
         *) say "constraints.txt is for Python 3.11 to 3.13: installing what requirements.txt allows" ;;
     esac
-    say "installing into $prefix (minutes and some 5 GB the first time, most of it torch)"
+    say "installing ${*: -1} into $prefix"
     "$prefix/bin/python" -m pip install "$output" --no-input --disable-pip-version-check \
-        --constraint "$constraints" --editable ".$1" || die "pip failed, see above; run this script again to go on"
+        --constraint "$constraints" "$@" || die "pip failed, see above; run this script again to go on"
+}
+
+# Without build isolation mmcv finds torch while it is built; with it, pip would build mmcv without operators, silently.
+install_mm() {
+    local python=$prefix/bin/python
+    need_one_mmcv
+    install "numpy<2.3" "setuptools<82" "packaging>=24.2" wheel ninja psutil # what mmcv is compiled with
+    need_compiler
+    compile_mm
+    need_one_mmcv
+    if "$python" -I -c "import mmcv._ext"; then return; fi
+    say "mmcv has no operators: it came from a wheel that was built without; building it again"
+    "$python" -m pip cache remove "onedl_mmcv*" &>/dev/null || true
+    "$python" -m pip uninstall --quiet --yes onedl-mmcv
+    compile_mm
+    "$python" -I -c "import mmcv._ext" || die "mmcv was built without its operators; to see why, run
+    $python -m pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps --verbose onedl-mmcv"
+}
+
+compile_mm() {
+    say "compiling mmcv (5 to 30 minutes, once)"
+    CFLAGS="${CFLAGS:-} -g0" install --no-build-isolation --requirement requirements/mm.txt # no debug symbols: faster
 }
 
 check() {
@@ -111,12 +169,11 @@ END
 }
 
 groups=(base)
-extras=
 conda_path=
 env_name=
 while (($#)); do
     case $1 in
-        --dev) groups+=(dev) extras="[dev]" ;;
+        --dev | --mm) groups+=("${1#--}") ;;
         -h | --help) help && exit ;;
         -*) die "unknown option $1; --help lists them" ;;
         *)
@@ -135,7 +192,9 @@ stale=
 for group in "${groups[@]}"; do current "$group" || stale=yes; done
 if [[ -n $stale ]]; then
     for group in "${groups[@]}"; do rm -f "$(stamp "$group")"; done
-    install "$extras"
+    say "the first time takes minutes and some 5 GB, most of it torch"
+    if [[ ${groups[*]} == *dev* ]]; then install --editable ".[dev]"; else install --editable .; fi
+    if [[ ${groups[*]} == *mm* ]]; then install_mm; fi
     check
     for group in "${groups[@]}"; do fingerprint "$group" >"$(stamp "$group")"; done
 fi

@@ -1,0 +1,105 @@
+"""A trained detector or segmentor, ready to be applied to pictures; what `detect.py` and `segment.py` share."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from PIL import Image, ImageOps
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import nn
+from tqdm import tqdm
+
+from .hooks import DataError
+from .loading import fit_weights, load_file
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The command line that the tools share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="pictures, or folders of them at any depth")
+    parser.add_argument("--config", required=True, metavar="FILE", help="config that the checkpoint was trained with")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours or the original's")
+    parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(%(default)s)")
+    return parser
+
+
+def load_model(config: str | Config, checkpoint: str, device: str | torch.device) -> nn.Module:
+    """The model of a config with a checkpoint's weights, in evaluation mode.
+
+    As mmdetection's and mmsegmentation's own functions expect, it has the config as `cfg` and names and colours of the
+    classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read safely, or is another model's.
+    """
+    cfg = Config.fromfile(config) if isinstance(config, str) else config
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None  # the checkpoint brings all weights
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    content = load_file(checkpoint)
+    model.load_state_dict(fit_weights(content, model, checkpoint))
+    model.cfg = cfg
+    model.dataset_meta = _dataset_meta(cfg) | _stored_meta(content)
+    return model.to(device).eval()
+
+
+def _dataset_meta(cfg: Config) -> dict[str, Any]:
+    return dict(DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo)
+
+
+def _stored_meta(content: dict[str, Any]) -> dict[str, Any]:
+    meta = content.get("meta") or {}
+    stored = meta.get("dataset_meta") or {key: meta[key] for key in ("CLASSES", "PALETTE") if meta.get(key)}
+    return {key.lower(): value for key, value in stored.items()}
+
+
+def find_pictures(paths: list[str]) -> list[str]:
+    """The files themselves, and all pictures in and below the folders, in natural order.
+
+    Raises:
+        DataError: a path is neither, or a folder holds none.
+    """
+    pictures = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+        found = [path] if os.path.isfile(path) else [file for file, _ in find_images_and_targets(path)[0]]
+        if not found:
+            raise DataError(f"{path}: holds no pictures")
+        pictures += found
+    return pictures
+
+
+def read_rgb(path: str) -> np.ndarray:
+    """A picture as `(H, W, 3)` uint8, RGB, upright as its EXIF data says.
+
+    Raises:
+        DataError: the file is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: no readable picture ({error})") from error
+
+
+def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield each picture with the file to draw its result into, under a progress bar; names never collide."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[Path] = set()
+    for picture in tqdm(pictures, disable=None, delay=1):
+        stem = Path(picture).stem
+        names = (folder / f"{stem}{suffix}.png" for suffix in chain([""], (f"-{i}" for i in count(2))))
+        output = next(name for name in names if name not in taken)
+        taken.add(output)
+        yield picture, output

@@ -1,0 +1,180 @@
+"""What the training and test tools of detection and segmentation share: mmdet 3's command line, on GPUs as on a CPU."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built without its operators
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from ..checkpoints import CheckpointError, name_some
+from .hooks import DataError
+from .loading import fit_weights, load_file
+
+MODULE2PACKAGE["mmseg"] = "mmseg"  # mmengine looks for mmsegmentation, the package's old name, when a config inherits
+
+
+class StrictRunner(Runner):
+    """mmengine's runner, except that it refuses a checkpoint that is not its model's, where mmengine warns."""
+
+    new_head = False  # whether a checkpoint may differ from the model outside the backbone: fine-tuning
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """As mmengine's; raises DataError where a data set turns out to be empty."""
+        try:
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
+        except ValueError as error:
+            if "need at least one array" not in str(error):  # numpy, on no samples at all
+                raise
+            source = dataloader["dataset"].get("ann_file") or dataloader["dataset"].get("data_root")
+            remedy = "see data_root, data_prefix and metainfo.classes"
+            raise DataError(f"{source}: no image with annotations for the config's categories; {remedy}") from error
+
+    def load_checkpoint(self, filename: str, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
+        """Load a checkpoint's weights into the model.
+
+        Raises:
+            CheckpointError: the file cannot be read safely, is another model's, or knows other classes than the data.
+        """
+        checkpoint = load_file(filename, map_location)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        if not self.new_head:
+            self._check_classes(filename, checkpoint.get("meta") or {})
+        model.load_state_dict(fit_weights(checkpoint, model, filename, new_head=self.new_head))
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return checkpoint
+
+    def _check_classes(self, filename: str, meta: dict[str, Any]) -> None:
+        known = list((meta.get("dataset_meta") or {}).get("classes", ()))
+        wanted = list(getattr(self.test_dataloader.dataset, "metainfo", {}).get("classes", ()))
+        if known and wanted and known != wanted:
+            names = " and ".join(f"{len(names)} ({name_some(names)})" for names in (known, wanted))
+            raise CheckpointError(f"{filename}: its classes are not those of the data: {names}")
+
+
+# ---- the tools
+
+
+def train(description: str, argv: list[str] | None = None) -> None:
+    """Train the model of a config: the body of `tools/train.py`."""
+    parser = _parser(description)
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch")
+    help = "continue from a checkpoint; without FILE, from the latest in the working directory"
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help=help)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        cfg = load_config(args)
+        if args.amp:
+            cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        if args.auto_scale_lr:
+            cfg.auto_scale_lr.enable = True
+        if args.resume:
+            cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+        runner = build_runner(cfg)
+        runner.new_head = not cfg.get("resume")
+        runner.train()
+
+
+def test(
+    description: str, prepare: Callable[[Config, argparse.Namespace], Any], argv: list[str] | None = None
+) -> dict[str, float]:
+    """Evaluate a checkpoint: the body of `tools/test.py`. Returns the metrics by name.
+
+    Args:
+        description: of the command, for --help.
+        prepare: makes a config show, draw and write predictions as the flags `--show`, `--show-dir` and `--out` say.
+        argv: the command line, by default that of the process.
+    """
+    parser = _parser(description)
+    parser.add_argument("checkpoint", help="file to evaluate, ours or the original's")
+    parser.add_argument("--out", metavar="PATH", help="write the predictions")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument(
+        "--show-dir", metavar="DIR", help="draw the predictions into pictures, in the working directory"
+    )
+    parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="seconds to show each (%(default)s)")
+    parser.add_argument("--tta", action="store_true", help="average over test-time augmentations")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        cfg = load_config(args)
+        cfg.load_from = args.checkpoint
+        prepare(cfg, args)
+        if args.tta:
+            _augment_tests(cfg)
+        return build_runner(cfg).test()
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="file of the run, e.g. one of configs/lit")
+    parser.add_argument("--work-dir", metavar="DIR", help="where the run is written (work_dirs/<name of the config>)")
+    help = "override keys of the config, e.g. train_dataloader.batch_size=4 model.backbone.with_cp=True"
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=help)
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that a command line names, with its overrides."""
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir or not cfg.get("work_dir"):
+        cfg.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem))
+    return cfg
+
+
+def build_runner(cfg: Config) -> StrictRunner:
+    """The runner of a config, adapted to a machine without GPU where this is one."""
+    if not torch.cuda.is_available():
+        _adapt_to_cpu(cfg)
+    return StrictRunner.from_cfg(cfg)
+
+
+def _adapt_to_cpu(cfg: Config) -> None:
+    if cfg.optim_wrapper.type == "AmpOptimWrapper":
+        print_log("no GPU: training in float32 in place of mixed precision")
+        cfg.optim_wrapper.type = "OptimWrapper"
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(key, None)
+    if cfg.launcher == "pytorch":
+        # mmengine would choose a GPU for each process
+        torch.distributed.init_process_group("gloo")
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+
+
+def _augment_tests(cfg: Config) -> None:
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one line where the user's files or settings are at fault; other errors pass through."""
+    try:
+        yield
+    except (CheckpointError, DataError, OSError) as error:
+        # what fails in a loader's worker carries its traceback along
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
