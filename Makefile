@@ -2,16 +2,23 @@
 #   make test PYTHON=/home/anaconda3/envs/lit/bin/python
 PYTHON ?= $(CURDIR)/.venv/bin/python
 DEMO_OUTPUT := output/lit-digits/default
+DIGITS_CLASSIFIER := classification/$(DEMO_OUTPUT)/latest.pth
+DETECTOR := retinanet_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format clean
+.PHONY: help env env-mm demo demo-detection test test-slow lint format clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
 
 env: ## build or update the environment, with the tools for tests and demo
 ifeq ($(origin PYTHON),file)
 	@bash setup_env.sh --dev
+endif
+
+env-mm: ## the same with mmcv, mmdetection and mmsegmentation, which detection and segmentation need
+ifeq ($(origin PYTHON),file)
+	@bash setup_env.sh --dev --mm
 endif
 
 demo: env ## train a small LIT on scanned digits, then evaluate its last checkpoint
@@ -20,10 +27,21 @@ demo: env ## train a small LIT on scanned digits, then evaluate its last checkpo
 	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml --eval --resume $(DEMO_OUTPUT)/latest.pth
 	@echo "Checkpoints, log and TensorBoard events: classification/$(DEMO_OUTPUT)"
 
-test: lint ## check the style, then run the test suite
+$(DIGITS_CLASSIFIER):
+	$(MAKE) demo
+
+demo-detection: env-mm $(DIGITS_CLASSIFIER) ## train a small RetinaNet on scenes of digits, evaluate it, draw what it finds
+	"$(PYTHON)" -m demo.digit_scenes
+	cd detection && "$(PYTHON)" tools/train.py configs/demo/$(DETECTOR).py
+	cd detection && "$(PYTHON)" tools/test.py configs/demo/$(DETECTOR).py $$(cat work_dirs/$(DETECTOR)/last_checkpoint)
+	cd detection && "$(PYTHON)" tools/detect.py ../data/digit_scenes/images/val --config configs/demo/$(DETECTOR).py \
+	    --checkpoint $$(cat work_dirs/$(DETECTOR)/last_checkpoint) --out-dir outputs/$(DETECTOR)
+	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); pictures: detection/outputs/$(DETECTOR)"
+
+test: env-mm lint ## check the style, then run the test suite
 	"$(PYTHON)" -m pytest
 
-test-slow: env ## run the tests that take minutes
+test-slow: env-mm ## run the tests that take minutes
 	"$(PYTHON)" -m pytest -m slow
 
 lint: env ## check style and formatting

@@ -212,7 +212,7 @@ def write_split(root: Path, split: str, info: dict[str, Any]) -> None:
 
 
 def write_scenes(
-    root: Path, size: int = 128, train: int = 600, val: int = 100, seed: int = 0, force: bool = False
+    root: Path, size: int = 128, train: int = 4800, val: int = 200, seed: int = 0, force: bool = False
 ) -> bool:
     """Writes both splits, unless they are already there; returns whether it has written any."""
     written = False
@@ -245,8 +245,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over photographs.")
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="where to write (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help=f"height and width, {MIN_SIZE} at least (%(default)s)")
-    parser.add_argument("--train", type=int, default=600, help="number of scenes to train on (%(default)s)")
-    parser.add_argument("--val", type=int, default=100, help="number of scenes to hold out (%(default)s)")
+    parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="number of scenes to hold out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number gives other scenes (%(default)s)")
     parser.add_argument("--force", action="store_true", help="write again what is already there")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="also draw eight scenes of each split, annotated")

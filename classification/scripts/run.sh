@@ -1,23 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts in this folder: finds the environment and starts main.py, one process per GPU.
 # Relative paths, in arguments as in configurations, count from the folder that a script is called in.
-set -euo pipefail
-
 classification=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 1
-}
-
-# Sets `python` to that of the active environment or, where it lacks the package, to that of .venv.
-find_python() {
-    local check='from importlib.util import find_spec as find; assert find("torch") and find("lit_backbone")'
-    for python in python "$classification/../.venv/bin/python"; do
-        if "$python" -I -c "$check" &>/dev/null; then return; fi
-    done
-    die "no environment with lit_backbone; run \`bash setup_env.sh\` in $(dirname "$classification")"
-}
+source "$classification/../tools/launch.sh"
 
 # run train|evaluate CONFIG [GPUs] [options of main.py]; to evaluate, a checkpoint comes before the options.
 # Without a number of GPUs: all of this machine, or a single process where there are none.
@@ -37,7 +22,5 @@ run() {
     if ((gpus == 1)); then
         exec "$python" "$classification/main.py" --cfg "$config" "$@"
     fi
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, without its warning
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
-        "$classification/main.py" --cfg "$config" "$@"
+    launch "$gpus" "$classification/main.py" --cfg "$config" "$@"
 }

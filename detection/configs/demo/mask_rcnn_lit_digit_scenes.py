@@ -1,0 +1,37 @@
+# A small Mask R-CNN on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+#
+#   command       python tools/train.py configs/demo/mask_rcnn_lit_digit_scenes.py
+#   GPUs          none needed
+#   global batch  8 (1 x 8)
+#   published     none
+#   obtained
+
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "../_base_/digits_lit.py",
+    "../_base_/digit_scenes.py",
+    "../_base_/demo_schedule.py",
+    "../_base_/default_runtime.py",
+]
+norm = dict(type="GN", num_groups=8)
+model = dict(
+    data_preprocessor=dict(pad_size_divisor=32),
+    backbone=dict(_delete_=True, **_base_.digits_lit),
+    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, num_outs=4, norm_cfg=norm),
+    rpn_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        anchor_generator=dict(scales=[4], ratios=[1.0, 1.5, 2.5], strides=[4, 8, 16, 32]),
+    ),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64, finest_scale=28),
+        bbox_head=dict(num_classes=10, in_channels=64, fc_out_channels=256),
+        mask_roi_extractor=dict(out_channels=64, finest_scale=28),
+        mask_head=dict(num_classes=10, in_channels=64, conv_out_channels=64, num_convs=2),
+    ),
+    # a scene has at most six digits
+    train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50), rcnn=dict(max_per_img=20)),
+)
+val_evaluator = dict(metric=["bbox", "segm"])
+test_evaluator = val_evaluator

@@ -1,0 +1,29 @@
+# A small RetinaNet on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+#
+#   command       make demo-detection
+#   GPUs          none needed
+#   global batch  8 (1 x 8)
+#   published     none
+#   obtained
+
+_base_ = [
+    "mmdet::_base_/models/retinanet_r50_fpn.py",
+    "../_base_/digits_lit.py",
+    "../_base_/digit_scenes.py",
+    "../_base_/demo_schedule.py",
+    "../_base_/default_runtime.py",
+]
+norm = dict(type="GN", num_groups=8)  # without it the heads need more than minutes
+model = dict(
+    data_preprocessor=dict(pad_size_divisor=32),
+    backbone=dict(_delete_=True, **_base_.digits_lit),
+    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, num_outs=3, norm_cfg=norm),
+    bbox_head=dict(
+        num_classes=10,
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        norm_cfg=norm,
+        anchor_generator=dict(octave_base_scale=2, ratios=[1.0, 1.5, 2.5], strides=[8, 16, 32]),
+    ),
+)

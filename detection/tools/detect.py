@@ -1,0 +1,49 @@
+"""Draw detections into pictures: `python tools/detect.py street.jpg --config CONFIG --checkpoint retina_lit_s.pth`."""
+
+import math
+import sys
+
+try:
+    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.mm.runner import one_line_errors
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
+import numpy as np
+from mmdet.apis import inference_detector
+from mmdet.structures import DetDataSample
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.structures import InstanceData
+from tqdm import tqdm
+
+LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged for labels to be readable
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--score-thr", type=float, default=0.3, metavar="P", help="least score to draw (%(default)s)")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        pictures = find_pictures(args.images)
+        model = load_model(args.config, args.checkpoint, args.device)
+        visualizer = DetLocalVisualizer()
+        visualizer.dataset_meta = model.dataset_meta
+        for picture, output in outputs(pictures, args.out_dir):
+            image = read_rgb(picture)
+            result = inference_detector(model, image[..., ::-1]).cpu()  # (H, W, 3), BGR as mmcv reads files
+            found = result.pred_instances[result.pred_instances.scores >= args.score_thr]
+            image, found = enlarge(image, found, factor=math.ceil(LEGIBLE / min(image.shape[:2])))
+            sample = DetDataSample(pred_instances=found)
+            visualizer.add_datasample(picture, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
+            tqdm.write(f"{picture}: {len(found)} detections, drawn in {output}")  # past the progress bar
+
+
+def enlarge(image: np.ndarray, instances: InstanceData, factor: int) -> tuple[np.ndarray, InstanceData]:
+    """An image `(H, W, 3)` and what was found in it, `factor` times as large."""
+    instances.bboxes = instances.bboxes * factor  # (N, 4)
+    if "masks" in instances:
+        instances.masks = instances.masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (N, H, W)
+    return image.repeat(factor, 0).repeat(factor, 1), instances
+
+
+if __name__ == "__main__":
+    main()

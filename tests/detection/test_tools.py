@@ -1,0 +1,206 @@
+"""The tools as they are used: training, resuming, testing, drawing, several processes, and what goes wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from demo.digit_scenes import write_scenes
+from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm.inference import find_pictures
+from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits, derive
+
+CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
+TOOLS = DETECTION / "tools"
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment)
+
+
+def train(config: Path, *args: str) -> str:
+    """Trains in a process of its own, as mmengine keeps visualizer and logger for a process; returns its output."""
+    finished = run(sys.executable, TOOLS / "train.py", config, *args)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(str(path))["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def still_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's config less all chance but the order of images, which follows from seed and epoch."""
+    still = "model = dict(backbone=dict(drop_path_rate=0.0), test_cfg=dict(score_thr=0.0))\nrandomness = dict(seed=0)"
+    return derive(tmp_path_factory.mktemp("configs") / "still.py", CONFIG, still)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, still_config: Path, scenes: Path, digits_checkpoint: Path
+) -> Path:
+    """The folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(still_config, *build_options(scenes, digits_checkpoint, folder, "run", train_cfg__max_epochs=2))
+    return folder / "run"
+
+
+# ---- runs
+
+
+def test_a_run_leaves_what_is_promised(trained: Path) -> None:
+    assert {"epoch_1.pth", "epoch_2.pth", "last_checkpoint", "still.py"} <= {path.name for path in trained.iterdir()}
+    scalars = next(trained.glob("*/vis_data/scalars.json"))
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert sum("coco/bbox_mAP_50" in record for record in records) == 2  # one validation for each epoch
+    assert next(trained.glob("*/*.log")).stat().st_size > 0
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config: Path, options: Any) -> None:
+    arguments = options("again", train_cfg__max_epochs=2)
+    work_dir = Path(arguments[1])
+    work_dir.mkdir()
+    shutil.copy(trained / "epoch_1.pth", work_dir)
+    train(still_config, *arguments, "--resume", str(work_dir / "epoch_1.pth"))
+    again, whole = weights(work_dir / "epoch_2.pth"), weights(trained / "epoch_2.pth")
+    start = weights(trained / "epoch_1.pth")
+    assert again.keys() == whole.keys()
+    for key in whole:
+        torch.testing.assert_close(again[key], whole[key], msg=key)
+    assert not torch.equal(start["bbox_head.retina_cls.weight"], whole["bbox_head.retina_cls.weight"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--tta"]])
+def test_test(trained: Path, still_config: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "predictions.pkl"
+    arguments = [trained / "epoch_2.pth", *options(test_dataloader__dataset__indices=2), "--out", out, *flags]
+    finished = run(sys.executable, TOOLS / "test.py", still_config, *arguments, "--show-dir", "drawn")
+    assert finished.returncode == 0, finished.stderr
+    assert "coco/bbox_mAP_50: " in finished.stdout
+    assert out.is_file() and len(list((tmp_path / "run").glob("*/drawn/*.jpg"))) == 2
+
+
+def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
+    finished = run("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two"))
+    assert finished.returncode == 0, finished.stderr
+    assert load_file(str(tmp_path / "two" / "epoch_1.pth"))["meta"]["iter"] == 2  # 6 images, 2 processes x 2
+    finished = run("bash", TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "epoch_1.pth", 2, *options("two"))
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_fine_tuning_starts_a_head_for_other_classes_anew(
+    trained: Path, still_config: Path, options: Any, tmp_path: Path
+) -> None:
+    config = derive(tmp_path / "three.py", still_config, classes_of_all_splits(("0", "1", "2")))
+    output = train(config, *options("fine", model__bbox_head__num_classes=3, load_from=trained / "epoch_2.pth"))
+    assert "retina_cls.weight" in output.split("stay as initialised")[0]
+
+
+def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for folder in ("a", "b"):
+        shutil.copytree(scenes / "images" / "val", pictures / folder)
+    command = [pictures, scenes / "images" / "train" / "00000.jpg", "--config", CONFIG]
+    command += ["--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn", "--score-thr", "0.01"]
+    finished = run(sys.executable, TOOLS / "detect.py", *command)
+    assert finished.returncode == 0, finished.stderr
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert len(drawn) == 9 and finished.stdout.count("detections, drawn in") == 9
+    assert all(Image.open(path).size == (512, 512) for path in drawn)
+
+
+# ---- bad input
+
+
+def error_of(tool: Callable[..., Any], *args: Any) -> str:
+    """The line by which a tool ends."""
+    with pytest.raises(SystemExit) as ended:
+        tool(*args)
+    message = str(ended.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def train_error(options: Any, config: Path = CONFIG, **changes: Any) -> str:
+    return error_of(runner.train, "", [str(config), *options(**changes)])
+
+
+def test_missing_annotations(options: Any) -> None:
+    assert "annotations/none.json" in train_error(options, train_dataloader__dataset__ann_file="annotations/none.json")
+
+
+def test_missing_image(options: Any, scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "scenes")
+    (tmp_path / "scenes" / "images" / "val" / "00002.jpg").unlink()
+    message = train_error(options, val_dataloader__dataset__data_root=f"{tmp_path}/scenes/")
+    assert "images/val/00002.jpg: no such file" in message and "names 1 files that are not there" in message
+
+
+def test_missing_categories(options: Any, tmp_path: Path) -> None:
+    config = derive(tmp_path / "eleven.py", CONFIG, classes_of_all_splits(("0", "1", "eleven")))
+    message = train_error(options, config, model__bbox_head__num_classes=3)
+    assert "annotations/train.json: holds 2 of the config's 3 categories" in message
+
+
+def test_a_head_for_another_number_of_classes(options: Any) -> None:
+    assert "num_classes" in train_error(options, model__bbox_head__num_classes=80)
+
+
+def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
+    def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
+        return error_of(runner.test, "", lambda cfg, args: None, [str(config), str(checkpoint), *options(**changes)])
+
+    last = trained / "epoch_2.pth"
+    other = derive(tmp_path / "other.py", CONFIG, classes_of_all_splits(tuple("1023456789")))
+    message = test_error(last, other)
+    assert "epoch_2.pth: its classes are not those of the data" in message
+    message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
+    assert "epoch_2.pth: not a checkpoint of RetinaNet with lit_s" in message
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(last.read_bytes()[:10_000])
+    assert "cut.pth: unreadable or truncated" in test_error(cut)
+    assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
+    assert "none.pth: no such file" in train_error(options, model__backbone__init_cfg__checkpoint=tmp_path / "none.pth")
+
+
+def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in [("none.jpg", "no such file"), ("empty", "no pictures")]:
+        with pytest.raises(DataError, match=f"{name}: .*{message}"):
+            find_pictures([str(tmp_path / name)])
+    (tmp_path / "text.jpg").write_text("no picture")
+    flags = ["--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn"]
+    finished = run(sys.executable, TOOLS / "detect.py", tmp_path / "text.jpg", *flags)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "text.jpg: no readable picture" in finished.stderr.splitlines()[-1]
+
+
+# ---- what takes minutes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name, number, epochs, metric, least", [("retinanet", 4800, 4, "bbox", 0.8), ("mask_rcnn", 2400, 2, "segm", 0.5)]
+)
+def test_demo_learns(
+    name: str, number: int, epochs: int, metric: str, least: float, digits_classifier: Path, tmp_path: Path
+) -> None:
+    """The last checkpoint's AP50 on held-out scenes, after training from the digits classifier."""
+    write_scenes(tmp_path / "scenes", train=number)
+    changes = dict(train_dataloader__batch_size=8, train_cfg__max_epochs=epochs, param_scheduler__1__T_max=epochs)
+    arguments = build_options(tmp_path / "scenes", digits_classifier, tmp_path, "run", **changes)
+    output = train(DEMO / f"{name}_lit_digit_scenes.py", *arguments)
+    assert float(re.findall(rf"coco/{metric}_mAP_50: (\S+)", output)[-1]) > least
