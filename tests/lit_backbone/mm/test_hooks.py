@@ -1,0 +1,63 @@
+"""The hooks, within mmengine's own loops."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+import lit_backbone.mm  # noqa: F401, registers the hooks
+
+
+class Normalizer(BaseModel):
+    """A BatchNorm that learns to return zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, *inputs: Tensor, mode: str = "tensor") -> Any:
+        return {"loss": self.norm(torch.stack(inputs)).square().mean()}
+
+
+def train_by_iterations(rank: int, folder: Path) -> None:
+    """One of two processes; each has data of its own, and writes what its BatchNorm has seen."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    data = torch.randn(8, 3, generator=torch.Generator().manual_seed(rank)) + 10 * rank
+    runner = Runner(
+        Normalizer(),
+        str(folder / "run"),
+        train_dataloader=dict(
+            dataset=list(data), batch_size=4, sampler=dict(type="InfiniteSampler", shuffle=False), num_workers=0
+        ),
+        train_cfg=dict(type="IterBasedTrainLoop", max_iters=3),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=2, by_epoch=False, save_last=True)),
+        custom_hooks=[dict(type="AverageBuffersHook")],
+    )
+    runner.train()
+    torch.save(runner.model.norm.running_mean, folder / f"mean{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("iteration", [2, 3])
+def test_checkpoints_hold_the_average_of_all_processes(iteration: int, averaged: Path) -> None:
+    saved = torch.load(averaged / "run" / f"iter_{iteration}.pth", weights_only=False)["state_dict"]
+    decay = 1 - 0.9**iteration
+    torch.testing.assert_close(saved["norm.running_mean"], torch.full((3,), 5.0 * decay), atol=0.5 * decay, rtol=0)
+
+
+def test_processes_go_on_from_the_average(averaged: Path) -> None:
+    first, second = (torch.load(averaged / f"mean{rank}.pth") for rank in range(2))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("averaged")
+    torch.multiprocessing.spawn(train_by_iterations, (folder,), nprocs=2)
+    return folder
