@@ -4,9 +4,10 @@ PYTHON ?= $(CURDIR)/.venv/bin/python
 DEMO_OUTPUT := output/lit-digits/default
 DIGITS_CLASSIFIER := classification/$(DEMO_OUTPUT)/latest.pth
 DETECTOR := retinanet_lit_digit_scenes
+SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm demo demo-detection test test-slow lint format clean
+.PHONY: help env env-mm demo demo-detection demo-segmentation test test-slow lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -37,6 +38,14 @@ demo-detection: env-mm $(DIGITS_CLASSIFIER) ## train a small RetinaNet on scenes
 	cd detection && "$(PYTHON)" tools/detect.py ../data/digit_scenes/images/val --config configs/demo/$(DETECTOR).py \
 	    --checkpoint $$(cat work_dirs/$(DETECTOR)/last_checkpoint) --out-dir outputs/$(DETECTOR)
 	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); pictures: detection/outputs/$(DETECTOR)"
+
+demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic FPN, which paints the digits
+	"$(PYTHON)" -m demo.digit_scenes --output data/digit_scenes_256 --size 256 --train 1200 --val 100
+	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py
+	cd segmentation && "$(PYTHON)" tools/test.py configs/demo/$(SEGMENTOR).py $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint)
+	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes_256/images/val --config configs/demo/$(SEGMENTOR).py \
+	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)
+	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
 
 test: env-mm lint ## check the style, then run the test suite
 	"$(PYTHON)" -m pytest

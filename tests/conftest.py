@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+
+import lit_backbone  # noqa: F401, registers the models
+from demo.digit_scenes import write_scenes
+from demo.digits import write_digits
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -27,10 +32,26 @@ def goldens() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes of digits, 6 to train on and 4 held out; read only."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, size=128, train=6, val=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier as that of `make demo`, untrained, in the form that the trainer writes."""
+    torch.manual_seed(0)
+    arch = dict(embed_dims=(24, 48, 96, 192), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+    path = tmp_path_factory.mktemp("digits") / "latest.pth"
+    torch.save({"model": timm.create_model("lit_s", **arch, img_size=64, num_classes=10).state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The classifier that `make demo` trains, which takes two minutes: for slow tests."""
-    from demo.digits import write_digits
-
     folder = tmp_path_factory.mktemp("digits_classifier")
     write_digits(folder / "data")
     command = [sys.executable, "main.py", "--cfg", "configs/lit-digits.yaml", "--output", str(folder)]

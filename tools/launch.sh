@@ -30,3 +30,20 @@ launch() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, without its warning
     exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" "$@"
 }
+
+# What detection's and segmentation's tools/dist_train.sh and tools/dist_test.sh do: FOLDER is theirs, PACKAGE what they need.
+# dist_train FOLDER PACKAGE CONFIG GPUS [options of train.py]
+dist_train() {
+    if [[ ! ${4:-} =~ ^[1-9][0-9]*$ ]]; then die "usage: bash tools/dist_train.sh CONFIG GPUS [options of train.py]"; fi
+    find_python "$2"
+    launch "$4" "$1/train.py" "$3" --launcher pytorch "${@:5}"
+}
+
+# dist_test FOLDER PACKAGE CONFIG CHECKPOINT GPUS [options of test.py]
+dist_test() {
+    if [[ ! ${5:-} =~ ^[1-9][0-9]*$ ]]; then
+        die "usage: bash tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]"
+    fi
+    find_python "$2"
+    launch "$5" "$1/test.py" "$3" "$4" --launcher pytorch "${@:6}"
+}

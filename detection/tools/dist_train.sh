@@ -3,6 +3,4 @@
 # On several nodes: the same on each, with NNODES, NODE_RANK, MASTER_ADDR and, if 29500 is taken, PORT set.
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$tools/../../tools/launch.sh"
-if [[ ! ${2:-} =~ ^[1-9][0-9]*$ ]]; then die "usage: bash tools/dist_train.sh CONFIG GPUS [options of train.py]"; fi
-find_python mmdet
-launch "$2" "$tools/train.py" "$1" --launcher pytorch "${@:3}"
+dist_train "$tools" mmdet "$@"

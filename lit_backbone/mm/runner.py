@@ -13,8 +13,9 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints import CheckpointError, name_some
@@ -40,6 +41,12 @@ class StrictRunner(Runner):
             source = dataloader["dataset"].get("ann_file") or dataloader["dataset"].get("data_root")
             remedy = "see data_root, data_prefix and metainfo.classes"
             raise DataError(f"{source}: no image with annotations for the config's categories; {remedy}") from error
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """As mmengine's; without a GPU, for which alone PyTorch has SyncBN, it becomes BN."""
+        if not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
         """Load a checkpoint's weights into the model.
@@ -83,6 +90,10 @@ def train(description: str, argv: list[str] | None = None) -> None:
         if args.amp:
             cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
         if args.auto_scale_lr:
+            if "auto_scale_lr" not in cfg:
+                raise DataError(
+                    f"{args.config}: lacks auto_scale_lr=dict(base_batch_size=...), which --auto-scale-lr needs"
+                )
             cfg.auto_scale_lr.enable = True
         if args.resume:
             cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume

@@ -11,7 +11,8 @@ from torch import nn
 
 from lit_backbone.mm import load_file
 from lit_backbone.mm.runner import train
-from tests.detection.conftest import PUBLISHED, classes_of_all_splits, derive
+from tests.dense import derive
+from tests.detection.conftest import PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count
 
 # name of the figures: config, parameters, learning rate

@@ -1,12 +1,9 @@
 """The tools as they are used: training, resuming, testing, drawing, several processes, and what goes wrong."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +15,15 @@ from torch import Tensor
 from demo.digit_scenes import write_scenes
 from lit_backbone.mm import DataError, load_file, runner
 from lit_backbone.mm.inference import find_pictures
-from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits, derive
+from tests.dense import derive, error_of, output_of, run
+from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 TOOLS = DETECTION / "tools"
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment)
-
-
 def train(config: Path, *args: str) -> str:
-    """Trains in a process of its own, as mmengine keeps visualizer and logger for a process; returns its output."""
-    finished = run(sys.executable, TOOLS / "train.py", config, *args)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return output_of(sys.executable, TOOLS / "train.py", config, *args)
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -53,7 +43,7 @@ def trained(
 ) -> Path:
     """The folder of a run of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
-    train(still_config, *build_options(scenes, digits_checkpoint, folder, "run", train_cfg__max_epochs=2))
+    train(still_config, *build_options(scenes, digits_checkpoint, folder / "run", train_cfg__max_epochs=2))
     return folder / "run"
 
 
@@ -86,18 +76,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
 def test_test(trained: Path, still_config: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "predictions.pkl"
     arguments = [trained / "epoch_2.pth", *options(test_dataloader__dataset__indices=2), "--out", out, *flags]
-    finished = run(sys.executable, TOOLS / "test.py", still_config, *arguments, "--show-dir", "drawn")
-    assert finished.returncode == 0, finished.stderr
-    assert "coco/bbox_mAP_50: " in finished.stdout
+    output = output_of(sys.executable, TOOLS / "test.py", still_config, *arguments, "--show-dir", "drawn")
+    assert "coco/bbox_mAP_50: " in output
     assert out.is_file() and len(list((tmp_path / "run").glob("*/drawn/*.jpg"))) == 2
 
 
 def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
-    finished = run("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two"))
-    assert finished.returncode == 0, finished.stderr
+    output_of("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two"))
     assert load_file(str(tmp_path / "two" / "epoch_1.pth"))["meta"]["iter"] == 2  # 6 images, 2 processes x 2
-    finished = run("bash", TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "epoch_1.pth", 2, *options("two"))
-    assert finished.returncode == 0, finished.stderr
+    output_of("bash", TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "epoch_1.pth", 2, *options("two"))
 
 
 def test_fine_tuning_starts_a_head_for_other_classes_anew(
@@ -114,23 +101,13 @@ def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
         shutil.copytree(scenes / "images" / "val", pictures / folder)
     command = [pictures, scenes / "images" / "train" / "00000.jpg", "--config", CONFIG]
     command += ["--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn", "--score-thr", "0.01"]
-    finished = run(sys.executable, TOOLS / "detect.py", *command)
-    assert finished.returncode == 0, finished.stderr
+    output = output_of(sys.executable, TOOLS / "detect.py", *command)
     drawn = sorted((tmp_path / "drawn").iterdir())
-    assert len(drawn) == 9 and finished.stdout.count("detections, drawn in") == 9
+    assert len(drawn) == 9 and output.count("detections, drawn in") == 9
     assert all(Image.open(path).size == (512, 512) for path in drawn)
 
 
 # ---- bad input
-
-
-def error_of(tool: Callable[..., Any], *args: Any) -> str:
-    """The line by which a tool ends."""
-    with pytest.raises(SystemExit) as ended:
-        tool(*args)
-    message = str(ended.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def train_error(options: Any, config: Path = CONFIG, **changes: Any) -> str:
@@ -201,6 +178,6 @@ def test_demo_learns(
     """The last checkpoint's AP50 on held-out scenes, after training from the digits classifier."""
     write_scenes(tmp_path / "scenes", train=number)
     changes = dict(train_dataloader__batch_size=8, train_cfg__max_epochs=epochs, param_scheduler__1__T_max=epochs)
-    arguments = build_options(tmp_path / "scenes", digits_classifier, tmp_path, "run", **changes)
+    arguments = build_options(tmp_path / "scenes", digits_classifier, tmp_path / "run", **changes)
     output = train(DEMO / f"{name}_lit_digit_scenes.py", *arguments)
     assert float(re.findall(rf"coco/{metric}_mAP_50: (\S+)", output)[-1]) > least

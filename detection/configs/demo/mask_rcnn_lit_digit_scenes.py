@@ -8,7 +8,7 @@
 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "../_base_/digits_lit.py",
+    "../../../demo/digits_lit.py",
     "../_base_/digit_scenes.py",
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
@@ -16,7 +16,7 @@ _base_ = [
 norm = dict(type="GN", num_groups=8)
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
-    backbone=dict(_delete_=True, **_base_.digits_lit),
+    backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.digits_lit),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, num_outs=4, norm_cfg=norm),
     rpn_head=dict(
         in_channels=64,
