@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def _statistic(owner: type, name: str) -> Any:
     """Stands in for `getattr`, by which a pickled HistoryBuffer names its methods `min`, `max`, `mean`, `current`."""
     if owner is HistoryBuffer and name in ("min", "max", "mean", "current"):
         return vars(HistoryBuffer)[name]
-    raise ValueError(f"getattr of {name!r}: only the statistics of mmengine's HistoryBuffer may be read")
+    # worded as PyTorch's refusals are, by which `read_checkpoint` knows them
+    raise UnpicklingError(f"GLOBAL builtins.getattr of {name!r}: only statistics of a HistoryBuffer may be read")
 
 
 # What mmengine's own checkpoints hold beside tensors and plain data: numbers and arrays of numpy, logged histories.

@@ -186,6 +186,6 @@ def one_line_errors() -> Iterator[None]:
     except (CheckpointError, DataError, OSError) as error:
         # what fails in a loader's worker carries its traceback along
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # not after an error, when others may wait until torchrun ends them
+        torch.distributed.barrier()  # nobody leaves while another one still talks
+        torch.distributed.destroy_process_group()

@@ -104,6 +104,8 @@ def test_evaluation_without_a_checkpoint_is_refused(args, tmp_path):
 
 def test_without_an_environment_the_remedy_is_named(tmp_path):
     shutil.copytree(SCRIPTS, tmp_path / "classification" / "scripts")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(SCRIPTS.parents[1] / "tools" / "launch.sh", tmp_path / "tools")
     for name in ("python", "python3"):
         (tmp_path / name).symlink_to("/bin/false")
     done = shell(["bash", tmp_path / "classification/scripts/lit-s.sh", "1"], tmp_path, tmp_path)
