@@ -1,0 +1,22 @@
+# A small Semantic FPN on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+#
+#   command       make demo-segmentation
+#   GPUs          none needed
+#   global batch  8 (1 x 8)
+#   published     none
+#   obtained
+
+_base_ = [
+    "mmseg::_base_/models/fpn_r50.py",
+    "../../../demo/digits_lit.py",
+    "../_base_/digit_scenes.py",
+    "../_base_/demo_schedule.py",
+    "../_base_/default_runtime.py",
+]
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(_delete_=True, out_norms=(0, 1, 2, 3), **_base_.digits_lit),
+    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=dict(type="GN", num_groups=8)),
+    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),
+)

@@ -1,0 +1,78 @@
+"""Paint classes over pictures: `python tools/segment.py street.jpg --config CONFIG --checkpoint sem_fpn_lit_s.pth`."""
+
+import math
+import sys
+
+try:
+    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.mm.runner import one_line_errors
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
+import numpy as np
+from mmseg.apis import inference_model
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged, for the legend to fit
+LEGEND = 0.02  # height of its letters, in shorter sides of the picture, 14 pixels at least
+MIN_SHARE = 0.001  # of a class, by area, to be in the legend
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__)
+    parser.add_argument("--opacity", type=float, default=0.6, metavar="A", help="of the colours, 0 to 1 (%(default)s)")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        pictures = find_pictures(args.images)
+        model = load_model(args.config, args.checkpoint, args.device)
+        names, palette = (model.dataset_meta[key] for key in ("classes", "palette"))
+        for picture, output in outputs(pictures, args.out_dir):
+            image = read_rgb(picture)
+            result = inference_model(model, image[..., ::-1])  # (H, W, 3), BGR as mmcv reads files
+            classes = result.pred_sem_seg.data[0].cpu().numpy()  # (H, W)
+            draw_overlay(image, classes, names, np.array(palette, np.uint8), args.opacity).save(output)
+            found = len(np.unique(classes))
+            tqdm.write(f"{picture}: {found} classes, drawn in {output}")  # past the progress bar
+
+
+def draw_overlay(
+    image: np.ndarray, classes: np.ndarray, names: list[str], palette: np.ndarray, opacity: float
+) -> Image.Image:
+    """Draws the classes over an image and, at its right, which colour is which class and how much of the area it has.
+
+    Args:
+        image: `(H, W, 3)` uint8, RGB.
+        classes: `(H, W)`, indices into `names` and `palette`.
+        names: of the classes.
+        palette: `(classes, 3)` uint8, RGB.
+        opacity: of the colours, 0 to 1.
+    """
+    factor = math.ceil(LEGIBLE / min(classes.shape))
+    blend = (1 - opacity) * image + opacity * palette[classes]
+    picture = Image.fromarray(blend.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
+    shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
+    listed = [i for i in np.argsort(-shares, kind="stable") if shares[i] >= MIN_SHARE]
+    letter = max(14, round(LEGEND * min(picture.size)))
+    font, line = ImageFont.load_default(letter), round(1.6 * letter)
+    rows = max(1, (picture.height - line) // line)
+    columns = [listed[start : start + rows] for start in range(0, len(listed), rows)]
+    widths = [3 * line + round(max(font.getlength(_entry(names[i], shares[i])) for i in column)) for column in columns]
+    sheet = Image.new("RGB", (picture.width + sum(widths), picture.height), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    x = picture.width + line // 2
+    for column, width in zip(columns, widths):
+        for row, i in enumerate(column):
+            y = line // 2 + row * line
+            draw.rectangle((x, y, x + letter, y + letter), fill=tuple(palette[i].tolist()), outline="black")
+            draw.text((x + line, y + letter / 2), _entry(names[i], shares[i]), "black", font, anchor="lm")
+        x += width
+    return sheet
+
+
+def _entry(name: str, share: float) -> str:
+    return f"{name}  {share:.1%}"
+
+
+if __name__ == "__main__":
+    main()

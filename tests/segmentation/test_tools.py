@@ -1,0 +1,168 @@
+"""The tools as they are used: training, resuming, testing, drawing, several processes, and what goes wrong."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmseg.apis import inference_model
+from PIL import Image
+
+from demo.digit_scenes import write_scenes
+from lit_backbone.mm import load_file, runner
+from lit_backbone.mm.inference import load_model
+from tests.dense import derive, error_of, output_of
+from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
+
+CONFIG = DEMO / "fpn_lit_digit_scenes.py"
+TOOLS = SEGMENTATION / "tools"
+
+
+def train(config: Path, *args: str) -> str:
+    return output_of(sys.executable, TOOLS / "train.py", config, *args)
+
+
+@pytest.fixture(scope="module")
+def still_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's config less all chance but the order of images, which follows from the seed."""
+    still = """model = dict(backbone=dict(drop_path_rate=0.0), decode_head=dict(dropout_ratio=0.0))
+train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]))
+randomness = dict(seed=0)"""
+    return derive(tmp_path_factory.mktemp("configs") / "still.py", CONFIG, still)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, still_config: Path, scenes: Path, digits_checkpoint: Path
+) -> Path:
+    """The folder of a run of four iterations."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(still_config, *build_options(scenes, digits_checkpoint, folder, train_cfg__max_iters=4))
+    return folder
+
+
+# ---- runs
+
+
+def test_a_run_leaves_what_is_promised(trained: Path) -> None:
+    assert {"iter_1.pth", "iter_4.pth", "last_checkpoint", "still.py"} <= {path.name for path in trained.iterdir()}
+    scalars = next(trained.glob("*/vis_data/scalars.json"))
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert sum("loss" in record for record in records) == sum("mIoU" in record for record in records) == 4
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config: Path, options: Any) -> None:
+    arguments = options("again", train_cfg__max_iters=4)
+    work_dir = Path(arguments[1])
+    work_dir.mkdir()
+    shutil.copy(trained / "iter_1.pth", work_dir)
+    (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_1.pth"))
+    train(still_config, *arguments, "--resume")
+    start, again, whole = (
+        load_file(str(path))["state_dict"]
+        for path in (trained / "iter_1.pth", work_dir / "iter_4.pth", trained / "iter_4.pth")
+    )
+    assert again.keys() == whole.keys()
+    for key in whole:
+        torch.testing.assert_close(again[key], whole[key], msg=key)
+    assert not torch.equal(start["decode_head.conv_seg.weight"], whole["decode_head.conv_seg.weight"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--tta"]])
+def test_test(trained: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
+    arguments = [trained / "iter_4.pth", *options(), "--out", tmp_path / "out", "--show-dir", tmp_path / "drawn"]
+    output = output_of(sys.executable, TOOLS / "test.py", CONFIG, *arguments, *flags)
+    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 0
+    maps = [np.array(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert len(maps) == 4 and all(classes.max() <= 10 for classes in maps)
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
+
+
+def test_whole_and_sliding_inference(trained: Path) -> None:
+    model = load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu")
+    model.cfg.test_pipeline = [step for step in model.cfg.test_pipeline if step.type != "Resize"]
+    image = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
+    whole = inference_model(model, image)
+    assert whole.pred_sem_seg.data.shape == (1, 101, 135) and whole.seg_logits.data.shape == (11, 101, 135)
+    model.test_cfg.update(mode="slide", crop_size=(101, 135), stride=(64, 64))
+    torch.testing.assert_close(inference_model(model, image).seg_logits.data, whole.seg_logits.data)
+    model.test_cfg.update(crop_size=(64, 64), stride=(48, 48))
+    slid = inference_model(model, image).seg_logits.data
+    assert slid.shape == whole.seg_logits.data.shape and not torch.equal(slid, whole.seg_logits.data)
+
+
+def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
+    output_of("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two", train_cfg__max_iters=2))
+    checkpoint = tmp_path / "two" / "iter_2.pth"
+    assert load_file(str(checkpoint))["meta"]["iter"] == 2
+    output = output_of("bash", TOOLS / "dist_test.sh", CONFIG, checkpoint, 2, *options("two"))
+    assert re.search(r"mIoU: \d", output)
+
+
+def test_segment_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    command = [scenes / "images" / "val", "--config", CONFIG, "--checkpoint", trained / "iter_4.pth"]
+    output = output_of(sys.executable, TOOLS / "segment.py", *command, "--out-dir", tmp_path / "drawn")
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert len(drawn) == 4 and output.count("drawn in") == 4
+    for path in drawn:
+        width, height = Image.open(path).size
+        assert height == 512 and width > 512  # enlarged, and the legend at its right
+
+
+# ---- bad input
+
+
+def train_error(options: Any, **changes: Any) -> str:
+    return error_of(runner.train, "", [str(CONFIG), *options(**changes)])
+
+
+def test_missing_images(options: Any) -> None:
+    message = train_error(options, train_dataloader__dataset__data_prefix__img_path="images/none")
+    assert "images/none" in message and "No such file" in message
+
+
+def test_missing_masks(options: Any, scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "scenes")
+    (tmp_path / "scenes" / "semantic" / "train" / "00001.png").unlink()
+    message = train_error(options, train_dataloader__dataset__data_root=f"{tmp_path}/scenes/")
+    assert "semantic/train/00001.png: no such file" in message and "names 1 files that are not there" in message
+
+
+def test_a_head_for_another_number_of_classes(options: Any) -> None:
+    assert "model.decode_head.num_classes=150: the data has 11 classes" in train_error(
+        options, model__decode_head__num_classes=150
+    )
+
+
+def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
+    def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
+        return error_of(runner.test, "", lambda cfg, args: None, [str(config), str(checkpoint), *options(**changes)])
+
+    last = trained / "iter_4.pth"
+    names = dict(dataset=dict(metainfo=dict(classes=("background", *"1023456789"))))
+    other = derive(tmp_path / "other.py", CONFIG, f"test_dataloader = {names}")
+    assert "iter_4.pth: its classes are not those of the data" in test_error(last, other)
+    message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
+    assert "iter_4.pth: not a checkpoint of EncoderDecoder with lit_s" in message
+    assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
+
+
+# ---- what takes minutes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_demo_learns(digits_classifier: Path, tmp_path: Path) -> None:
+    """The last checkpoint's mIoU on held-out scenes, after training from the digits classifier."""
+    write_scenes(tmp_path / "scenes", size=256, train=1200, val=100)
+    changes: dict[str, Any] = dict.fromkeys(("train_cfg__max_iters", "train_cfg__val_interval"))
+    changes |= dict.fromkeys(("default_hooks__checkpoint__interval", "default_hooks__logger__interval"))
+    changes |= dict(train_dataloader__batch_size=8)
+    output = train(CONFIG, *build_options(tmp_path / "scenes", digits_classifier, tmp_path / "run", **changes))
+    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 80
