@@ -74,15 +74,17 @@ sys.exit(torch.cuda.is_available() and CUDA_HOME is None)'; then
     fi
 }
 
-# Two distributions of mmcv write into the same folder; whichever comes last breaks the other.
+# The maintained line and the original one write into the same folders; whichever comes last breaks the other.
 need_one_mmcv() {
-    local others
+    local others remedy
     others=$("$prefix/bin/python" -m pip list --format freeze --disable-pip-version-check 2>/dev/null |
-        grep -oE '^(mmcv|mmcv-full|mmcv-lite|mmengine|mmengine-lite|mmdet|mmsegmentation)(==|$)' | tr -d '=' | tr '\n' ' ') || true
+        grep -oE '^(mmcv|mmcv-full|mmcv-lite|mmengine|mmengine-lite|mmdet|mmsegmentation)==' | tr -d '=' | tr '\n' ' ') || true
     if [[ -n $others ]]; then
-        die "$prefix holds ${others% } beside onedl-mmcv; run \`$prefix/bin/python -m pip uninstall -y ${others% } onedl-mmcv\`, then this script again"
+        remedy="$prefix/bin/python -m pip uninstall -y ${others% } onedl-mmcv onedl-mmengine onedl-mmdetection onedl-mmsegmentation"
+        die "$prefix holds ${others% } beside the maintained line, and both write into one folder; run \`$remedy\`, then this script again"
     fi
 }
+mm_works() { "$prefix/bin/python" -I -c "import mmcv._ext, mmdet, mmengine, mmseg"; }
 
 use_venv() {
     local base
@@ -139,12 +141,12 @@ install_mm() {
     need_compiler
     compile_mm
     need_one_mmcv
-    if "$python" -I -c "import mmcv._ext"; then return; fi
+    if mm_works; then return; fi
     say "mmcv has no operators: it came from a wheel that was built without; building it again"
     "$python" -m pip cache remove "onedl_mmcv*" &>/dev/null || true
     "$python" -m pip uninstall --quiet --yes onedl-mmcv
     compile_mm
-    "$python" -I -c "import mmcv._ext" || die "mmcv was built without its operators; to see why, run
+    mm_works || die "mmcv was built without its operators; to see why, run
     $python -m pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps --verbose onedl-mmcv"
 }
 
@@ -190,6 +192,10 @@ cd "$root"
 
 stale=
 for group in "${groups[@]}"; do current "$group" || stale=yes; done
+if [[ -z $stale && ${groups[*]} == *mm* ]]; then # another pip command may have broken it since
+    need_one_mmcv
+    mm_works || stale=yes
+fi
 if [[ -n $stale ]]; then
     for group in "${groups[@]}"; do rm -f "$(stamp "$group")"; done
     say "the first time takes minutes and some 5 GB, most of it torch"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 
 import lit_backbone  # noqa: F401, registers the models
 from demo.digit_scenes import write_scenes
@@ -43,7 +44,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier as that of `make demo`, untrained, in the form that the trainer writes."""
     torch.manual_seed(0)
-    arch = dict(embed_dims=(24, 48, 96, 192), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+    config = yaml.safe_load((Path(__file__).parents[1] / "classification/configs/lit-digits.yaml").read_text())
+    arch = config["MODEL"]["LIT"]
     path = tmp_path_factory.mktemp("digits") / "latest.pth"
     torch.save({"model": timm.create_model("lit_s", **arch, img_size=64, num_classes=10).state_dict()}, path)
     return path

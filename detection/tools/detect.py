@@ -1,12 +1,11 @@
 """Draw detections into pictures: `python tools/detect.py street.jpg --config CONFIG --checkpoint retina_lit_s.pth`."""
 
-import math
 import sys
 
 try:
-    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.mm.inference import build_parser, enlargement, find_pictures, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
 from mmdet.apis import inference_detector
@@ -14,8 +13,6 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from tqdm import tqdm
-
-LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged for labels to be readable
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
             image = read_rgb(picture)
             result = inference_detector(model, image[..., ::-1]).cpu()  # (H, W, 3), BGR as mmcv reads files
             found = result.pred_instances[result.pred_instances.scores >= args.score_thr]
-            image, found = enlarge(image, found, factor=math.ceil(LEGIBLE / min(image.shape[:2])))
+            image, found = enlarge(image, found, factor=enlargement(*image.shape[:2]))
             sample = DetDataSample(pred_instances=found)
             visualizer.add_datasample(picture, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
             tqdm.write(f"{picture}: {len(found)} detections, drawn in {output}")  # past the progress bar

@@ -1,10 +1,11 @@
 """Evaluate a detector: `python tools/test.py configs/lit/retinanet_lit_s_fpn_1x_coco.py retina_lit_s.pth`."""
 
+import os
 import sys
 
 try:
     from lit_backbone.mm.runner import test
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 from argparse import Namespace
 
@@ -15,6 +16,8 @@ from mmengine.config import Config
 def prepare(cfg: Config, args: Namespace) -> None:
     """Make a config show, draw and write predictions as the command line says."""
     if args.show or args.show_dir:
+        if args.show_dir:
+            args.show_dir = os.path.abspath(args.show_dir)  # mmdetection counts from the run's folder
         trigger_visualization_hook(cfg, args)
     if args.out:
         if not args.out.endswith((".pkl", ".pickle")):

@@ -1,6 +1,7 @@
 """What mmengine's loops lack: one model on all processes, and a look at the data before the first batch."""
 
 import os
+import re
 from typing import Any
 
 from mmengine.dist import get_world_size, master_only
@@ -71,7 +72,9 @@ def check_heads(model: nn.Module, dataset: Any) -> None:
     """
     classes = len(dataset.metainfo["classes"])
     for name, module in model.named_modules():
-        if name.endswith(("bbox_head", "mask_head", "decode_head")) and module.num_classes != classes:
+        if not re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):
+            continue
+        if getattr(module, "num_classes", classes) != classes:  # in a cascade they are a list's
             name = name.removeprefix("module.")
             raise DataError(f"model.{name}.num_classes={module.num_classes}: the data has {classes} classes; set it so")
 

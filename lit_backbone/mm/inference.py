@@ -1,6 +1,7 @@
 """A trained detector or segmentor, ready to be applied to pictures; what `detect.py` and `segment.py` share."""
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from itertools import chain, count
@@ -18,7 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .hooks import DataError
-from .loading import fit_weights, load_file
+from .loading import fit_weights, load_file, stored_classes
+
+LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged, for what is written in it
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -49,18 +52,12 @@ def load_model(config: str | Config, checkpoint: str, device: str | torch.device
     content = load_file(checkpoint)
     model.load_state_dict(fit_weights(content, model, checkpoint))
     model.cfg = cfg
-    model.dataset_meta = _dataset_meta(cfg) | _stored_meta(content)
+    model.dataset_meta = _dataset_meta(cfg) | stored_classes(content)
     return model.to(device).eval()
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     return dict(DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo)
-
-
-def _stored_meta(content: dict[str, Any]) -> dict[str, Any]:
-    meta = content.get("meta") or {}
-    stored = meta.get("dataset_meta") or {key: meta[key] for key in ("CLASSES", "PALETTE") if meta.get(key)}
-    return {key.lower(): value for key, value in stored.items()}
 
 
 def find_pictures(paths: list[str]) -> list[str]:
@@ -91,6 +88,11 @@ def read_rgb(path: str) -> np.ndarray:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: no readable picture ({error})") from error
+
+
+def enlargement(height: int, width: int) -> int:
+    """How many times a picture is enlarged before anything is drawn or written in it."""
+    return math.ceil(LEGIBLE / min(height, width))
 
 
 def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:

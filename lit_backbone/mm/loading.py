@@ -2,15 +2,18 @@
 
 import logging
 import os
+from hashlib import sha256
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine import dist
+from filelock import FileLock
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
-from timm.models._hub import download_cached_file
+from timm.models._hub import download_cached_file, get_cache_dir
 from torch import Tensor, nn
 
 from ..checkpoints import (
@@ -55,7 +58,8 @@ torch.serialization.add_safe_globals(
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint, from a file or an http(s) address, without running any code that it may hold.
 
-    A download is kept where PyTorch keeps its own (`TORCH_HOME`), and made once per machine.
+    A download is kept where PyTorch keeps its own (`TORCH_HOME`), and made once per machine. The text of a config is
+    left out, which mmengine would run.
 
     Args:
         path: file or address.
@@ -65,7 +69,24 @@ def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
         CheckpointError: it cannot be had, or holds more than plain data; the message is one line that names it.
     """
     path = _download(path) if path.startswith(ADDRESSES) else os.path.expanduser(path)
-    return read_checkpoint(path, map_location or "cpu")
+    return _without_configs(read_checkpoint(path, map_location or "cpu"))
+
+
+def _without_configs(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint less the text of its config, which mmengine would run as Python to resume or to infer."""
+    content = dict(content)
+    if isinstance(meta := content.get("meta"), dict):
+        content["meta"] = {key: value for key, value in meta.items() if key not in ("config", "cfg")}
+    if isinstance(hub := content.get("message_hub"), dict) and isinstance(info := hub.get("runtime_info"), dict):
+        content["message_hub"] = hub | {"runtime_info": {key: value for key, value in info.items() if key != "cfg"}}
+    return content
+
+
+def stored_classes(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of mmengine or of mmcv 1 tells about its classes: `classes` and `palette`, where it does."""
+    meta = content.get("meta") or {}
+    stored = meta.get("dataset_meta") or {key: meta[key] for key in ("CLASSES", "PALETTE") if meta.get(key)}
+    return {key.lower(): value for key, value in stored.items()}
 
 
 def load_from_safe(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -77,17 +98,13 @@ CheckpointLoader.register_scheme(SCHEMES, load_from_safe, force=True)
 
 
 def _download(address: str) -> str:
-    first = dist.get_local_rank() == 0
-    if not first:
-        dist.barrier()  # the others find the file in the cache
+    name = f"{sha256(address.encode()).hexdigest()[:8]}-{Path(urlparse(address).path).name}"  # many are a latest.pth
     try:
-        return download_cached_file(address, check_hash=False, progress=first)
+        with FileLock(os.path.join(get_cache_dir(), f"{name}.lock")):  # one process downloads, the others find the file
+            return download_cached_file((address, name), check_hash=False, progress=True)
     except OSError as reason:  # no network, no such file, a full disk
         remedy = "download it where there is a network, and name the file instead of the address"
         raise CheckpointError(f"{address}: cannot be downloaded ({reason}); {remedy}") from reason
-    finally:
-        if first:
-            dist.barrier()
 
 
 def fit_weights(

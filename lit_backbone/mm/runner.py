@@ -11,18 +11,15 @@ import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built wit
 import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints import CheckpointError, name_some
 from .hooks import DataError
-from .loading import fit_weights, load_file
-
-MODULE2PACKAGE["mmseg"] = "mmseg"  # mmengine looks for mmsegmentation, the package's old name, when a config inherits
+from .loading import fit_weights, load_file, stored_classes
 
 
 class StrictRunner(Runner):
@@ -60,15 +57,17 @@ class StrictRunner(Runner):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         if not self.new_head:
-            self._check_classes(filename, checkpoint.get("meta") or {})
+            self._check_classes(filename, checkpoint)
         model.load_state_dict(fit_weights(checkpoint, model, filename, new_head=self.new_head))
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
 
-    def _check_classes(self, filename: str, meta: dict[str, Any]) -> None:
-        known = list((meta.get("dataset_meta") or {}).get("classes", ()))
-        wanted = list(getattr(self.test_dataloader.dataset, "metainfo", {}).get("classes", ()))
+    def _check_classes(self, filename: str, checkpoint: dict[str, Any]) -> None:
+        training = isinstance(self._train_loop, BaseLoop)  # else still a config
+        dataset = (self.train_dataloader if training else self.test_dataloader).dataset
+        known = list(stored_classes(checkpoint).get("classes", ()))
+        wanted = list(getattr(dataset, "metainfo", {}).get("classes", ()))
         if known and wanted and known != wanted:
             names = " and ".join(f"{len(names)} ({name_some(names)})" for names in (known, wanted))
             raise CheckpointError(f"{filename}: its classes are not those of the data: {names}")
@@ -116,9 +115,7 @@ def test(
     parser.add_argument("checkpoint", help="file to evaluate, ours or the original's")
     parser.add_argument("--out", metavar="PATH", help="write the predictions")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument(
-        "--show-dir", metavar="DIR", help="draw the predictions into pictures, in the working directory"
-    )
+    parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions into pictures")
     parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="seconds to show each (%(default)s)")
     parser.add_argument("--tta", action="store_true", help="average over test-time augmentations")
     args = parser.parse_args(argv)
@@ -171,6 +168,8 @@ def _adapt_to_cpu(cfg: Config) -> None:
 
 
 def _augment_tests(cfg: Config) -> None:
+    if "mask_head" in cfg.model.get("roi_head", ()):
+        raise DataError("--tta: mmdetection averages boxes only, and this model finds masks too; leave it out")
     dataset = cfg.test_dataloader.dataset
     while "dataset" in dataset:
         dataset = dataset.dataset
@@ -185,7 +184,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (CheckpointError, DataError, OSError) as error:
         # what fails in a loader's worker carries its traceback along
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sys.exit(f"error: {lines[-1]}")
     if torch.distributed.is_initialized():  # not after an error, when others may wait until torchrun ends them
         torch.distributed.barrier()  # nobody leaves while another one still talks
         torch.distributed.destroy_process_group()

@@ -1,19 +1,17 @@
 """Paint classes over pictures: `python tools/segment.py street.jpg --config CONFIG --checkpoint sem_fpn_lit_s.pth`."""
 
-import math
 import sys
 
 try:
-    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.mm.inference import build_parser, enlargement, find_pictures, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
 from mmseg.apis import inference_model
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged, for the legend to fit
 LEGEND = 0.02  # height of its letters, in shorter sides of the picture, 14 pixels at least
 MIN_SHARE = 0.001  # of a class, by area, to be in the legend
 
@@ -47,7 +45,7 @@ def draw_overlay(
         palette: `(classes, 3)` uint8, RGB.
         opacity: of the colours, 0 to 1.
     """
-    factor = math.ceil(LEGIBLE / min(classes.shape))
+    factor = enlargement(*classes.shape)
     blend = (1 - opacity) * image + opacity * palette[classes]
     picture = Image.fromarray(blend.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
     shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size

@@ -4,7 +4,7 @@ import sys
 
 try:
     from lit_backbone.mm.runner import test
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 from argparse import Namespace
 
@@ -18,7 +18,7 @@ def prepare(cfg: Config, args: Namespace) -> None:
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
     if args.out:
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        cfg.test_evaluator.output_dir = args.out
 
 
 if __name__ == "__main__":

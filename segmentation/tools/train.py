@@ -4,7 +4,7 @@ import sys
 
 try:
     from lit_backbone.mm.runner import train
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 
 if __name__ == "__main__":

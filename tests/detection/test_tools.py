@@ -16,7 +16,7 @@ from demo.digit_scenes import write_scenes
 from lit_backbone.mm import DataError, load_file, runner
 from lit_backbone.mm.inference import find_pictures
 from tests.dense import derive, error_of, output_of, run
-from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits
+from tests.detection.conftest import DEMO, DETECTION, PUBLISHED, build_options, classes_of_all_splits
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 TOOLS = DETECTION / "tools"
@@ -72,13 +72,31 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     assert not torch.equal(start["bbox_head.retina_cls.weight"], whole["bbox_head.retina_cls.weight"])
 
 
+def test_resuming_runs_no_config_of_the_checkpoint(trained: Path, options: Any, tmp_path: Path) -> None:
+    content = torch.load(trained / "epoch_1.pth", weights_only=False)
+    text = f"import os\nos.mkdir({str(tmp_path / 'mark')!r})"
+    content["meta"] |= dict(config=text, cfg=text)  # mmengine would run the first to resume, the other to infer
+    content["message_hub"]["runtime_info"]["cfg"] = text
+    torch.save(content, tmp_path / "crafted.pth")
+    # nor does it need the test set
+    config = derive(tmp_path / "no_test.py", CONFIG, "test_dataloader = test_evaluator = test_cfg = None")
+    arguments = [option for option in options() if not option.startswith("test_")]
+    train(config, *arguments, "--resume", tmp_path / "crafted.pth")
+    assert not (tmp_path / "mark").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--tta"]])
 def test_test(trained: Path, still_config: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "predictions.pkl"
     arguments = [trained / "epoch_2.pth", *options(test_dataloader__dataset__indices=2), "--out", out, *flags]
-    output = output_of(sys.executable, TOOLS / "test.py", still_config, *arguments, "--show-dir", "drawn")
+    output = output_of(sys.executable, TOOLS / "test.py", still_config, *arguments, "--show-dir", tmp_path / "drawn")
     assert "coco/bbox_mAP_50: " in output
-    assert out.is_file() and len(list((tmp_path / "run").glob("*/drawn/*.jpg"))) == 2
+    assert out.is_file() and len(list((tmp_path / "drawn").glob("*.jpg"))) == 2
+
+
+def test_masks_are_not_averaged() -> None:
+    arguments = [str(PUBLISHED / "mask_rcnn_lit_ti_fpn_1x_coco.py"), "none.pth", "--tta"]
+    assert "--tta: mmdetection averages boxes only" in error_of(runner.test, "", lambda cfg, args: None, arguments)
 
 
 def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
@@ -143,6 +161,9 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
     other = derive(tmp_path / "other.py", CONFIG, classes_of_all_splits(tuple("1023456789")))
     message = test_error(last, other)
     assert "epoch_2.pth: its classes are not those of the data" in message
+    mmdet2 = dict(meta=dict(CLASSES=tuple("1023456789")), state_dict=weights(last))
+    torch.save(mmdet2, tmp_path / "mmdet2.pth")
+    assert "mmdet2.pth: its classes are not those of the data" in test_error(tmp_path / "mmdet2.pth")
     message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
     assert "epoch_2.pth: not a checkpoint of RetinaNet with lit_s" in message
     cut = tmp_path / "cut.pth"

@@ -15,7 +15,7 @@ _base_ = [
 ]
 model = dict(
     pretrained=None,
-    data_preprocessor=dict(size=_base_.crop_size),
+    data_preprocessor=dict(size=(192, 192)),
     backbone=dict(_delete_=True, out_norms=(0, 1, 2, 3), **_base_.digits_lit),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=dict(type="GN", num_groups=8)),
     decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),

@@ -78,8 +78,9 @@ def test_an_address_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monke
         def log_message(self, *_: Any) -> None:
             asked.append(self.path)
 
-    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "other").mkdir(parents=True)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "files" / "w.pth")
+    torch.save({"bias": torch.ones(3)}, tmp_path / "files" / "other" / "w.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     handler = functools.partial(Handler, directory=tmp_path / "files")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -87,6 +88,7 @@ def test_an_address_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monke
         address = f"http://127.0.0.1:{server.server_port}"
         for _ in range(2):
             load_checkpoint(nn.Linear(2, 2), f"{address}/w.pth", strict=True)
+        assert load_file(f"{address}/other/w.pth").keys() == {"bias"}  # of the same name
         with pytest.raises(CheckpointError, match="absent.pth: cannot be downloaded.*name the file instead"):
             load_file(f"{address}/absent.pth")
         server.shutdown()
