@@ -49,9 +49,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Classifier(NamedTuple):
-    """A model in evaluation mode, the names of its classes, and what makes its input of a PIL image."""
+    """A model in evaluation mode, its configuration, the names of its classes, what makes its input of a PIL image."""
 
     model: nn.Module
+    config: Config
     classes: list[str]
     transform: Callable[[Image.Image], Tensor]
 
@@ -76,7 +77,7 @@ def load_classifier(path: str | Path, device: torch.device) -> Classifier:
         classes = usual_classes(config.MODEL.NUM_CLASSES)
     model = build_model(config, device)
     model.load_state_dict(fit_state_dict(state_dict, model, path, new_head=False))
-    return Classifier(model.eval(), classes, build_transform(config, is_training=False))
+    return Classifier(model.eval(), config, classes, build_transform(config, is_training=False))
 
 
 def stored_config(content: dict[str, Any], path: str | Path) -> Config:
@@ -164,13 +165,18 @@ def find_images(path: str) -> list[str]:
     raise DataError(f"{path}: holds no images ({', '.join(get_img_extensions())})")
 
 
+def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
+    """Batches of :class:`ImageFiles`, read by as many processes as pay for so many images."""
+    workers = min(len(paths) // BATCH_SIZE, MAX_WORKERS, os.cpu_count() or 1)
+    return DataLoader(ImageFiles(paths, transform), BATCH_SIZE, num_workers=workers)
+
+
 def predict(
     classifier: Classifier, paths: list[str], topk: int, device: torch.device
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """Yield each path with the `topk` likeliest classes, as pairs of name and probability, likeliest first."""
-    model, classes, transform = classifier
-    workers = min(len(paths) // BATCH_SIZE, MAX_WORKERS, os.cpu_count() or 1)
-    loader = DataLoader(ImageFiles(paths, transform), BATCH_SIZE, num_workers=workers)
+    model, _, classes, transform = classifier
+    loader = image_loader(paths, transform)
     for images, names in progress(loader, enable=len(loader) > 1, desc="predict", unit="batch"):
         with torch.inference_mode():
             probabilities = model(images.to(device)).softmax(dim=1)  # (B, classes)

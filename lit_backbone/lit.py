@@ -142,7 +142,7 @@ class LIT(nn.Module):
         self.pad_input = pad_input
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        map_sizes = self._map_sizes(img_size, num_stages)
+        map_sizes = self.map_sizes(img_size, num_stages)
 
         stages, in_chs = [], in_chans
         for i, dim in enumerate(embed_dims):
@@ -181,7 +181,7 @@ class LIT(nn.Module):
         """Initialise all parameters and statistics as the reference does; needed after `to_empty()`, too."""
         self.apply(_reset_parameters)
 
-    def _map_sizes(self, img_size: int | tuple[int, int], num_stages: int) -> list[tuple[int, int]]:
+    def map_sizes(self, img_size: int | tuple[int, int], num_stages: int) -> list[tuple[int, int]]:
         """(height, width) in tokens of each stage's map for an input of `img_size` pixels."""
         size = to_2tuple(img_size)
         smallest = PATCH_SIZE * 2 ** (num_stages - 1)
@@ -192,7 +192,7 @@ class LIT(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the position tables, once and for all, to those of another input size in pixels."""
-        for stage, (height, width) in zip(self.stages, self._map_sizes(img_size, len(self.stages)), strict=True):
+        for stage, (height, width) in zip(self.stages, self.map_sizes(img_size, len(self.stages)), strict=True):
             if stage.pos_embed is not None:
                 stage.pos_embed = _resized_parameter(stage.pos_embed, height, width, "bilinear")
             for block in stage.blocks:
@@ -255,7 +255,7 @@ class LIT(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: use 'NCHW' or 'NHWC'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        map_sizes = self._map_sizes(tuple(x.shape[2:]), len(self.stages))
+        map_sizes = self.map_sizes(tuple(x.shape[2:]), len(self.stages))
         intermediates = []
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):

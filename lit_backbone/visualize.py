@@ -3,6 +3,7 @@
 Offsets and attention are read while a model runs as it is; nothing in the model knows of it.
 """
 
+import argparse
 import base64
 import io
 import json
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from .dtm import DeformableTokenMerging, sampling_positions
 from .layers import AttentionBlock
@@ -84,7 +87,7 @@ def sampling_chains(model: LIT, image: Tensor) -> tuple[SamplingChains, Sampling
     with captured_offsets(model) as captured:
         model(image[None])
     if not captured:
-        raise ValueError("the model has no deformable token merging")
+        raise ValueError("the model has no deformable token merging, and so no offsets to draw")
     offsets, sizes = [offset[0].cpu() for offset, _ in captured], [size for _, size in captured]
     return follow_offsets(offsets, sizes[0]), follow_offsets([torch.zeros_like(offset) for offset in offsets], sizes[0])
 
@@ -133,8 +136,9 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
     width = max(2, min(picture.size) // 200)
     cell = factor * chains.cell
     draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
+    radius = min(1.25 * width, 0.4 * factor * PATCH_SIZE)  # undeformed, they do not touch
     for y, x in (factor * chains.of(row, column)).tolist():
-        draw.circle((x, y), 1.25 * width, POINT_COLOR, "white")
+        draw.circle((x, y), radius, POINT_COLOR, "white" if radius > 2 else None)
     return picture
 
 
@@ -152,7 +156,47 @@ def draw_sheet(pictures: Sequence[Image.Image], columns: int, most: int = 2400) 
     return sheet
 
 
-def write_page(image: Image.Image, chains: SamplingChains, plain: SamplingChains, title: str) -> str:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the three tasks' commands that draw offsets."""
+    parser.add_argument("--grid", action="store_true", help="one sheet of all tokens in place of a picture for each")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to explore the points with, nothing else"
+    )
+    help = "draw at most N rows and N columns of tokens, evenly spaced (%(default)s)"
+    parser.add_argument("--tokens", type=int, default=7, metavar="N", help=help)
+
+
+def write_offsets(model: LIT, x: Tensor, image: Image.Image, folder: Path, args: argparse.Namespace) -> str:
+    """Draw the sampling points of an image into files, and return a line about them.
+
+    Args:
+        model: see :func:`sampling_chains`.
+        x: the input of the model, `(3, H, W)`.
+        image: the same as a picture.
+        folder: for `<row>-<column>.png`, or `grid.png`.
+        args: those of :func:`add_arguments`.
+    """
+    chains, plain = sampling_chains(model, x)
+    lost = int(chains.points[-1].isnan().any(dim=-1).sum())
+    (height, width), total = chains.size, chains.points[-1].numel() // 2
+    summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the image"
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(page(image, chains, plain, f"What a token of {folder.name} has sampled"), encoding="utf-8")
+        return f"{args.html}: {summary}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = spread(height, args.tokens), spread(width, args.tokens)
+    places = tqdm([(row, column) for row in rows for column in columns], disable=None, delay=2, leave=False)
+    if args.grid:
+        pictures = [draw_points(image, chains, row, column) for row, column in places]
+        draw_sheet(pictures, len(columns)).save(folder / "grid.png")
+        return f"{folder / 'grid.png'}: {summary}"
+    for row, column in places:
+        draw_points(image, chains, row, column).save(folder / f"{row}-{column}.png")
+    return f"{folder}: {summary}"
+
+
+def page(image: Image.Image, chains: SamplingChains, plain: SamplingChains, title: str) -> str:
     """A self-contained HTML page on which a final token is chosen and its sampling points are seen.
 
     Args:

@@ -1,4 +1,4 @@
-"""A trained detector or segmentor, ready to be applied to pictures; what `detect.py` and `segment.py` share."""
+"""A trained detector or segmentor, ready to be applied to pictures; what the tools that draw share."""
 
 import argparse
 import math
@@ -18,6 +18,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import nn
 from tqdm import tqdm
 
+from ..visualize import add_arguments, write_offsets
 from .hooks import DataError
 from .loading import fit_weights, load_file, stored_classes
 
@@ -105,3 +106,20 @@ def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
         output = next(name for name in names if name not in taken)
         taken.add(output)
         yield picture, output
+
+
+def visualize_offset(description: str, argv: list[str] | None = None) -> None:
+    """Draw where a backbone's DTM samples pictures, each at its own size: the body of `tools/visualize_offset.py`."""
+    parser = build_parser(description)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    pictures = find_pictures(args.images)
+    if args.html and len(pictures) > 1:
+        raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
+    model = load_model(args.config, args.checkpoint, args.device)
+    mean, std = (getattr(model.data_preprocessor, name) for name in ("mean", "std"))  # (3, 1, 1)
+    for picture, output in outputs(pictures, args.out_dir):
+        image = read_rgb(picture)
+        x = torch.from_numpy(image).to(mean.device).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        folder = output.with_suffix("")
+        tqdm.write(write_offsets(model.backbone, (x - mean) / std, Image.fromarray(image), folder, args))

@@ -1,0 +1,328 @@
+"""Sampling points and attention are what the model uses; pictures and page show them."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lit_backbone import LIT
+from lit_backbone.layers import AttentionBlock, relative_position_bias
+from lit_backbone.visualize import (
+    CELL_COLOR,
+    POINT_COLOR,
+    SamplingChains,
+    captured_offsets,
+    draw_attention,
+    draw_points,
+    draw_sheet,
+    follow_offsets,
+    page,
+    query_attention,
+    sampling_chains,
+    spread,
+)
+from tests.lit_backbone.small import KINDS, small_lit
+
+# ---- sampling points
+
+
+def follow_one(offsets: list[Tensor], map_size: tuple[int, int], row: int, column: int) -> list[tuple[float, float]]:
+    """The samples of one token on the first map, followed as the reference follows them: one point at a time."""
+    sizes = [map_size, *(tuple(offset.shape[1:]) for offset in offsets)]
+    points = [(float(row), float(column))]
+    for level in reversed(range(len(offsets))):
+        height, width = sizes[level]
+        source = []
+        for y, x in points:
+            y, x = round(y), round(x)
+            for tap, (ky, kx) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+                dy, dx = offsets[level][2 * tap : 2 * tap + 2, y, x].tolist()
+                to = (2 * y + ky + dy, 2 * x + kx + dx)
+                if 0 <= round(to[0]) < height and 0 <= round(to[1]) < width:
+                    source.append(to)
+        points = source
+    return points
+
+
+@pytest.mark.parametrize("map_size", [(16, 16), (17, 23), (31, 9)])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
+def test_chains_agree_with_following_one_point_at_a_time(map_size: tuple[int, int], scale: float) -> None:
+    size, offsets = map_size, []
+    for _ in range(3):
+        size = (size[0] // 2, size[1] // 2)
+        offsets.append(scale * torch.randn(8, *size))
+    chains = follow_offsets(offsets, map_size)
+    assert chains.size == size and chains.cell == 32
+    dropped = 0
+    for row in range(size[0]):
+        for column in range(size[1]):
+            expected = follow_one(offsets, map_size, row, column)
+            points = chains.of(row, column)
+            dropped += 64 - len(expected)
+            assert len(points) == len(expected)
+            if expected:
+                torch.testing.assert_close(points, 4 * torch.tensor(expected) + 2, atol=1e-3, rtol=0)
+    assert (dropped > 0) == (scale > 1)
+
+
+def test_undeformed_samples_fill_the_cell() -> None:
+    chains = follow_offsets([torch.zeros(8, size, size) for size in (28, 14, 7)], (56, 56))
+    for row, column in [(0, 0), (3, 5), (6, 6)]:
+        grid = {(32 * row + 4 * i + 2.0, 32 * column + 4 * j + 2.0) for i in range(8) for j in range(8)}
+        assert set(map(tuple, chains.of(row, column).tolist())) == grid
+    assert [level.shape for level in chains.points] == [(7, 7, 4, 2), (7, 7, 16, 2), (7, 7, 64, 2)]
+    assert chains.points[0][2, 3].tolist() == [[72, 104], [72, 120], [88, 104], [88, 120]]  # centres of quarters
+
+
+def test_a_sample_follows_from_its_parent() -> None:
+    offsets = [torch.zeros(8, 8, 8), torch.zeros(8, 4, 4), torch.zeros(8, 2, 2)]
+    offsets[2][2 * 3 + 1, 0, 0] = -1.0  # the last tap of token (0, 0) reads one token further left
+    plain, moved = (follow_offsets(stack, (16, 16)) for stack in (offsets[:2] + [torch.zeros(8, 2, 2)], offsets))
+    difference = [a[0, 0] - b[0, 0] for a, b in zip(moved.points, plain.points)]
+    assert difference[0].nonzero().tolist() == [[3, 1]] and difference[0][3, 1] == -16
+    assert difference[1].nonzero()[:, 0].tolist() == [12, 13, 14, 15]
+    assert difference[2].nonzero()[:, 0].tolist() == list(range(48, 64))
+
+
+def test_nothing_follows_from_what_has_left_the_map() -> None:
+    offsets = [torch.zeros(8, 8, 8), torch.zeros(8, 4, 4), torch.zeros(8, 2, 2)]
+    offsets[2][0, 0, 0] = -0.6  # rounds to the row above the map
+    chains = follow_offsets(offsets, (16, 16))
+    assert [level[0, 0].isnan().any(-1).sum() for level in chains.points] == [1, 4, 16]
+    assert len(chains.of(0, 0)) == 48 and len(chains.of(1, 1)) == 64
+
+
+def test_chains_of_a_model() -> None:
+    model = small_lit()
+    image = torch.randn(3, 72, 100)
+    before = model(image[None])
+    learned, plain = sampling_chains(model, image)
+    torch.testing.assert_close(model(image[None]), before)  # no hook is left
+    with captured_offsets(model) as captured:
+        model(image[None])
+    assert [size for _, size in captured] == [(18, 25), (9, 12), (4, 6)]
+    assert learned.size == plain.size == (2, 3)
+    assert learned.of(1, 2).tolist() != plain.of(1, 2).tolist()
+    offsets = [offset[0] for offset, _ in captured]
+    torch.testing.assert_close(learned.points[-1], follow_offsets(offsets, (18, 25)).points[-1], equal_nan=True)
+
+
+def test_a_model_without_dtm_has_no_chains() -> None:
+    with pytest.raises(ValueError, match="no deformable token merging"):
+        sampling_chains(small_lit("conv_merging"), torch.randn(3, 64, 64))
+
+
+# ---- pictures
+
+
+@pytest.fixture
+def chains() -> SamplingChains:
+    return sampling_chains(small_lit(), torch.randn(3, 64, 96))[0]
+
+
+@pytest.mark.parametrize("size", [(96, 64), (960, 640)])
+def test_points_and_cell_are_drawn_where_they_are(size: tuple[int, int]) -> None:
+    columns, rows = size[0] // 32, size[1] // 32
+    offsets = [torch.zeros(8, 2**i * rows, 2**i * columns) for i in (2, 1, 0)]
+    offsets[2][:, 1, 2] = -0.4  # six pixels up and to the left
+    chains = follow_offsets(offsets, (8 * rows, 8 * columns))
+    picture = draw_points(Image.new("RGB", size, "blue"), chains, 1, 2)
+    factor = picture.width // size[0]
+    assert picture.size == (factor * size[0], factor * size[1]) and min(picture.size) >= 448
+    pixels = np.array(picture)
+    points = chains.of(1, 2)
+    assert len(points)
+    for y, x in (factor * points).tolist():
+        near = pixels[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].reshape(-1, 3)
+        assert POINT_COLOR in map(tuple, near.tolist())
+    green = np.argwhere((pixels == CELL_COLOR).all(-1))  # (N, yx)
+    cell = factor * chains.cell
+    assert green.min(0).tolist() == [cell, 2 * cell]
+    assert green.max(0).tolist() == [picture.height - 1, picture.width - 1]
+
+
+def test_sheet_holds_all_pictures() -> None:
+    pictures = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
+    sheet = draw_sheet(pictures, columns=4)
+    assert sheet.size == (4 * 104 - 4, 3 * 64 - 4)
+    assert [sheet.getpixel((50 + i % 4 * 104, 30 + i // 4 * 64))[0] for i in range(10)] == list(range(10))
+    assert draw_sheet(pictures * 10, columns=50, most=1000).width <= 1000
+
+
+def test_tokens_are_spread_evenly() -> None:
+    assert spread(7, 7) == list(range(7)) and spread(3, 7) == [0, 1, 2]
+    for count in (8, 20, 42):
+        chosen = spread(count, 7)
+        assert len(chosen) == len(set(chosen)) == 7 and chosen == sorted(chosen) and chosen[-1] < count
+        assert abs(chosen[0] - (count - 1 - chosen[-1])) <= 1
+
+
+# ---- attention
+
+
+def whole_attention(block: AttentionBlock, x: Tensor) -> Tensor:
+    """All of a block's attention, `(B, heads, N, N)`, written out."""
+    attn = block.attn
+    q, k, _ = (
+        attn.qkv(block.norm1(x)).reshape(x.shape[0], -1, 3, attn.num_heads, x.shape[-1] // attn.num_heads).unbind(2)
+    )
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(q.shape[-1])
+    if attn.rel_pos_bias is not None:
+        scores = scores + relative_position_bias(attn.rel_pos_bias, x.shape[1], x.shape[2])
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_that_of_the_model(kind: str) -> None:
+    model: LIT = small_lit(kind)
+    images = torch.randn(2, 3, 64, 96)
+    inputs: dict[tuple[int, int], Tensor] = {}
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            block.register_forward_pre_hook(lambda _, args, key=(i, j): inputs.__setitem__(key, args[0]))
+    expected = model(images)
+    queries = [100, 13, 7, 3]
+    found = query_attention(model, images, queries)
+    torch.testing.assert_close(model(images), expected)
+    assert list(found) == ([0, 1, 2, 3] if kind == "conv_merging" else [2, 3])
+    for i, maps in found.items():
+        size = (16 // 2**i, 24 // 2**i)
+        assert maps.shape == (2, len(model.stages[i].blocks), model.stages[i].blocks[0].attn.num_heads, *size)
+        prefix = int(model.stages[i].cls_token is not None)
+        for j, block in enumerate(model.stages[i].blocks):
+            rows = whole_attention(block, inputs[i, j])[:, :, queries[i] + prefix, prefix:]
+            torch.testing.assert_close(maps[:, j].flatten(-2), rows)
+        assert (maps.sum((-1, -2)) < 1 - 1e-4).all() if prefix else torch.allclose(maps.sum((-1, -2)), torch.ones(()))
+
+
+class CountCalls(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_fused_call_goes_on() -> None:
+    with CountCalls() as counter:
+        query_attention(small_lit(), torch.randn(1, 3, 64, 64), [0] * 4)
+    assert counter.calls == 3
+
+
+def test_heat_map_is_brightest_at_its_maximum() -> None:
+    heat = torch.zeros(7, 7)
+    heat[5, 1] = 0.25
+    picture = draw_attention(heat, query=16, caption="block 1")
+    side = picture.width // 7
+    assert picture.height - picture.width == 20  # the caption
+    lightness = np.array(picture.convert("L"), dtype=int)[20:]
+    cells = lightness.reshape(7, side, 7, side)[:, side // 2, :, side // 2]
+    assert np.unravel_index(cells.argmax(), cells.shape) == (5, 1)
+    assert picture.getpixel((2 * side + 2, 20 + 2 * side - 1)) == CELL_COLOR  # token (2, 2)
+
+
+# ---- page
+
+
+def test_page_is_self_contained(chains: SamplingChains) -> None:
+    html = page(Image.new("RGB", (96, 64)), chains, chains, "a </script><b>title")
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?!data:)[^\s\"'>]", html)
+    assert set(re.findall(r"https?://[^\"'\s<]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    data = json.loads(re.search(r"const data = (.*);\n", html)[1])
+    assert data["title"] == "a </script><b>title" and html.count("</script>") == 1
+    points = data["learned"][-1][1][2]
+    for point, expected in zip(points, chains.points[-1][1, 2].tolist()):
+        assert point is None if math.isnan(expected[0]) else point == pytest.approx(expected[::-1], abs=0.051)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM and not os.environ.get("CI"), reason="no chromium; `make test` installs it"
+)
+
+
+@contextmanager
+def opened(html: str, tmp_path: Path, **context: Any) -> Iterator[Any]:
+    """The page in a headless Chromium, which must log no error and send no request beyond the page itself."""
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    errors, requests = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        tab = browser.new_context(viewport={"width": 1000, "height": 800}, **context).new_page()
+        tab.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto((tmp_path / "page.html").as_uri())
+        yield tab
+        browser.close()
+    assert not errors
+    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "page.html").as_uri()]
+
+
+def shown(tab: Any) -> tuple[str, str, str]:
+    """What the page tells of the chosen token, its cell, and the points it draws."""
+    cell = tab.locator("#cell").evaluate("cell => [cell.getAttribute('x'), cell.getAttribute('y')].join()")
+    return tab.locator("#token").inner_text(), cell, tab.locator("#points").inner_html()
+
+
+@needs_browser
+def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Path) -> None:
+    plain = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
+    html = page(Image.new("RGB", (96, 64), "green"), chains, plain, "Test")
+    with opened(html, tmp_path, has_touch=True) as tab:
+        box = tab.locator("#picture").bounding_box()
+        side = min(box["width"] / 96, box["height"] / 64) * 32  # of a cell on the screen
+        left, top = box["x"] + (box["width"] - 3 * side) / 2, box["y"] + (box["height"] - 2 * side) / 2
+
+        def centre(row: int, column: int) -> tuple[float, float]:
+            return left + (column + 0.5) * side, top + (row + 0.5) * side
+
+        seen = {}
+        for row in range(2):
+            for column in range(3):
+                tab.mouse.move(*centre(row, column))
+                seen[row, column] = shown(tab)
+                assert seen[row, column][:2] == (f"Token in row {row}, column {column}", f"{32 * column},{32 * row}")
+                circles = tab.locator("#points circle").count()
+                assert circles == sum(int((~points[row, column].isnan().any(-1)).sum()) for points in chains.points)
+        assert len({points for _, _, points in seen.values()}) == 6
+
+        place = (1, 2)
+        for key, step in [("ArrowLeft", (0, -1)), ("ArrowUp", (-1, 0)), ("ArrowRight", (0, 1)), ("ArrowDown", (1, 0))]:
+            tab.keyboard.press(key)
+            place = (place[0] + step[0], place[1] + step[1])
+            assert shown(tab) == seen[place]
+        tab.keyboard.press("ArrowRight")  # there is nothing further right
+        assert shown(tab) == seen[1, 2]
+        tab.touchscreen.tap(*centre(0, 0))
+        assert shown(tab) == seen[0, 0]
+
+
+@needs_browser
+def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: Path) -> None:
+    plain = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
+    with opened(page(Image.new("RGB", (96, 64)), chains, plain, "Test"), tmp_path) as tab:
+        points = sum(int((~points[1, 1].isnan().any(-1)).sum()) for points in chains.points)
+        assert tab.locator("#lines line").count() == tab.locator("#points circle").count() == points
+        assert tab.locator("#grid circle").count() == 64
+        assert f"{len(chains.of(1, 1))} of 64 samples" in tab.locator("#counts").inner_text()
+        for box in ("#show-lines", "#show-grid", "#level0", "#level1"):
+            tab.locator(box).uncheck()
+        assert tab.locator("#lines line").count() == tab.locator("#grid circle").count() == 0
+        assert tab.locator("#points circle").count() == len(chains.of(1, 1))
