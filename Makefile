@@ -7,7 +7,7 @@ DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm demo demo-detection demo-segmentation test test-slow lint format clean
+.PHONY: help env env-mm env-test demo demo-detection demo-segmentation test test-slow lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -22,11 +22,18 @@ ifeq ($(origin PYTHON),file)
 	@bash setup_env.sh --dev --mm
 endif
 
-demo: env ## train a small LIT on scanned digits, then evaluate its last checkpoint
+env-test: # and with a browser, for pages
+ifeq ($(origin PYTHON),file)
+	@bash setup_env.sh --dev --mm --browser
+endif
+
+demo: env ## train a small LIT on scanned digits, evaluate its last checkpoint, show where DTM looks
 	"$(PYTHON)" demo/digits.py
 	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml
 	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml --eval --resume $(DEMO_OUTPUT)/latest.pth
-	@echo "Checkpoints, log and TensorBoard events: classification/$(DEMO_OUTPUT)"
+	cd classification && "$(PYTHON)" visualize_offset.py --resume $(DEMO_OUTPUT)/latest.pth \
+	    --vis_image $$(find ../data/digits/val/8 -name "*.png" | sort | head -n 1) --html $(DEMO_OUTPUT)/offsets.html
+	@echo "Checkpoints, log, TensorBoard events and offsets.html, a page to open: classification/$(DEMO_OUTPUT)"
 
 $(DIGITS_CLASSIFIER):
 	$(MAKE) demo
@@ -47,10 +54,10 @@ demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic
 	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)
 	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
 
-test: env-mm lint ## check the style, then run the test suite
+test: env-test lint ## check the style, then run the test suite
 	"$(PYTHON)" -m pytest
 
-test-slow: env-mm ## run the tests that take minutes
+test-slow: env-test ## run the tests that take minutes
 	"$(PYTHON)" -m pytest -m slow
 
 lint: env ## check style and formatting

@@ -2,13 +2,14 @@
 # Builds the environment of this project and installs the package in it, in editable mode. Run it again after an
 # update: it does nothing while the requirements are unchanged.
 #
-#   bash setup_env.sh [--dev] [--mm] [conda_install_path] [env_name]
+#   bash setup_env.sh [--dev] [--mm] [--browser] [conda_install_path] [env_name]
 #
 #   bash setup_env.sh                        a virtual environment, .venv beside this script
 #   bash setup_env.sh /home/anaconda3 lit    the conda environment "lit", created if missing
 #   --dev                                    also what tests and demos need
 #   --mm                                     also mmcv, mmdetection and mmsegmentation, for detection and segmentation;
 #                                            mmcv is compiled, which takes a C++ compiler and 5 to 30 minutes once
+#   --browser                                Chromium, in which tests open the pages that are drawn
 #
 # PYTHON=/path/to/python chooses the interpreter that .venv is made from (3.10 or later).
 set -euo pipefail
@@ -71,6 +72,13 @@ need_compiler() {
     if ! "$python" -c 'import sys, torch; from torch.utils.cpp_extension import CUDA_HOME
 sys.exit(torch.cuda.is_available() and CUDA_HOME is None)'; then
         die "mmcv needs nvcc to be compiled for this machine's GPUs; install the CUDA toolkit of torch's version, or set CUDA_HOME"
+    fi
+}
+
+need_browser() {
+    if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then return; fi
+    if ! (system_packages "no Chromium; install chromium or google-chrome" chromium); then
+        say "going on: tests that need it are skipped"
     fi
 }
 
@@ -176,6 +184,7 @@ env_name=
 while (($#)); do
     case $1 in
         --dev | --mm) groups+=("${1#--}") ;;
+        --browser) need_browser ;;
         -h | --help) help && exit ;;
         -*) die "unknown option $1; --help lists them" ;;
         *)

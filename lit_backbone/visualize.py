@@ -136,7 +136,7 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
     width = max(2, min(picture.size) // 200)
     cell = factor * chains.cell
     draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
-    radius = min(1.25 * width, 0.4 * factor * PATCH_SIZE)  # undeformed, they do not touch
+    radius = min(min(picture.size) / 120, 0.4 * factor * PATCH_SIZE)  # undeformed, they do not touch
     for y, x in (factor * chains.of(row, column)).tolist():
         draw.circle((x, y), radius, POINT_COLOR, "white" if radius > 2 else None)
     return picture
@@ -182,7 +182,7 @@ def write_offsets(model: LIT, x: Tensor, image: Image.Image, folder: Path, args:
     summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the image"
     if args.html:
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page(image, chains, plain, f"What a token of {folder.name} has sampled"), encoding="utf-8")
+        args.html.write_text(page(image, chains, plain, f"Where DTM samples {folder.name}"), encoding="utf-8")
         return f"{args.html}: {summary}"
     folder.mkdir(parents=True, exist_ok=True)
     rows, columns = spread(height, args.tokens), spread(width, args.tokens)

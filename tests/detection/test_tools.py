@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -123,6 +124,16 @@ def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
     drawn = sorted((tmp_path / "drawn").iterdir())
     assert len(drawn) == 9 and output.count("detections, drawn in") == 9
     assert all(Image.open(path).size == (512, 512) for path in drawn)
+
+
+def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
+    Image.fromarray(pixels).save(tmp_path / "own.png")
+    command = [tmp_path / "own.png", "--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path]
+    output = output_of(sys.executable, TOOLS / "visualize_offset.py", *command, "--tokens", 2)
+    assert "own: 3 x 4 tokens, 768 sampling points, 0 dropped" in output
+    drawn = {path.name: Image.open(path).size for path in (tmp_path / "own").iterdir()}
+    assert drawn == {f"{row}-{column}.png": (675, 505) for row in (0, 2) for column in (1, 3)}
 
 
 # ---- bad input
