@@ -47,17 +47,17 @@ demo-detection: env-mm $(DIGITS_CLASSIFIER) ## train a small RetinaNet on scenes
 	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); pictures: detection/outputs/$(DETECTOR)"
 
 demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic FPN, which paints the digits
-	"$(PYTHON)" -m demo.digit_scenes --output data/digit_scenes_256 --size 256 --train 1200 --val 100
+	"$(PYTHON)" -m demo.digit_scenes
 	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py
 	cd segmentation && "$(PYTHON)" tools/test.py configs/demo/$(SEGMENTOR).py $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint)
-	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes_256/images/val --config configs/demo/$(SEGMENTOR).py \
+	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes/images/val --config configs/demo/$(SEGMENTOR).py \
 	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)
 	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
 
 test: env-test lint ## check the style, then run the test suite
 	"$(PYTHON)" -m pytest
 
-test-slow: env-test ## run the tests that take minutes
+test-slow: env-mm ## run the tests that take minutes
 	"$(PYTHON)" -m pytest -m slow
 
 lint: env ## check style and formatting

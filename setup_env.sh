@@ -179,12 +179,13 @@ END
 }
 
 groups=(base)
+browser=
 conda_path=
 env_name=
 while (($#)); do
     case $1 in
         --dev | --mm) groups+=("${1#--}") ;;
-        --browser) need_browser ;;
+        --browser) browser=yes ;;
         -h | --help) help && exit ;;
         -*) die "unknown option $1; --help lists them" ;;
         *)
@@ -195,6 +196,7 @@ while (($#)); do
     shift
 done
 
+if [[ -n $browser ]]; then need_browser; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ -n $conda_path ]]; then use_conda "$conda_path" "${env_name:-lit}"; else use_venv; fi
 cd "$root"

@@ -20,7 +20,7 @@ from config import Config
 from data import build_mixup, seed_everything
 from distributed import Processes, no_sync
 from lit_backbone import DeformableTokenMerging
-from lit_backbone.dtm import offset_statistics
+from lit_backbone.dtm import captured_offsets, offset_statistics
 from logs import RunLog, peak_memory
 from optim import Schedule
 from resume import TrainState
@@ -219,21 +219,14 @@ def print_accuracy(stats: dict[str, float]) -> None:
 @torch.no_grad()
 def dtm_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Mean offset length in pixels of the map, and share of samples off the map, of each DTM on a batch of images."""
-    found = {}
-
-    def record(name: str) -> Callable:
-        def hook(_, inputs: tuple[Tensor], offset: Tensor) -> None:
-            length, outside = offset_statistics(offset, tuple(inputs[0].shape[-2:]))
-            found.update({f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()})
-
-        return hook
-
-    merges = {name: module for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)}
-    handles = [module.offset.register_forward_hook(record(name)) for name, module in merges.items()]
+    names = [name for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)]
     model.eval()
-    model.forward(images)  # not model(images), which may be compiled and then calls no hooks
-    for handle in handles:
-        handle.remove()
+    with captured_offsets(model) as captured:
+        model.forward(images)  # not model(images), which may be compiled and then calls no hooks
+    found = {}
+    for name, (offset, size) in zip(names, captured, strict=True):
+        length, outside = offset_statistics(offset, size)
+        found |= {f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()}
     return found
 
 

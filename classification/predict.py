@@ -132,6 +132,42 @@ def usual_classes(count: int) -> list[str]:
     return ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(count)]
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name the model of `visualize_offset.py` and `visualize_attention.py`."""
+    parser.add_argument("--model", metavar="NAME", help="of the model; checked if given, the checkpoint tells it")
+    parser.add_argument("--resume", metavar="FILE", help="checkpoint, written by main.py or released")
+    help = "input size in pixels, one number or height and width, in place of the checkpoint's"
+    parser.add_argument("--img_size", type=int, nargs="+", metavar="N", help=help)
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line, of which :func:`add_model_arguments`'s part is sound."""
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        parser.error("--resume FILE is missing: name a checkpoint, an untrained model has nothing to show")
+    if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 32):
+        parser.error(f"argument --img_size: expected one or two numbers of at least 32, got {args.img_size}")
+    return args
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Classifier:
+    """The classifier of a command line, with the transform for the input size that it asks for.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds another model than it names.
+    """
+    classifier = load_classifier(args.resume, device)
+    name = classifier.config.MODEL.NAME
+    if args.model not in (None, name):
+        raise CheckpointError(f"{args.resume}: holds {name}, not {args.model}; leave out --model, or name another file")
+    if args.img_size:
+        size = (args.img_size[0], args.img_size[-1])
+        data = classifier.config.DATA.model_copy(update={"IMG_SIZE": size})
+        config: Config = classifier.config.model_copy(update={"DATA": data})
+        classifier = classifier._replace(config=config, transform=build_transform(config, is_training=False))
+    return classifier
+
+
 # ---- images
 
 

@@ -19,8 +19,7 @@ from data import DataError, one_line
 from engine import progress
 from lit_backbone import LIT, CheckpointError
 from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
-from predict import find_images, image_loader
-from visualize_offset import add_model_arguments, check_model_arguments, load_model
+from predict import add_model_arguments, check_model_arguments, find_images, image_loader, load_model
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels
 PAPER_SIDES = (56, 28, 14, 7)
@@ -37,7 +36,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs=4, metavar="T", help=help)
     parser.add_argument("--output", type=Path, default=Path("attention_map"), metavar="DIR", help="(%(default)s)")
-    return check_model_arguments(parser, argv)
+    args = check_model_arguments(parser, argv)
+    if args.num_images < 1:
+        parser.error(f"argument --num-images: expected 1 or more, got {args.num_images}")
+    return args
 
 
 def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:
@@ -73,7 +75,7 @@ def draw(maps: Tensor, query: int, folder: Path) -> None:
             caption = f"block {i}, head {j}: up to {heat.max():.2g}"
             pictures.append(draw_attention(heat.float(), query, caption))
             pictures[-1].save(folder / f"block-{i}" / f"head-{j}.png")
-    draw_sheet(pictures, columns=maps.shape[1]).save(folder.with_suffix(".png"))
+    draw_sheet(pictures, len(pictures), columns=maps.shape[1]).save(folder.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,12 +86,12 @@ def main(argv: list[str] | None = None) -> None:
         paths = find_images(str(Path(args.data_path, "val")))[: args.num_images]
         queries = choose_tokens(args.tokens, model.map_sizes(config.DATA.IMG_SIZE, len(model.stages)))
         maps = average_attention(model, image_loader(paths, transform), queries, device)
+        for stage, stage_maps in maps.items():
+            draw(stage_maps, queries[stage], args.output / f"stage-{stage + 1}")
     except DataError as error:
         sys.exit(f"error: {one_line(error)}")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    for stage, stage_maps in maps.items():
-        draw(stage_maps, queries[stage], args.output / f"stage-{stage + 1}")
     print(f"{args.output}: stages {', '.join(str(stage + 1) for stage in maps)}, averaged over {len(paths)} images")
 
 

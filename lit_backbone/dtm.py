@@ -5,6 +5,9 @@ the four taps of all output tokens tile the input map exactly, so the deformable
 the whole map followed by an ordinary convolution: no im2col, no compiled operator.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
@@ -123,3 +126,20 @@ class DeformableTokenMerging(nn.Module):
         x = deformable_sample(x, self.offset(x))  # -> (B, C, 2(H//2), 2(W//2))
         x = self.act(self.norm(self.proj(x).to(dtype)))  # -> (B, C', H//2, W//2)
         return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
+
+
+@contextmanager
+def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int, int]]]]:
+    """Collects, while the model runs, each merging's offsets `(B, 8, h, w)` and the size of the map it samples."""
+    captured: list[tuple[Tensor, tuple[int, int]]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], offset: Tensor) -> None:
+        captured.append((offset.detach().float(), tuple(args[0].shape[2:])))
+
+    mergings = [module for module in model.modules() if isinstance(module, DeformableTokenMerging)]
+    hooks = [merging.offset.register_forward_hook(keep) for merging in mergings]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -8,8 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -17,20 +16,24 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from .dtm import DeformableTokenMerging, sampling_positions
+from .dtm import captured_offsets, sampling_positions
 from .layers import AttentionBlock
 from .lit import LIT, PATCH_SIZE
 
-LEGIBLE = 448  # pixels of the shorter side below which a picture is enlarged
+LEGIBLE = 448  # pixels of the shorter side below which a picture is enlarged, for what is drawn or written in it
 CELL_COLOR, POINT_COLOR = (0, 200, 0), (255, 0, 0)
 HEAT = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the most
 
 
 # ---- sampling points
+
+
+class NoOffsetsError(ValueError):
+    """A model without deformable token merging was to show its offsets."""
 
 
 class SamplingChains(NamedTuple):
@@ -56,40 +59,22 @@ class SamplingChains(NamedTuple):
         return points[~points.isnan().any(dim=-1)]
 
 
-@contextmanager
-def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int, int]]]]:
-    """Collects, while the model runs, each merging's offsets `(B, 8, h, w)` and the size of the map it samples."""
-    captured: list[tuple[Tensor, tuple[int, int]]] = []
-
-    def keep(module: nn.Module, args: tuple[Tensor], offset: Tensor) -> None:
-        captured.append((offset.detach().float(), tuple(args[0].shape[2:])))
-
-    mergings = [module for module in model.modules() if isinstance(module, DeformableTokenMerging)]
-    hooks = [merging.offset.register_forward_hook(keep) for merging in mergings]
-    try:
-        yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.inference_mode()
-def sampling_chains(model: LIT, image: Tensor) -> tuple[SamplingChains, SamplingChains]:
-    """The points that a model's DTM samples in an image, and those that it would sample with zero offsets.
+def sampling_chains(model: LIT, image: Tensor) -> SamplingChains:
+    """The points that a model's DTM samples in an image.
 
     Args:
         model: any LIT with DTM, dense backbones included, in evaluation mode.
         image: `(3, H, W)`, normalised as in evaluation.
 
     Raises:
-        ValueError: the model has no DTM.
+        NoOffsetsError: the model has no DTM.
     """
     with captured_offsets(model) as captured:
         model(image[None])
     if not captured:
-        raise ValueError("the model has no deformable token merging, and so no offsets to draw")
-    offsets, sizes = [offset[0].cpu() for offset, _ in captured], [size for _, size in captured]
-    return follow_offsets(offsets, sizes[0]), follow_offsets([torch.zeros_like(offset) for offset in offsets], sizes[0])
+        raise NoOffsetsError("the model has no deformable token merging, and so no offsets to draw")
+    return follow_offsets([offset[0].cpu() for offset, _ in captured], captured[0][1])
 
 
 def follow_offsets(offsets: Sequence[Tensor], map_size: tuple[int, int]) -> SamplingChains:
@@ -123,50 +108,64 @@ def spread(count: int, most: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
-def enlarged(image: Image.Image) -> tuple[Image.Image, int]:
-    """The image at a size to look at, and how many times larger that is."""
-    factor = math.ceil(LEGIBLE / min(image.size))
-    return image.resize((factor * image.width, factor * image.height), Image.Resampling.LANCZOS), factor
+def enlargement(height: int, width: int) -> int:
+    """How many times a picture is enlarged before anything is drawn or written in it."""
+    return math.ceil(LEGIBLE / min(height, width))
 
 
 def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: int) -> Image.Image:
     """The image with a final token's cell outlined in green and the points it samples in red, enlarged if small."""
-    picture, factor = enlarged(image)
+    factor = enlargement(image.height, image.width)
+    picture = image.resize((factor * image.width, factor * image.height), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    width = max(2, min(picture.size) // 200)
     cell = factor * chains.cell
+    width = max(2, min(picture.size) // 200)
     draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
-    radius = min(min(picture.size) / 120, 0.4 * factor * PATCH_SIZE)  # undeformed, they do not touch
-    for y, x in (factor * chains.of(row, column)).tolist():
-        draw.circle((x, y), radius, POINT_COLOR, "white" if radius > 2 else None)
+    radius = round(min(min(picture.size) / 120, 0.4 * factor * PATCH_SIZE))  # undeformed, they do not touch
+    for y, x in (factor * chains.of(row, column)).round().tolist():
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, POINT_COLOR, "white" if radius > 2 else None)
     return picture
 
 
-def draw_sheet(pictures: Sequence[Image.Image], columns: int, most: int = 2400) -> Image.Image:
-    """Pictures of one size side by side, row by row, scaled down where the sheet would be wider than `most` pixels."""
-    gap = 4
-    size = pictures[0].size
-    scale = min(1.0, (most / columns - gap) / size[0])
-    width, height = round(scale * size[0]), round(scale * size[1])
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+def draw_sheet(pictures: Iterable[Image.Image], count: int, columns: int, most: int = 2400) -> Image.Image:
+    """`count` pictures of one size side by side, row by row, scaled down to be at most `most` pixels wide."""
+    gap, sheet = 4, None
     for i, picture in enumerate(pictures):
+        if sheet is None:
+            scale = min(1.0, (most / columns - gap) / picture.width)
+            width, height = round(scale * picture.width), round(scale * picture.height)
+            size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
+            sheet = Image.new("RGB", size, "white")
         place = (i % columns * (width + gap), i // columns * (height + gap))
         sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
     return sheet
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the three tasks' commands that draw offsets."""
+def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options by which the three tasks' commands choose what :func:`write_offsets` writes."""
     parser.add_argument("--grid", action="store_true", help="one sheet of all tokens in place of a picture for each")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page to explore the points with, nothing else"
-    )
-    help = "draw at most N rows and N columns of tokens, evenly spaced (%(default)s)"
-    parser.add_argument("--tokens", type=int, default=7, metavar="N", help=help)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the points with, instead")
+    help = "draw at most N rows and N columns of tokens, evenly spaced (all)"
+    parser.add_argument("--at-most", type=_positive, default=None, metavar="N", help=help)
 
 
-def write_offsets(model: LIT, x: Tensor, image: Image.Image, folder: Path, args: argparse.Namespace) -> str:
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def write_offsets(
+    model: LIT,
+    x: Tensor,
+    image: Image.Image,
+    folder: Path,
+    *,
+    grid: bool = False,
+    html: Path | None = None,
+    at_most: int | None = None,
+) -> str:
     """Draw the sampling points of an image into files, and return a line about them.
 
     Args:
@@ -174,36 +173,35 @@ def write_offsets(model: LIT, x: Tensor, image: Image.Image, folder: Path, args:
         x: the input of the model, `(3, H, W)`.
         image: the same as a picture.
         folder: for `<row>-<column>.png`, or `grid.png`.
-        args: those of :func:`add_arguments`.
+        grid: one sheet instead of a picture for each token.
+        html: file for a page instead of pictures.
+        at_most: number of rows and columns of tokens to draw, evenly spaced; None for all.
     """
-    chains, plain = sampling_chains(model, x)
+    chains = sampling_chains(model, x)
+    (height, width), total = chains.size, chains.points[-1].shape[:3].numel()
     lost = int(chains.points[-1].isnan().any(dim=-1).sum())
-    (height, width), total = chains.size, chains.points[-1].numel() // 2
-    summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the image"
-    if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page(image, chains, plain, f"Where DTM samples {folder.name}"), encoding="utf-8")
-        return f"{args.html}: {summary}"
+    summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the map"
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page(image, chains, f"Where DTM samples {folder.name}"), encoding="utf-8")
+        return f"{html}: {summary}"
     folder.mkdir(parents=True, exist_ok=True)
-    rows, columns = spread(height, args.tokens), spread(width, args.tokens)
-    places = tqdm([(row, column) for row in rows for column in columns], disable=None, delay=2, leave=False)
-    if args.grid:
-        pictures = [draw_points(image, chains, row, column) for row, column in places]
-        draw_sheet(pictures, len(columns)).save(folder / "grid.png")
+    rows, columns = spread(height, at_most or height), spread(width, at_most or width)
+    places = [(row, column) for row in rows for column in columns]
+    if len(places) < height * width:
+        summary += f"; {len(places)} tokens drawn"
+    bar = tqdm(places, disable=None, delay=2, leave=False)
+    if grid:
+        pictures = (draw_points(image, chains, row, column) for row, column in bar)
+        draw_sheet(pictures, len(places), len(columns)).save(folder / "grid.png")
         return f"{folder / 'grid.png'}: {summary}"
-    for row, column in places:
+    for row, column in bar:
         draw_points(image, chains, row, column).save(folder / f"{row}-{column}.png")
     return f"{folder}: {summary}"
 
 
-def page(image: Image.Image, chains: SamplingChains, plain: SamplingChains, title: str) -> str:
-    """A self-contained HTML page on which a final token is chosen and its sampling points are seen.
-
-    Args:
-        image: the picture that the points are in.
-        chains, plain: see :func:`sampling_chains`.
-        title: heading of the page.
-    """
+def page(image: Image.Image, chains: SamplingChains, title: str) -> str:
+    """A self-contained HTML page on which a final token is chosen and its sampling points are seen."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92)
     data = {
@@ -212,8 +210,7 @@ def page(image: Image.Image, chains: SamplingChains, plain: SamplingChains, titl
         "width": image.width,
         "height": image.height,
         "cell": chains.cell,
-        "learned": [_numbers(points) for points in chains.points],
-        "plain": [_numbers(points) for points in plain.points],
+        "levels": [_numbers(points) for points in chains.points],
     }
     template = files(__package__).joinpath("visualize.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/ null", json.dumps(data).replace("<", "\\u003c"))
@@ -249,6 +246,7 @@ class QueryAttention(TorchFunctionMode):
 
     @staticmethod
     def probabilities(query: Tensor, key: Tensor, bias: Tensor | None, index: int) -> Tensor:
+        """Softmax of one row of the scores: `(B, heads, N)` from queries and keys `(B, heads, N, C/heads)`."""
         scores = (query[:, :, index, None] @ key.transpose(2, 3)).squeeze(2) / math.sqrt(
             query.shape[3]
         )  # (B, heads, N)

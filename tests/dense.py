@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from lit_backbone.visualize import sampling_chains
 
 
 def derive(path: Path, base: Path, changes: str) -> Path:
@@ -64,3 +68,32 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)
+
+
+def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) -> None:
+    """Runs `visualize_offset.py` on a picture, with offsets that reach far, and compares with the sampling points."""
+    from lit_backbone.mm.inference import load_model  # not in an environment for classification alone
+
+    content = torch.load(checkpoint, weights_only=False)
+    torch.manual_seed(0)
+    for name, value in content["state_dict"].items():
+        if ".offset." in name:
+            content["state_dict"][name] = torch.randn_like(value) * (2 if name.endswith("bias") else 0.05)
+    torch.save(content, folder / "far.pth")
+    pixels = np.random.default_rng(0).integers(128, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
+    Image.fromarray(pixels).save(folder / "own.png")
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    x = ((torch.from_numpy(pixels) - mean) / std).permute(2, 0, 1)
+    chains = sampling_chains(load_model(str(config), str(folder / "far.pth"), "cpu").backbone, x)
+    kept = sum(len(chains.of(row, column)) for row in range(3) for column in range(4))
+
+    command = [folder / "own.png", "--config", config, "--checkpoint", folder / "far.pth", "--out-dir", folder]
+    output = output_of(sys.executable, tool, *command, "--at-most", "2")
+    assert 0 < kept < 768
+    assert f"own: 3 x 4 tokens, {kept} sampling points, {768 - kept} dropped outside the map; 4 tokens drawn" in output
+    drawn = {path.name: np.array(Image.open(path)) for path in (folder / "own").iterdir()}
+    assert drawn.keys() == {f"{row}-{column}.png" for row in (0, 2) for column in (1, 3)}
+    for y, x in chains.of(2, 1).tolist():
+        if y < 100 and x < 134:  # the map reaches three pixels further
+            y, x = round(5 * y), round(5 * x)
+            assert (255, 0, 0) in map(tuple, drawn["2-1.png"][y - 1 : y + 2, x - 1 : x + 2].reshape(-1, 3).tolist())

@@ -1,7 +1,6 @@
 """A trained detector or segmentor, ready to be applied to pictures; what the tools that draw share."""
 
 import argparse
-import math
 import os
 from collections.abc import Iterator
 from itertools import chain, count
@@ -15,14 +14,14 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image, ImageOps
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..visualize import add_arguments, write_offsets
+from ..visualize import NoOffsetsError, add_offset_arguments, write_offsets
 from .hooks import DataError
 from .loading import fit_weights, load_file, stored_classes
 
-LEGIBLE = 512  # pixels of the shorter side below which a picture is enlarged, for what is written in it
+SMALLEST = 32  # pixels of an image's side
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -91,11 +90,6 @@ def read_rgb(path: str) -> np.ndarray:
         raise DataError(f"{path}: no readable picture ({error})") from error
 
 
-def enlargement(height: int, width: int) -> int:
-    """How many times a picture is enlarged before anything is drawn or written in it."""
-    return math.ceil(LEGIBLE / min(height, width))
-
-
 def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield each picture with the file to draw its result into, under a progress bar; names never collide."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,17 +103,33 @@ def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def visualize_offset(description: str, argv: list[str] | None = None) -> None:
-    """Draw where a backbone's DTM samples pictures, each at its own size: the body of `tools/visualize_offset.py`."""
+    """Draw where a backbone's DTM samples pictures, each at its own size: the body of `tools/visualize_offset.py`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is another model's.
+        DataError: a picture cannot be read or is too small, or the backbone has no DTM.
+    """
     parser = build_parser(description)
-    add_arguments(parser)
+    add_offset_arguments(parser)
     args = parser.parse_args(argv)
     pictures = find_pictures(args.images)
     if args.html and len(pictures) > 1:
         raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
     model = load_model(args.config, args.checkpoint, args.device)
-    mean, std = (getattr(model.data_preprocessor, name) for name in ("mean", "std"))  # (3, 1, 1)
     for picture, output in outputs(pictures, args.out_dir):
         image = read_rgb(picture)
-        x = torch.from_numpy(image).to(mean.device).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-        folder = output.with_suffix("")
-        tqdm.write(write_offsets(model.backbone, (x - mean) / std, Image.fromarray(image), folder, args))
+        if min(image.shape[:2]) < SMALLEST:
+            raise DataError(f"{picture}: smaller than {SMALLEST} x {SMALLEST} pixels, the side of a last token's cell")
+        flags = dict(grid=args.grid, html=args.html, at_most=args.at_most)
+        x = normalize(model, image)
+        try:
+            line = write_offsets(model.backbone, x, Image.fromarray(image), output.with_suffix(""), **flags)
+        except NoOffsetsError as error:
+            raise DataError(f"{args.config}: {error}") from error
+        tqdm.write(line)
+
+
+def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
+    """A picture `(H, W, 3)`, RGB, as the input `(3, H, W)` of a detector's or segmentor's backbone."""
+    mean, std = (getattr(model.data_preprocessor, name) for name in ("mean", "std"))  # (3, 1, 1)
+    return (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)

@@ -3,8 +3,9 @@
 import sys
 
 try:
-    from lit_backbone.mm.inference import build_parser, enlargement, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
+    from lit_backbone.visualize import enlargement
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np

@@ -64,11 +64,11 @@ def test_the_published_command(weights: dict[str, Path], tmp_path: Path) -> None
 
     classifier = load_classifier(weights["lit_ti"], torch.device("cpu"))
     x = classifier.transform(Image.open(DEMO).convert("RGB"))  # normalised, as in evaluation
-    chains, _ = sampling_chains(classifier.model, x)
+    chains = sampling_chains(classifier.model, x)
     kept = sum(len(chains.of(row, column)) for row in range(7) for column in range(7))
     assert 0 < kept < 7 * 7 * 64
     assert done.stdout == (
-        f"visualization/demo: 7 x 7 tokens, {kept} sampling points, {7 * 7 * 64 - kept} dropped outside the image\n"
+        f"visualization/demo: 7 x 7 tokens, {kept} sampling points, {7 * 7 * 64 - kept} dropped outside the map\n"
     )
     picture = np.array(Image.open(tmp_path / "visualization" / "demo" / "3-4.png"))
     for y, x in (2 * chains.of(3, 4)).tolist():
@@ -78,8 +78,9 @@ def test_the_published_command(weights: dict[str, Path], tmp_path: Path) -> None
 
 def test_grid_page_and_other_sizes(weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--resume", str(weights["lit_ti"]), "--vis_image", str(DEMO), "--output", str(tmp_path)]
-    visualize_offset.main([*arguments, "--grid", "--img_size", "64", "160", "--tokens", "3"])
-    assert "2 x 5 tokens" in capsys.readouterr().out
+    visualize_offset.main([*arguments, "--grid", "--img_size", "64", "160", "--at-most", "3"])
+    said = capsys.readouterr().out
+    assert "2 x 5 tokens" in said and "; 6 tokens drawn" in said
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["grid.png"]
     visualize_offset.main([*arguments, "--html", str(tmp_path / "pages" / "demo.html"), "--img_size", "64"])
     assert "demo.html: 2 x 2 tokens" in capsys.readouterr().out
@@ -105,6 +106,9 @@ def test_errors_of_visualize_offset(weights: dict[str, Path], tmp_path: Path, ca
     (tmp_path / "text.jpg").write_text("no picture")
     assert "text.jpg: no readable image" in fails(*released, tmp_path / "text.jpg")
     assert "--img_size" in fails(*released, DEMO, "--img_size", 16)
+    assert "--at-most: expected 1 or more" in fails(*released, DEMO, "--at-most", 0)
+    (tmp_path / "file").touch()
+    assert "/file" in fails(*released, DEMO, "--output", tmp_path / "file")
     assert "no deformable token merging" in fails("--resume", weights["pvt_small_full_msa"], "--vis_image", DEMO)
 
 
@@ -159,5 +163,6 @@ def test_errors_of_visualize_attention(
 
     released = ["--resume", weights["lit_ti"], "--output", tmp_path, "--data-path"]
     assert "val: no such file or folder" in fails(*released, tmp_path)
+    assert "--num-images: expected 1 or more" in fails(*released, image_folder, "--num-images", 0)
     message = fails(*released, image_folder, "--tokens", 0, 0, 0, 49)
     assert "--tokens 49: the map has 7 x 7 tokens, 0 to 48" in message

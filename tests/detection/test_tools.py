@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +15,7 @@ from torch import Tensor
 from demo.digit_scenes import write_scenes
 from lit_backbone.mm import DataError, load_file, runner
 from lit_backbone.mm.inference import find_pictures
-from tests.dense import derive, error_of, output_of, run
+from tests.dense import check_offset_tool, derive, error_of, output_of, run
 from tests.detection.conftest import DEMO, DETECTION, PUBLISHED, build_options, classes_of_all_splits
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
@@ -127,13 +126,7 @@ def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
 
 
 def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
-    Image.fromarray(pixels).save(tmp_path / "own.png")
-    command = [tmp_path / "own.png", "--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path]
-    output = output_of(sys.executable, TOOLS / "visualize_offset.py", *command, "--tokens", 2)
-    assert "own: 3 x 4 tokens, 768 sampling points, 0 dropped" in output
-    drawn = {path.name: Image.open(path).size for path in (tmp_path / "own").iterdir()}
-    assert drawn == {f"{row}-{column}.png": (675, 505) for row in (0, 2) for column in (1, 3)}
+    check_offset_tool(TOOLS / "visualize_offset.py", CONFIG, trained / "epoch_2.pth", tmp_path)
 
 
 # ---- bad input

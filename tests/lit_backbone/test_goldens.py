@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_backbone import LIT
 from lit_backbone.checkpoints import convert_released
+from lit_backbone.dtm import captured_offsets
 from tests.goldens.compare import assert_agrees, meta_state, parameter_count
 from tests.goldens.fill import fill, image, soft_target
 
@@ -67,19 +68,11 @@ def filled(request: pytest.FixtureRequest, goldens: dict[str, Any]) -> tuple[str
 def test_logits_and_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict[str, Any]) -> None:
     name, model, state = filled
     model.load_state_dict(state)
-    offsets = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: offsets.append(output))
-        for path, module in model.named_modules()
-        if path.endswith("merge.offset")
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), captured_offsets(model) as captured:
         logits = model.eval()(image((2, 3, 224, 224), 0))
-    for hook in hooks:
-        hook.remove()
     assert_agrees(logits, goldens["outputs"]["logits"][name])
-    assert len(offsets) == (0 if name == "pvt_small_full_msa" else 3)
-    for offset, figure in zip(offsets, goldens["outputs"]["offsets"].get(name, []), strict=False):
+    assert [size for _, size in captured] == ([] if name == "pvt_small_full_msa" else [(56, 56), (28, 28), (14, 14)])
+    for (offset, _), figure in zip(captured, goldens["outputs"]["offsets"].get(name, []), strict=False):
         assert_agrees(offset, figure)
 
 

@@ -23,8 +23,8 @@ from lit_backbone.layers import AttentionBlock, relative_position_bias
 from lit_backbone.visualize import (
     CELL_COLOR,
     POINT_COLOR,
+    NoOffsetsError,
     SamplingChains,
-    captured_offsets,
     draw_attention,
     draw_points,
     draw_sheet,
@@ -109,19 +109,20 @@ def test_chains_of_a_model() -> None:
     model = small_lit()
     image = torch.randn(3, 72, 100)
     before = model(image[None])
-    learned, plain = sampling_chains(model, image)
+    chains = sampling_chains(model, image)
     torch.testing.assert_close(model(image[None]), before)  # no hook is left
-    with captured_offsets(model) as captured:
-        model(image[None])
-    assert [size for _, size in captured] == [(18, 25), (9, 12), (4, 6)]
-    assert learned.size == plain.size == (2, 3)
-    assert learned.of(1, 2).tolist() != plain.of(1, 2).tolist()
-    offsets = [offset[0] for offset, _ in captured]
-    torch.testing.assert_close(learned.points[-1], follow_offsets(offsets, (18, 25)).points[-1], equal_nan=True)
+    offsets = []
+    for merged, stage in zip(model.forward_intermediates(image[None], intermediates_only=True), model.stages[1:]):
+        offsets.append(stage.merge.offset(merged)[0].detach())
+    assert chains.size == (2, 3) and offsets[0].abs().max() > 0.1
+    for row in range(2):
+        for column in range(3):
+            expected = 4 * torch.tensor(follow_one(offsets, (18, 25), row, column)) + 2
+            torch.testing.assert_close(chains.of(row, column), expected, atol=1e-3, rtol=0)
 
 
 def test_a_model_without_dtm_has_no_chains() -> None:
-    with pytest.raises(ValueError, match="no deformable token merging"):
+    with pytest.raises(NoOffsetsError, match="no deformable token merging"):
         sampling_chains(small_lit("conv_merging"), torch.randn(3, 64, 64))
 
 
@@ -130,7 +131,7 @@ def test_a_model_without_dtm_has_no_chains() -> None:
 
 @pytest.fixture
 def chains() -> SamplingChains:
-    return sampling_chains(small_lit(), torch.randn(3, 64, 96))[0]
+    return sampling_chains(small_lit(), torch.randn(3, 64, 96))
 
 
 @pytest.mark.parametrize("size", [(96, 64), (960, 640)])
@@ -156,10 +157,10 @@ def test_points_and_cell_are_drawn_where_they_are(size: tuple[int, int]) -> None
 
 def test_sheet_holds_all_pictures() -> None:
     pictures = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
-    sheet = draw_sheet(pictures, columns=4)
+    sheet = draw_sheet(pictures, 10, columns=4)
     assert sheet.size == (4 * 104 - 4, 3 * 64 - 4)
     assert [sheet.getpixel((50 + i % 4 * 104, 30 + i // 4 * 64))[0] for i in range(10)] == list(range(10))
-    assert draw_sheet(pictures * 10, columns=50, most=1000).width <= 1000
+    assert draw_sheet(pictures * 10, 100, columns=50, most=1000).width <= 1000
 
 
 def test_tokens_are_spread_evenly() -> None:
@@ -238,12 +239,12 @@ def test_heat_map_is_brightest_at_its_maximum() -> None:
 
 
 def test_page_is_self_contained(chains: SamplingChains) -> None:
-    html = page(Image.new("RGB", (96, 64)), chains, chains, "a </script><b>title")
+    html = page(Image.new("RGB", (96, 64)), chains, "a </script><b>title")
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?!data:)[^\s\"'>]", html)
     assert set(re.findall(r"https?://[^\"'\s<]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     data = json.loads(re.search(r"const data = (.*);\n", html)[1])
     assert data["title"] == "a </script><b>title" and html.count("</script>") == 1
-    points = data["learned"][-1][1][2]
+    points = data["levels"][-1][1][2]
     for point, expected in zip(points, chains.points[-1][1, 2].tolist()):
         assert point is None if math.isnan(expected[0]) else point == pytest.approx(expected[::-1], abs=0.051)
 
@@ -283,8 +284,7 @@ def shown(tab: Any) -> tuple[str, str, str]:
 
 @needs_browser
 def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Path) -> None:
-    plain = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
-    html = page(Image.new("RGB", (96, 64), "green"), chains, plain, "Test")
+    html = page(Image.new("RGB", (96, 64), "green"), chains, "Test")
     with opened(html, tmp_path, has_touch=True) as tab:
         box = tab.locator("#picture").bounding_box()
         side = min(box["width"] / 96, box["height"] / 64) * 32  # of a cell on the screen
@@ -316,11 +316,14 @@ def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Pat
 
 @needs_browser
 def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: Path) -> None:
-    plain = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
-    with opened(page(Image.new("RGB", (96, 64)), chains, plain, "Test"), tmp_path) as tab:
+    with opened(page(Image.new("RGB", (96, 64)), chains, "Test"), tmp_path) as tab:
         points = sum(int((~points[1, 1].isnan().any(-1)).sum()) for points in chains.points)
         assert tab.locator("#lines line").count() == tab.locator("#points circle").count() == points
-        assert tab.locator("#grid circle").count() == 64
+        grid = tab.locator("#grid circle").evaluate_all("all => all.map(c => [c.cx.baseVal.value, c.cy.baseVal.value])")
+        undeformed = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
+        assert grid == undeformed.of(1, 1).flip(1).tolist()
+        moved = (chains.points[0][1, 1] - undeformed.points[0][1, 1]).norm(dim=-1).nanmean()
+        assert tab.locator("#moved0").inner_text() == f"moved by {moved:.1f} pixels"
         assert f"{len(chains.of(1, 1))} of 64 samples" in tab.locator("#counts").inner_text()
         for box in ("#show-lines", "#show-grid", "#level0", "#level1"):
             tab.locator(box).uncheck()

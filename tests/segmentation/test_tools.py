@@ -16,7 +16,7 @@ from PIL import Image
 from demo.digit_scenes import write_scenes
 from lit_backbone.mm import load_file, runner
 from lit_backbone.mm.inference import load_model
-from tests.dense import derive, error_of, output_of
+from tests.dense import check_offset_tool, derive, error_of, output_of
 from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
 
 CONFIG = DEMO / "fpn_lit_digit_scenes.py"
@@ -30,10 +30,7 @@ def train(config: Path, *args: str) -> str:
 @pytest.fixture(scope="module")
 def still_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's config less all chance but the order of images, which follows from the seed."""
-    still = """model = dict(backbone=dict(drop_path_rate=0.0), decode_head=dict(dropout_ratio=0.0))
-train_dataloader = dict(dataset=dict(pipeline=[
-    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]))
-randomness = dict(seed=0)"""
+    still = "model = dict(backbone=dict(drop_path_rate=0.0))\nrandomness = dict(seed=0)"
     return derive(tmp_path_factory.mktemp("configs") / "still.py", CONFIG, still)
 
 
@@ -117,13 +114,7 @@ def test_segment_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
 
 
 def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
-    Image.fromarray(pixels).save(tmp_path / "own.png")
-    command = [tmp_path / "own.png", "--config", CONFIG, "--checkpoint", trained / "iter_4.pth", "--out-dir", tmp_path]
-    output = output_of(sys.executable, TOOLS / "visualize_offset.py", *command, "--tokens", 2)
-    assert "own: 3 x 4 tokens, 768 sampling points, 0 dropped" in output
-    drawn = {path.name: Image.open(path).size for path in (tmp_path / "own").iterdir()}
-    assert drawn == {f"{row}-{column}.png": (675, 505) for row in (0, 2) for column in (1, 3)}
+    check_offset_tool(TOOLS / "visualize_offset.py", CONFIG, trained / "iter_4.pth", tmp_path)
 
 
 # ---- bad input
@@ -171,7 +162,7 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
 @pytest.mark.timeout(3600)
 def test_demo_learns(digits_classifier: Path, tmp_path: Path) -> None:
     """The last checkpoint's mIoU on held-out scenes, after training from the digits classifier."""
-    write_scenes(tmp_path / "scenes", size=256, train=1200, val=100)
+    write_scenes(tmp_path / "scenes")
     changes: dict[str, Any] = dict.fromkeys(("train_cfg__max_iters", "train_cfg__val_interval"))
     changes |= dict.fromkeys(("default_hooks__checkpoint__interval", "default_hooks__logger__interval"))
     changes |= dict(train_dataloader__batch_size=8)

@@ -1,5 +1,5 @@
 # Minutes on two CPU cores: AdamW, a short warm-up, polynomial decay to zero; the last checkpoint is what counts.
-max_iters = 2000
+max_iters = 3000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
@@ -9,7 +9,7 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type="AdamW", lr=4e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
         norm_decay_mult=0.0, custom_keys={"rel_pos_bias": dict(decay_mult=0.0), "offset": dict(lr_mult=0.01)}
     ),

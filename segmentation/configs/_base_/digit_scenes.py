@@ -2,12 +2,10 @@
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="Resize", scale=(192, 192)),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(192, 192)),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]

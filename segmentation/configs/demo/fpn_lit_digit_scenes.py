@@ -13,10 +13,11 @@ _base_ = [
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
 ]
+norm = dict(type="GN", num_groups=8)  # with BatchNorm the head does not learn the digits apart in minutes
 model = dict(
     pretrained=None,
-    data_preprocessor=dict(size=(192, 192)),
+    data_preprocessor=dict(size=(128, 128)),
     backbone=dict(_delete_=True, out_norms=(0, 1, 2, 3), **_base_.digits_lit),
-    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=dict(type="GN", num_groups=8)),
-    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),
+    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=norm),
+    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11, norm_cfg=norm, dropout_ratio=0.0),
 )
