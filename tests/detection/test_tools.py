@@ -100,7 +100,10 @@ def test_masks_are_not_averaged() -> None:
 
 
 def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
-    output_of("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two"))
+    flags = ["--amp", "--auto-scale-lr"]
+    output = output_of("bash", TOOLS / "dist_train.sh", still_config, 2, *options("two"), *flags)
+    assert "no GPU: training in float32" in output
+    assert "Scaling the original LR by 0.5" in output  # 2 x 2 images, where the recipe has 8
     assert load_file(str(tmp_path / "two" / "epoch_1.pth"))["meta"]["iter"] == 2  # 6 images, 2 processes x 2
     output_of("bash", TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "epoch_1.pth", 2, *options("two"))
 
@@ -198,9 +201,17 @@ def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None
     "name, number, epochs, metric, least", [("retinanet", 4800, 4, "bbox", 0.8), ("mask_rcnn", 2400, 2, "segm", 0.5)]
 )
 def test_demo_learns(
-    name: str, number: int, epochs: int, metric: str, least: float, digits_classifier: Path, tmp_path: Path
+    name: str,
+    number: int,
+    epochs: int,
+    metric: str,
+    least: float,
+    digits_classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last checkpoint's AP50 on held-out scenes, after training from the digits classifier."""
+    monkeypatch.delenv("OMP_NUM_THREADS")  # this is no small run
     write_scenes(tmp_path / "scenes", train=number)
     changes = dict(train_dataloader__batch_size=8, train_cfg__max_epochs=epochs, param_scheduler__1__T_max=epochs)
     arguments = build_options(tmp_path / "scenes", digits_classifier, tmp_path / "run", **changes)
