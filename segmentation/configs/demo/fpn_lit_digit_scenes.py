@@ -4,7 +4,7 @@
 #   GPUs          none needed
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.548 mIoU on the held-out scenes, last checkpoint; SCRATCH from random weights
+#   obtained      0.548 mIoU on the held-out scenes, last checkpoint
 
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
