@@ -83,7 +83,6 @@ def test_test(trained: Path, options: Any, flags: list[str], tmp_path: Path) -> 
 
 def test_whole_and_sliding_inference(trained: Path) -> None:
     model = load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu")
-    model.cfg.test_pipeline = [step for step in model.cfg.test_pipeline if step.type != "Resize"]
     image = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
     whole = inference_model(model, image)
     assert whole.pred_sem_seg.data.shape == (1, 101, 135) and whole.seg_logits.data.shape == (11, 101, 135)

@@ -1,14 +1,10 @@
 # Scenes of scanned digits (demo/digit_scenes.py), background and ten digits: 4,800 to train on, 200 held out.
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
-]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
+train_pipeline = test_pipeline
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
