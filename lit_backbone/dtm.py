@@ -2,14 +2,17 @@
 
 DTM is a 2x2 stride-2 deformable convolution, BatchNorm and GELU. As kernel and stride are equal and nothing is padded,
 the four taps of all output tokens tile the input map exactly, so the deformable convolution equals a bilinear warp of
-the whole map followed by an ordinary convolution: no im2col, no compiled operator.
+the whole map followed by an ordinary convolution: no im2col, nothing to build when installing.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import is_exporting, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
@@ -48,26 +51,117 @@ def _normalize(position: Tensor, size: int) -> Tensor:
     return position * (2 / max(size - 1, 1)) - 1
 
 
+def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
+    """The positions `(B, 2h, 2w, 2)` that offsets `(B, 8, h, w)` lead to, as (x, y) for the sampler of a map's size."""
+    row, column = sampling_positions(offset).unbind(-1)
+    return torch.stack((_normalize(column, width), _normalize(row, height)), dim=-1)
+
+
+def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Samples `(B, C, 2h, 2w)` of a map `(B, C, H, W)` by aten's sampler, which wants one dtype for map and grid."""
+    grid = _sampling_grid(offset, x.shape[2], x.shape[3])
+    common = torch.promote_types(x.dtype, grid.dtype)
+    # not F.grid_sample: on a GPU it would take cuDNN's sampler, whose arithmetic _normalize is not made for
+    return torch.ops.aten.grid_sampler_2d(x.to(common), grid.to(common), _BILINEAR, _ZEROS, True).to(dtype)
+
+
+@lru_cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device; the portable sampler steps in where they don't."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from .dtm_triton import sample_backward, sample_forward
+
+    try:  # Triton compiles when a kernel is first called, and needs a C compiler and a GPU that it knows
+        tokens, offset = torch.zeros(1, 2, 2, 1, device=device), torch.zeros(1, 8, 1, 1, device=device)
+        sample_backward(sample_forward(tokens, offset, tokens.dtype), tokens, offset)
+    except Exception as error:
+        warnings.warn(
+            f"DTM runs on PyTorch's sampler, more slowly: its Triton kernels failed with {error!r}", stacklevel=1
+        )
+        return False
+    return True
+
+
+def _use_kernels(tokens: Tensor) -> bool:
+    # atomic additions come in any order; the portable path says so where that is not wanted
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return tokens.dtype != torch.float64 and not deterministic and _has_kernels(tokens.device)
+
+
+@torch.library.custom_op("lit::deformable_sample", mutates_args=())
+def _sample_tokens(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Samples `(B, 2h, 2w, C)` of tokens `(B, H, W, C)`, in one piece that no compiler takes apart."""
+    if _use_kernels(tokens):
+        from .dtm_triton import sample_forward
+
+        return sample_forward(tokens, offset, dtype)
+    return _portable_sample(tokens.permute(0, 3, 1, 2), offset, dtype).permute(0, 2, 3, 1).contiguous()
+
+
+@_sample_tokens.register_fake
+def _(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, _, h, w = offset.shape
+    return tokens.new_empty((batch, 2 * h, 2 * w, tokens.shape[3]), dtype=dtype)
+
+
+@torch.library.custom_op("lit::deformable_sample_backward", mutates_args=())
+def _sample_tokens_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of tokens and offsets, the latter channels-last in memory."""
+    if _use_kernels(tokens):
+        from .dtm_triton import sample_backward
+
+        return sample_backward(grad_out, tokens, offset)
+    height, width = tokens.shape[1:3]
+    grid = _sampling_grid(offset, height, width)
+    common = torch.promote_types(tokens.dtype, grid.dtype)
+    grad_tokens, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+        *(tensor.permute(0, 3, 1, 2).to(common) for tensor in (grad_out, tokens)),
+        grid.to(common), _BILINEAR, _ZEROS, True, (True, True),
+    )  # fmt: skip
+    grad_offset = grad_grid.flip(-1) * grid.new_tensor((2 / max(height - 1, 1), 2 / max(width - 1, 1)))
+    grad_offset = grad_offset.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, 2h, 2w, yx) -> (B, h, ky, w, kx, yx)
+    grad_offset = grad_offset.transpose(2, 3).flatten(3).to(offset.dtype).contiguous()  # -> (B, h, w, 8)
+    return grad_tokens.permute(0, 2, 3, 1).to(tokens.dtype).contiguous(), grad_offset.permute(0, 3, 1, 2)
+
+
+@_sample_tokens_backward.register_fake
+def _(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    batch, channels, h, w = offset.shape
+    return tokens.new_empty(tokens.shape), offset.new_empty(batch, h, w, channels).permute(0, 3, 1, 2)
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_sample_tokens_backward(grad_out, *ctx.saved_tensors), None
+
+
+_sample_tokens.register_autograd(_backward, setup_context=_save)
+
+
 @register_notrace_function
-def deformable_sample(x: Tensor, offset: Tensor) -> Tensor:
+def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Bilinear samples of a map at learned positions, laid out as the input of a 2x2 stride-2 convolution.
 
     `F.conv2d(deformable_sample(x, offset), weight, bias, stride=2)` equals torchvision's
-    `deform_conv2d(x, offset, weight, bias, stride=2)`. Corners outside the map count as zero.
+    `deform_conv2d(x, offset, weight, bias, stride=2)`. Corners outside the map count as zero. On a GPU it is one Triton
+    kernel, under `torch.compile` one operator; in an exported model it is `grid_sample`, which every runtime knows.
 
     Args:
         x: `(B, C, H, W)`, any floating dtype; a permuted view of channels-last tokens is the fast case.
         offset: `(B, 8, H // 2, W // 2)`, see :func:`sampling_positions`.
+        dtype: of the result; that of `x` by default.
 
     Returns:
-        `(B, C, 2 * (H // 2), 2 * (W // 2))` in the dtype of `x`. Coordinates and interpolation are at least float32.
+        `(B, C, 2 * (H // 2), 2 * (W // 2))`. Coordinates and interpolation are at least float32.
     """
-    row, column = sampling_positions(offset).unbind(-1)
-    grid = torch.stack((_normalize(column, x.shape[3]), _normalize(row, x.shape[2])), dim=-1)
-    dtype = torch.promote_types(x.dtype, grid.dtype)  # the sampler wants one dtype for both
-    # not F.grid_sample: on a GPU it would take cuDNN's sampler, whose arithmetic _normalize is not made for
-    out = torch.ops.aten.grid_sampler_2d(x.to(dtype), grid.to(dtype), _BILINEAR, _ZEROS, True)
-    return out.to(x.dtype)
+    dtype = dtype or x.dtype
+    if not is_exporting() and (torch.compiler.is_compiling() or x.is_cuda):
+        return _sample_tokens(x.permute(0, 2, 3, 1), offset, dtype).permute(0, 3, 1, 2)
+    return _portable_sample(x, offset, dtype)
 
 
 def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -100,6 +194,14 @@ class OffsetConv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype))
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to which a convolution would round `x`."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 class DeformableTokenMerging(nn.Module):
     """Halves a token map, each output token reading four input tokens at learned positions.
 
@@ -123,7 +225,7 @@ class DeformableTokenMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype  # float32 under autocast, in which the residual stream then stays
         x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels-last in memory
-        x = deformable_sample(x, self.offset(x))  # -> (B, C, 2(H//2), 2(W//2))
+        x = deformable_sample(x, self.offset(x), _autocast_dtype(x))  # -> (B, C, 2(H//2), 2(W//2))
         x = self.act(self.norm(self.proj(x).to(dtype)))  # -> (B, C', H//2, W//2)
         return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
 

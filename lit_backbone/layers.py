@@ -1,12 +1,18 @@
 """The parts of LIT's stages: convolutional patch merging, position tables, attention, MLP and attention blocks."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, is_exporting, register_notrace_function, trunc_normal_
+from timm.layers import DropPath, Mlp, is_exporting, register_notrace_function, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+
+# tokens of a map from which on a GPU looks its bias up in the kernel: for 12 heads, that is 100 MB in bfloat16;
+# timm's switch, TIMM_FUSED_ATTN=0 or set_fused_attn(False), keeps the bias a tensor
+FLEX_TOKENS = 2048
 
 
 @register_notrace_function
@@ -42,6 +48,50 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     # not table.flatten(2)[..., index]: its backward is several times slower on a CPU
     bias = table.flatten(2).index_select(2, index.flatten())  # (1, heads, L) -> (1, heads, N * N)
     return bias.unflatten(2, (height * width, height * width))  # -> (1, heads, N, N)
+
+
+def _displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two numbers for each token of a map, as query and as key, whose difference is their index in the table."""
+    y = torch.arange(height, device=device, dtype=torch.int32)
+    x = torch.arange(width, device=device, dtype=torch.int32)
+    key = (y[:, None] * (2 * width - 1) + x).flatten()  # (N,)
+    return key + (height - 1) * (2 * width - 1) + (width - 1), key
+
+
+def flex_attention_with_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Attention with the relative position bias looked up in the kernel: no tensor has N x N entries.
+
+    Args:
+        q, k, v: `(B, heads, N, C/heads)` with `N = height * width`.
+        table: `(1, heads, 2h-1, 2w-1)`, of any floating dtype; gets its gradient by atomic additions.
+        height, width: size of the map, in tokens.
+
+    Returns:
+        `(B, heads, N, C/heads)`.
+    """
+    table = resize_table(table.float(), 2 * height - 1, 2 * width - 1, mode="bicubic")[0].flatten(1)  # (heads, L)
+    query, key = _displacements(height, width, q.device)
+    # sizes are read from tensors, not from numbers, so that one compilation serves every map
+
+    def add_bias(score: Tensor, image: Tensor, head: Tensor, query_token: Tensor, key_token: Tensor) -> Tensor:
+        return score + table[head, query[query_token] - key[key_token]]
+
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    return attend(q, k, v, score_mod=add_bias)
+
+
+@lru_cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@register_notrace_function
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes."""
+    if q.is_cuda and height * width >= FLEX_TOKENS and use_fused_attn() and q.dtype != torch.float64:
+        return flex_attention_with_bias(q, k, v, table, height, width)
+    bias = relative_position_bias(table.to(q.dtype), height, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 @register_notrace_function
@@ -99,10 +149,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, x.shape[-1] // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, heads, C/heads) -> 3 x (B, heads, N, C/heads)
-        bias = None
-        if self.rel_pos_bias is not None:
-            bias = relative_position_bias(self.rel_pos_bias.to(q.dtype), x.shape[1], x.shape[2])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if self.rel_pos_bias is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = biased_attention(q, k, v, self.rel_pos_bias, x.shape[1], x.shape[2])
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, ..., C)
 
 

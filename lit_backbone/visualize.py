@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -272,8 +273,13 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
         for block in stage.blocks
         if isinstance(block, AttentionBlock)
     ]
-    with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
-        maps = model.forward_intermediates(images, intermediates_only=True)
+    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(False)  # a kernel that looks biases up itself hides them from the recorder
+    try:
+        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
+            maps = model.forward_intermediates(images, intermediates_only=True)
+    finally:
+        set_fused_attn(fused, experimental)
     stages: dict[int, list[Tensor]] = {}
     for (i, prefix), row in zip(attending, recorder.rows, strict=True):
         stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)

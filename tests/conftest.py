@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import yaml
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, if Triton is imported after this, which timm does
+
+import timm
 
 import lit_backbone  # noqa: F401, registers the models
 from demo.digit_scenes import write_scenes

@@ -1,5 +1,8 @@
 import math
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -7,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
+from lit_backbone import dtm
 from lit_backbone.dtm import DeformableTokenMerging, deformable_sample, offset_statistics, sampling_positions
+from lit_backbone.dtm_triton import sample_backward, sample_forward
 
 
 def warp_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -25,6 +30,20 @@ def output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> li
     return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
 
 
+def sample_by_operator(x: Tensor, offset: Tensor) -> Tensor:
+    """What compiled models run, and models on a GPU."""
+    return dtm._sample_tokens(x.permute(0, 2, 3, 1), offset, x.dtype).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(params=["portable", "operator", "kernels"])
+def sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs a test with each way of sampling; the kernels in Triton's interpreter where there is no GPU."""
+    if request.param != "portable":
+        monkeypatch.setitem(globals(), "deformable_sample", sample_by_operator)
+        monkeypatch.setattr(dtm, "_use_kernels", lambda tokens: request.param == "kernels")
+    yield
+
+
 def random_inputs(batch: int, channels: int, height: int, width: int, *, reach: float) -> tuple[Tensor, ...]:
     """Map, offsets of up to `reach` pixels, weight and bias. No sample lies near a whole pixel, where sides differ."""
     offset = reach * (2 * torch.rand(batch, 8, height // 2, width // 2) - 1)
@@ -36,6 +55,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("reach", [0.5, 3.0, 60.0])
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21), (56, 56)])
 def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
@@ -48,6 +68,7 @@ def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
         assert relative_error(result, reference) < 2e-5 or reference.norm() == 0, name
 
 
+@pytest.mark.usefixtures("sampler")
 def test_reads_nothing_far_outside_the_map() -> None:
     x, offset, weight, bias = random_inputs(1, 4, 6, 6, reach=1.0)
     for shift in (-40.0, 40.0, 1e6):
@@ -63,6 +84,7 @@ def test_zero_offsets_are_a_plain_convolution(dtype: torch.dtype, tolerance: flo
         assert relative_error(out, F.conv2d(x, weight, bias, stride=2)) < tolerance
 
 
+@pytest.mark.usefixtures("sampler")
 def test_whole_offsets_are_a_shift() -> None:
     x = torch.randn(1, 3, 12, 10)
     for dy, dx in ((1, 0), (0, -1), (3, -2), (-5, 7)):
@@ -89,6 +111,7 @@ def test_gradients_at_zero_offsets_for_every_size() -> None:
     assert_gradients_on_whole_pixels(torch.zeros(1, 8, 100, 167), 200, 334)
 
 
+@pytest.mark.usefixtures("sampler")
 def test_gradients_at_whole_offsets() -> None:
     for height, width in ((14, 14), (29, 18), (56, 56)):
         offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many end on and beyond the border
@@ -198,3 +221,69 @@ def test_exports_with_free_sizes() -> None:
     x, offset, weight, bias = random_inputs(3, 4, 10, 14, reach=2.0)
     out = F.conv2d(program.module()(x, offset), weight, bias, stride=2)
     torch.testing.assert_close(out, oracle(x, offset, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_operator_is_registered_in_full(memory_format: torch.memory_format) -> None:
+    x, offset, _, _ = random_inputs(2, 4, 7, 6, reach=2.0)
+    offset = offset.contiguous(memory_format=memory_format).requires_grad_()
+    torch.library.opcheck(dtm._sample_tokens, (x.permute(0, 2, 3, 1).requires_grad_(), offset, torch.bfloat16))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 96, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_round_only_their_results(channels: int, dtype: torch.dtype) -> None:
+    """Whatever the features' dtype, coordinates and sums are float32; 130 channels are more than one tile."""
+    x, offset, _, _ = random_inputs(2, channels, 9, 7, reach=3.0)
+    tokens, offset = x.permute(0, 2, 3, 1).to(dtype), offset.contiguous(memory_format=torch.channels_last)
+    out = sample_forward(tokens, offset, torch.float32)
+    grad_out = torch.randn_like(out).to(dtype)
+    inputs = tokens.float().permute(0, 3, 1, 2).requires_grad_(), offset.requires_grad_()
+    expected = deformable_sample(*inputs)
+    grad_tokens, grad_offset = torch.autograd.grad(expected, inputs, grad_out.float().permute(0, 3, 1, 2))
+    torch.testing.assert_close(out, expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    actual = sample_backward(grad_out, tokens, offset.detach())
+    assert (actual[0].dtype, actual[1].dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(actual[0], grad_tokens.permute(0, 2, 3, 1).to(dtype), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(actual[1], grad_offset, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_half_precision_accumulate_in_float32_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples of a map meet in one token: in bfloat16, a sum of ones would stop growing at 256."""
+    monkeypatch.setattr("lit_backbone.dtm_triton.ACCUMULATOR_BYTES", 1)
+    tokens = torch.ones(3, 40, 40, 1, dtype=torch.bfloat16)
+    position = sampling_positions(torch.zeros(3, 8, 20, 20))
+    offset = torch.zeros(3, 8, 20, 20)
+    for tap in range(4):
+        offset[:, 2 * tap : 2 * tap + 2] = -position[:, tap // 2 :: 2, tap % 2 :: 2].permute(0, 3, 1, 2)
+    grad_tokens, _ = sample_backward(torch.ones(3, 40, 40, 1, dtype=torch.bfloat16), tokens, offset)
+    assert grad_tokens[:, 0, 0, 0].tolist() == 3 * [1600.0]
+    assert grad_tokens.float().sum() == 3 * 1600
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lit_backbone.dtm_triton import _backward_kernel, _forward_kernel
+
+for features in ("*fp16", "*bf16", "*fp32"):
+    for kernel in (_forward_kernel, _backward_kernel):
+        names = kernel.arg_names
+        pointers = dict(tokens=features, grad_out=features, out=features)
+        pointers |= dict(offset="*fp32", grad_tokens="*fp32", grad_offset="*fp32")
+        types = pointers | dict(SAMPLES="constexpr", CHANNELS="constexpr")
+        signature = {name: types.get(name, "i32") for name in names}
+        tile = {(names.index("SAMPLES"),): 32, (names.index("CHANNELS"),): 128}
+        divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in [*pointers, "C"]}
+        source = ASTSource(kernel, signature=signature, constexprs=tile, attrs=divisible)
+        print("v4" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux only")
+def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    """For compute capability 9.0; loads and stores of 16 bytes, without which the kernels would be slow."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == 6 * ["True"], result.stderr
