@@ -71,9 +71,16 @@ def build_criterion(config: Config) -> nn.Module:
 class Trainer:
     """Runs updates: accumulation, mixed precision, clipping, averaging.
 
+    On a GPU the host waits for results only where it prints or saves. An update that is not finite is skipped on the
+    GPU, and so are all after it, until the host looks and stops the run.
+
     Attributes:
         network: the model as it is called in training, wrapped for several processes where there are any.
         loader: of this process's micro-batches; `accumulation` of them make an update.
+        waits: whether the host looks at every update before it is applied.
+        sums: of loss and finite gradient norms over the epoch, and the number of each; then the last of both.
+        poison: 1, or NaN once an update was not finite; a factor of the loss.
+        failure: number, loss and gradient norm of that update; its number is -1 as long as there is none.
     """
 
     config: Config
@@ -86,47 +93,59 @@ class Trainer:
     mixup: Mixup | None = field(init=False)
     criterion: nn.Module = field(init=False)
     amp_dtype: torch.dtype | None = field(init=False)
+    waits: bool = field(init=False)
+    sums: Tensor = field(init=False)
+    poison: Tensor = field(init=False)
+    failure: Tensor = field(init=False)
 
     def __post_init__(self):
+        device = self.processes.device
         self.mixup = build_mixup(self.config)
         self.criterion = build_criterion(self.config)
-        self.amp_dtype = amp_dtype(self.config.RUNTIME.AMP_DTYPE, self.processes.device)
+        self.amp_dtype = amp_dtype(self.config.RUNTIME.AMP_DTYPE, device)
+        # what GradScaler asks, too: only torch's fused optimisers can skip an update on the device
+        skips = getattr(self.state.optimizer, "_step_supports_amp_scaling", False)
+        self.waits = device.type == "cpu" or not skips
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.poison = torch.ones((), device=device)
+        self.failure = torch.full((3,), -1.0, dtype=torch.float64, device=device)
 
     def train_epoch(self, after_update: Callable[[], None]) -> dict[str, float]:
         """Train to the end of the current epoch, from wherever in it the state stands.
 
         Args:
-            after_update: called after each update; may save.
+            after_update: called after each update; may save, after :meth:`check_finite`.
 
         Returns:
             Mean loss, over all processes, and mean gradient norm of the updates that were run.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite; the state is that before this update.
         """
         state, config = self.state, self.config
         epoch, first = divmod(state.update, state.updates_per_epoch)
         self.loader.batch_sampler.start(epoch, first)
         self.network.train()
+        self.sums.zero_()
         batches = iter(self.loader)
-        loss_meter, norm_meter, timer = AverageMeter(), AverageMeter(), AverageMeter()
+        timer, began, timed = AverageMeter(), time.perf_counter(), first
         for i in progress(range(first, state.updates_per_epoch), self.processes.is_main, desc=f"epoch {epoch}"):
-            began = time.perf_counter()
-            loss, norm = self.run_update(batches)
-            loss_meter.update(loss)
-            if math.isfinite(norm):  # fp16's loss scaling skips an update now and then
-                norm_meter.update(norm)
-            timer.update(time.perf_counter() - began)
+            self.run_update(batches)
             after_update()
             if (i + 1) % config.PRINT_FREQ == 0 or i + 1 == state.updates_per_epoch:
-                self._report(epoch, i + 1, loss_meter, norm_meter, timer)
-        sums = torch.tensor([loss_meter.sum, loss_meter.count], dtype=torch.float64, device=self.processes.device)
-        total, count = self.processes.sum(sums).tolist()
-        return {"train/loss_epoch": total / count, "train/grad_norm_epoch": norm_meter.avg}
+                self.check_finite()
+                timer.update((time.perf_counter() - began) / (i + 1 - timed), i + 1 - timed)
+                self._report(epoch, i + 1, timer)
+                began, timed = time.perf_counter(), i + 1
+        loss, losses, norm, norms = self.processes.sum(self.sums[:4].clone()).tolist()
+        return {"train/loss_epoch": loss / losses, "train/grad_norm_epoch": norm / max(norms, 1)}
 
-    def run_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """One optimiser update; returns this process's loss and the gradient norm before clipping.
+    def run_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimiser update, which leaves the model as it is if loss or gradient is not finite.
 
         Raises:
-            NonFiniteError: before anything is changed, if loss or gradient is not finite (an overflow that fp16's
-                loss scaling handles is none).
+            NonFiniteError: at once where the trainer waits, else from :meth:`check_finite`. An overflow that fp16's
+                loss scaling handles is none.
         """
         state, model = self.state, self.state.model
         self.schedule.set(state.update)
@@ -141,27 +160,55 @@ class Trainer:
                 images, targets = self.mixup(images, targets)
             with no_sync(self.network, last=i + 1 == accumulation):
                 with autocast(self.amp_dtype, self.processes.device):
-                    part = self.criterion(self.network(images), targets) / accumulation
+                    part = self.criterion(self.network(images), targets) / accumulation * self.poison
                 state.scaler.scale(part).backward()
             loss += part.detach()
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
-        loss, norm = torch.stack((loss, norm)).tolist()
-        scaling = state.scaler.is_enabled() and state.scaler.get_scale() >= SMALLEST_SCALE
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaling):
-            raise NonFiniteError(self._diagnose(loss, norm))
+        finite = self._take_note(loss, norm)
+        if self.waits:
+            self.check_finite()
+        elif not state.scaler.is_enabled():  # a scaler does this itself
+            state.optimizer.found_inf = (~finite).float()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema:
             state.ema.update(model)
         state.update += 1
-        return loss, norm
 
-    def _diagnose(self, loss: float, norm: float) -> str:
-        """Where to look for the cause of a loss or gradient that is not finite."""
+    def _take_note(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Add loss and gradient norm to the epoch's sums; returns whether both are finite, and poisons if not."""
+        finite_norm = norm.isfinite()
+        finite = loss.isfinite() & (finite_norm | self.state.scaler.is_enabled())
+        found = torch.stack((loss, norm)).double()
+        count = torch.ones_like(found[0])
+        terms = (found[0], count, torch.where(finite_norm, found[1], 0.0), count * finite_norm)
+        self.sums[:4] += torch.stack(terms)
+        self.sums[4:] = found
+        first = ~finite & self.poison.isfinite()
+        update = torch.full_like(count, self.state.update)
+        self.failure = torch.where(first, torch.stack((update, *found)), self.failure)
+        self.poison = torch.where(finite, self.poison, torch.nan)
+        return finite
+
+    def check_finite(self) -> None:
+        """Wait for the device, and stop the run if an update was not finite.
+
+        Raises:
+            NonFiniteError: names the first such update.
+        """
+        update, loss, norm = self.failure.tolist()
+        scaler = self.state.scaler
+        if update < 0 and scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+            update, (loss, norm) = self.state.update - 1, self.sums[4:].tolist()
+        if update >= 0:
+            raise NonFiniteError(self._diagnose(int(update), loss, norm))
+
+    def _diagnose(self, update: int, loss: float, norm: float) -> str:
+        """Where to look for the cause of a loss or gradient that is not finite, in an update of the whole run."""
         sampler, images = self.loader.batch_sampler, self.loader.dataset
-        epoch, update = divmod(self.state.update, self.state.updates_per_epoch)
+        epoch, update = divmod(update, self.state.updates_per_epoch)
         keys = [key for batch in sampler.micro_batches(sampler.order(), update) for key in batch]
         names = ", ".join(images.name(key.index) for key in keys[:3])
         rates = ", ".join(f"{group['lr']:.3g}" for group in self.state.optimizer.param_groups)
@@ -171,17 +218,18 @@ class Trainer:
             f"or try RUNTIME.AMP_DTYPE off"
         )
 
-    def _report(self, epoch: int, done: int, loss: AverageMeter, norm: AverageMeter, timer: AverageMeter) -> None:
+    def _report(self, epoch: int, done: int, timer: AverageMeter) -> None:
         state, config = self.state, self.config
+        total, count, _, _, loss, norm = self.sums.tolist()
         remaining = config.TRAIN.EPOCHS * state.updates_per_epoch - state.update
         eta = datetime.timedelta(seconds=int(remaining * timer.avg))
         rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         _logger.info(
             f"epoch {epoch} [{done}/{state.updates_per_epoch}] eta {eta} lr {rates['decay']:.3e} "
-            f"loss {loss.val:.4f} ({loss.avg:.4f}) grad norm {norm.val:.3f} "
+            f"loss {loss:.4f} ({total / count:.4f}) grad norm {norm:.3f} "
             f"{config.TRAIN.GLOBAL_BATCH / timer.avg:.1f} img/s mem {peak_memory(self.processes.device):.2f} GiB"
         )
-        scalars = {"train/loss": loss.val, "train/grad_norm": norm.val}
+        scalars = {"train/loss": loss, "train/grad_norm": norm}
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         self.log.scalars(scalars, state.update)
 

@@ -135,7 +135,7 @@ def run_training(config: Config, processes: Processes, folder: Path) -> None:
         describe_run(config, processes, state, accumulation, folder)
     log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
     trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log)
-    saver = Saver(config, processes, state, folder, train_loader.dataset.classes)
+    saver = Saver(config, processes, state, folder, train_loader.dataset.classes, check=trainer.check_finite)
     probe = to_device(sample_images(val_loader), processes.device, config) if processes.is_main else None
     with logging_redirect_tqdm() if processes.is_main else nullcontext():
         while state.epoch < config.TRAIN.EPOCHS:

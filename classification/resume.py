@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,18 @@ class TrainState:
 
 @dataclass
 class Saver:
-    """When a run's `latest.pth` and `best.pth` are written; only the first process writes."""
+    """When a run's `latest.pth` and `best.pth` are written; only the first process writes.
+
+    Attributes:
+        check: called before the state is saved within an epoch; raises if it is not worth it.
+    """
 
     config: Config
     processes: Processes
     state: TrainState
     folder: Path
     classes: list[str]
+    check: Callable[[], None]
 
     def sync_statistics(self) -> None:
         """Average BatchNorm's statistics over the processes, so that all evaluate and any one saves the same model."""
@@ -65,6 +71,7 @@ class Saver:
         """Save every SAVE_STEPS updates within an epoch; its end is saved once it is evaluated."""
         steps, state = self.config.TRAIN.SAVE_STEPS, self.state
         if steps and state.update % steps == 0 and state.update % state.updates_per_epoch:
+            self.check()
             self.sync_statistics()
             self._save(LATEST)
 

@@ -1,4 +1,4 @@
-"""Composes scenes of scanned digits over photographs, with boxes, instance masks and semantic masks.
+"""Composes scenes of scanned digits over dimmed photographs, with boxes, instance masks and semantic masks.
 
     python -m demo.digit_scenes --output data/digit_scenes
 
@@ -29,13 +29,14 @@ from demo.digits import draw_digit, split_digits
 
 SPLITS = ("train", "val")
 MIN_SIZE = 64  # of a scene: smaller digits cannot be read
-NUM_DIGITS = (2, 6)  # in a scene
+NUM_DIGITS = (4, 7)  # in a scene
 BACKGROUND_SIDE = (128, 256)  # of the square cut from a photograph, in its pixels
-DIGIT_SIDE = (0.22, 0.5)  # of a scan with its margin, in sides of the scene
+DIMMED = 0.3  # of a photograph's brightness is left, so that digits are light on dark, as the scans are
+DIGIT_SIDE = (0.28, 0.45)  # of a scan with its margin, in sides of the scene
 MAX_ANGLE = 20  # degrees, either way
 INK_LEVEL = 112  # of 255, above which an enlarged scan is stroke
 SUPERSAMPLING = 4
-NUM_INKS = 12  # to choose the most legible from
+NUM_INKS = 12  # to choose the lightest from
 LUMINANCE = (0.299, 0.587, 0.114)
 MAX_OVERLAP = 0.35  # of two boxes, in areas of the smaller one
 MIN_VISIBLE = 0.6  # of the strokes, by area
@@ -104,7 +105,8 @@ class Composer:
         y = int(rng.integers(height - side, endpoint=True))
         square = Image.fromarray(self.photographs[name][y : y + side, x : x + side])
         square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return Scene(np.array(square), name, [x, y, side, side])
+        dimmed = square.point(lambda level: round(DIMMED * level))
+        return Scene(np.array(dimmed), name, [x, y, side, side])
 
     def _try_digit(self, scene: Scene, rng: np.random.Generator) -> None:
         """Draws a random digit at a random place, unless that would hide too much of another one."""
@@ -123,7 +125,7 @@ class Composer:
             other.mask &= ~mask
         scene.digits.append(digit)
         around, share = scene.pixels[window], glyph[..., None]
-        scene.pixels[window] = np.round((1 - share) * around + share * choose_ink(around, rng))
+        scene.pixels[window] = np.round((1 - share) * around + share * choose_ink(rng))
 
 
 def draw_glyph(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
@@ -143,11 +145,10 @@ def is_legible(lower: Digit, upper: Digit) -> bool:
     return width * height <= MAX_OVERLAP * min(w0 * h0, w1 * h1) and visible >= MIN_VISIBLE * lower.area
 
 
-def choose_ink(around: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the one of some random colours that stands out best from the pixels around a digit."""
+def choose_ink(rng: np.random.Generator) -> np.ndarray:
+    """Returns the lightest of some random colours."""
     inks = rng.integers(256, size=(NUM_INKS, 3))
-    contrasts = abs((around @ LUMINANCE)[..., None] - inks @ LUMINANCE)  # (height, width, inks)
-    return inks[np.quantile(contrasts, 0.1, axis=(0, 1)).argmax()]
+    return inks[(inks @ LUMINANCE).argmax()]
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
@@ -217,7 +218,7 @@ def write_scenes(
     """Writes both splits, unless they are already there; returns whether it has written any."""
     written = False
     for split, scenes in zip(SPLITS, (train, val)):
-        info = {"description": "scanned digits over photographs", "size": size, "seed": seed, "scenes": scenes}
+        info = {"description": "light scanned digits over dimmed photographs", "size": size, "seed": seed, "scenes": scenes}
         if force or not is_complete(root, split, info):
             write_split(root, split, info)
             written = True
@@ -242,7 +243,7 @@ def draw_sheet(scenes: list[Scene], columns: int = 4, side: int = 256) -> Image.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over photographs.")
+    parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over dimmed photographs.")
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="where to write (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help=f"height and width, {MIN_SIZE} at least (%(default)s)")
     parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")

@@ -194,12 +194,13 @@ class OffsetConv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype))
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+@register_notrace_function
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to which a convolution would round `x`."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.getautocast_dtype(device)
 
 
 class DeformableTokenMerging(nn.Module):
@@ -225,7 +226,7 @@ class DeformableTokenMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype  # float32 under autocast, in which the residual stream then stays
         x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels-last in memory
-        x = deformable_sample(x, self.offset(x), _autocast_dtype(x))  # -> (B, C, 2(H//2), 2(W//2))
+        x = deformable_sample(x, self.offset(x), autocast_dtype(x))  # -> (B, C, 2(H//2), 2(W//2))
         x = self.act(self.norm(self.proj(x).to(dtype)))  # -> (B, C', H//2, W//2)
         return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
 

@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, is_exporting, register_notrace_function, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # tokens of a map from which on a GPU looks its bias up in the kernel: for 12 heads, that is 100 MB in bfloat16;
 # timm's switch, TIMM_FUSED_ATTN=0 or set_fused_attn(False), keeps the bias a tensor
 FLEX_TOKENS = 2048
+
+REMEMBERED = 2**22  # entries of the largest bias that evaluation keeps: for 12 heads, of 24 x 24 tokens
+_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the last (key, bias) of each table
 
 
 @register_notrace_function
@@ -90,8 +94,22 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes."""
     if q.is_cuda and height * width >= FLEX_TOKENS and use_fused_attn() and q.dtype != torch.float64:
         return flex_attention_with_bias(q, k, v, table, height, width)
-    bias = relative_position_bias(table.to(q.dtype), height, width)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_remembered_bias(table, q.dtype, height, width))
+
+
+def _remembered_bias(table: Tensor, dtype: torch.dtype, height: int, width: int) -> Tensor:
+    """As :func:`relative_position_bias`; in evaluation, that of a small map is kept until the table changes."""
+    large = table.shape[1] * (height * width) ** 2 > REMEMBERED
+    plain = type(table) in (Tensor, nn.Parameter) and not table.is_inference()  # not fake, and counts its changes
+    if torch.compiler.is_compiling() or is_exporting() or large or not plain:
+        return relative_position_bias(table.to(dtype), height, width)
+    if torch.is_grad_enabled():
+        _biases.pop(table, None)  # who trains may change a table behind the back of its version
+        return relative_position_bias(table.to(dtype), height, width)
+    key = (table._version, table.device, dtype, height, width)
+    if _biases.get(table, (None,))[0] != key:
+        _biases[table] = key, relative_position_bias(table.to(dtype), height, width)
+    return _biases[table][1]
 
 
 @register_notrace_function

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
 
+import engine
 import main
 from config import load_config
 from data import build_val_loader
@@ -253,6 +256,76 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_cfg, folder, capsys, image
     )
     left = read_checkpoint(folder / LATEST)
     assert left["update"] == 1 and all(value.isfinite().all() for value in left["model"].values())
+
+
+@pytest.fixture
+def unattended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains as on a GPU, where the host looks at results only when it prints or saves."""
+    prepare = engine.Trainer.__post_init__
+
+    def prepare_not_to_wait(trainer: engine.Trainer) -> None:
+        prepare(trainer)
+        assert trainer.waits
+        trainer.waits = False
+
+    monkeypatch.setattr(engine.Trainer, "__post_init__", prepare_not_to_wait)
+
+
+@pytest.mark.usefixtures("unattended")
+def test_nothing_is_applied_after_a_loss_that_is_not_finite(tiny_cfg, folder, capsys, monkeypatch):
+    """The host looks after four updates; the second was not finite, so that the last two must not count, either."""
+    rates = {"BASE_LR": 1e30, "CLIP_GRAD": None, "WARMUP_LR": 1e30, "WARMUP_EPOCHS": 1}
+    states = []
+    run_update = engine.Trainer.run_update
+
+    def watched(trainer: engine.Trainer, batches) -> None:
+        run_update(trainer, batches)
+        optimizer = trainer.state.optimizer.state_dict()["state"]
+        states.append({**dict(trainer.state.model.named_parameters()), **optimizer[0]})
+        states[-1] = {name: value.detach().clone() for name, value in states[-1].items()}
+
+    monkeypatch.setattr(engine.Trainer, "run_update", watched)
+    options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
+    assert_fails(capsys, ["--cfg", tiny_cfg(TRAIN=rates), *options], "epoch 0, update 1", "not applied")
+    assert len(states) == 4
+    for state in states[1:]:
+        for name, value in states[0].items():
+            assert torch.equal(state[name], value) and value.isfinite().all(), name
+
+
+class Reads(TorchFunctionMode):
+    """Counts by whom values of tensors are read, for which a GPU must have come to its end."""
+
+    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            frame = sys._getframe(1)
+            while Path(frame.f_code.co_filename).parent.name != "classification":
+                frame = frame.f_back
+            if Path(frame.f_code.co_filename).name != "data.py":  # the order of images is on the CPU
+                self.found[frame.f_code.co_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("unattended")
+def test_the_host_waits_only_where_it_prints(tiny_cfg, monkeypatch):
+    train_epoch = engine.Trainer.train_epoch
+    reads = []
+
+    def watched(trainer: engine.Trainer, after_update) -> dict[str, float]:
+        with Reads() as found:
+            reads.append(found.found)
+            return train_epoch(trainer, after_update)
+
+    monkeypatch.setattr(engine.Trainer, "train_epoch", watched)
+    main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "2", "TRAIN.SAVE_STEPS", "0"])
+    # for 4 updates; in train_epoch, the means at the end and the loader's seed, which is on the CPU
+    assert reads == 2 * [{"check_finite": 2, "_report": 2, "train_epoch": 2}]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,21 @@
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from lit_backbone.layers import Attention, ConvMerging, pad_to_multiple, relative_position_bias, resize_table
+from lit_backbone.layers import (
+    Attention,
+    ConvMerging,
+    biased_attention,
+    flex_attention_with_bias,
+    pad_to_multiple,
+    relative_position_bias,
+    resize_table,
+)
 
 
 @pytest.mark.parametrize("map_size", [(4, 4), (2, 5), (3, 1)])
@@ -77,3 +90,62 @@ def test_attention_by_its_formula(with_bias: bool) -> None:
 def test_heads_divide_channels() -> None:
     with pytest.raises(ValueError, match="5 heads do not divide 12 channels"):
         Attention(12, 5)
+
+
+def looked_up(function: Callable[..., Tensor], height: int, width: int, *tensors: Tensor) -> list[Tensor]:
+    """Output of a kind of attention, and the gradients of queries, keys, values and table."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*tensors, height, width)
+    return [out.detach(), *torch.autograd.grad(out, tensors, torch.sin(torch.arange(out.numel())).view(out.shape))]
+
+
+@pytest.mark.parametrize("map_size", [(4, 6), (5, 7), (3, 11)])
+def test_bias_looked_up_in_the_kernel(map_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention, uncompiled, which has a backward pass on a CPU, too, once it is not refused."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr("lit_backbone.layers._compiled_flex_attention", lambda: flex_attention)
+    inputs = [torch.randn(2, 3, math.prod(map_size), 16) for _ in range(3)]
+    table = torch.randn(1, 3, 7, 11)  # of a map of 4 x 6, resized for the others
+    expected = looked_up(biased_attention, *map_size, *inputs, table)  # on a CPU with the bias as a tensor
+    actual = looked_up(flex_attention_with_bias, *map_size, *inputs, table)
+    for result, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_one_compilation_looks_up_the_biases_of_all_maps() -> None:
+    table = torch.randn(1, 3, 7, 11)
+    for height, width in ((9, 6), (20, 31), (12, 12), (3, 4)):
+        inputs = [torch.randn(2, 3, height * width, 16) for _ in range(3)]
+        with torch.compiler.set_stance("default" if height == 9 else "fail_on_recompile"):
+            out = flex_attention_with_bias(*inputs, table, height, width)
+        expected = biased_attention(*inputs, table, height, width)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_looks_a_bias_up_once_while_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    look_up = relative_position_bias
+    monkeypatch.setattr("lit_backbone.layers.relative_position_bias", lambda *args: calls.append(1) or look_up(*args))
+    attention, x = Attention(12, 3, map_size=(4, 4)), torch.randn(1, 4, 4, 12)
+
+    def evaluate(x: Tensor = x) -> Tensor:
+        with torch.no_grad():
+            return attention(x)
+
+    before = evaluate()
+    assert torch.equal(evaluate(), before) and len(calls) == 1
+    evaluate(x[:, :3])  # another map
+    assert torch.equal(evaluate(), before) and len(calls) == 3
+    state = {name: value + 1 for name, value in attention.state_dict().items()}
+    attention.load_state_dict(state)
+    changed = evaluate()
+    fresh = Attention(12, 3, map_size=(4, 4))
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(changed, fresh(x).detach())
+    attention(x).sum().backward()
+    attention.rel_pos_bias.data.mul_(3)  # as some averages of weights do; bumps no version
+    assert not torch.equal(evaluate(), changed)
+    with torch.inference_mode():
+        assert torch.equal(attention(x), evaluate())
