@@ -7,7 +7,7 @@ DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm env-test demo demo-detection demo-segmentation test test-slow lint format clean
+.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench test test-slow lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic
 	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes/images/val --config configs/demo/$(SEGMENTOR).py \
 	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)
 	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
+
+bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); about half an hour on two cores
+	"$(PYTHON)" tools/benchmark.py
 
 test: env-test lint ## check the style, then run the test suite
 	"$(PYTHON)" -m pytest

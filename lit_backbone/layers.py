@@ -99,9 +99,13 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
 
 def _remembered_bias(table: Tensor, dtype: torch.dtype, height: int, width: int) -> Tensor:
     """As :func:`relative_position_bias`; in evaluation, that of a small map is kept until the table changes."""
-    large = table.shape[1] * (height * width) ** 2 > REMEMBERED
-    plain = type(table) in (Tensor, nn.Parameter) and not table.is_inference()  # not fake, and counts its changes
-    if torch.compiler.is_compiling() or is_exporting() or large or not plain:
+    if (
+        torch.compiler.is_compiling()
+        or is_exporting()
+        or table.shape[1] * (height * width) ** 2 > REMEMBERED
+        or type(table) not in (Tensor, nn.Parameter)  # a fake one
+        or table.is_inference()  # which counts no changes
+    ):
         return relative_position_bias(table.to(dtype), height, width)
     if torch.is_grad_enabled():
         _biases.pop(table, None)  # who trains may change a table behind the back of its version

@@ -424,7 +424,7 @@ def _kinds(bench: Bench, section: str) -> list[str]:
     return list(dict.fromkeys(row.what for row in bench.rows if row.section == section))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how fast LIT is, beside its peers.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
@@ -435,7 +435,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU (all)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled models")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder (%(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits, load_sample_image
 
 from demo.digit_scenes import (
+    LUMINANCE,
     MIN_VISIBLE,
     NUM_DIGITS,
     SPLITS,
@@ -154,8 +155,9 @@ def test_background_is_what_the_annotations_name(split):
         x, y, width, height = scene.photograph_box
         photograph = Image.fromarray(load_sample_image(scene.photograph))
         square = photograph.crop((x, y, x + width, y + height)).resize((64, 64), Image.Resampling.BICUBIC)
+        square = (0.3 * np.array(square)).round()
         near_digit = np.array(Image.fromarray(scene.semantic_mask()).filter(ImageFilter.MaxFilter(5))) > 0
-        assert np.array_equal(scene.pixels[~near_digit], np.array(square)[~near_digit])
+        assert np.array_equal(scene.pixels[~near_digit], square[~near_digit])
         assert not near_digit.all()
 
 
@@ -223,11 +225,10 @@ def test_glyph_fills_what_the_scan_inks(angle):
     assert glyph.sum() == pytest.approx(32 * 32, rel=0.03)
 
 
-@pytest.mark.parametrize("level", [0, 255])
-def test_ink_stands_out_from_its_surroundings(level):
-    around = np.full((9, 7, 3), level, dtype=np.uint8)
-    inks = [choose_ink(around, np.random.default_rng(seed)) for seed in range(50)]
-    assert min(abs(ink.mean() - level) for ink in inks) > 96
+def test_ink_is_lighter_than_any_background():
+    inks = [choose_ink(np.random.default_rng(seed)) for seed in range(50)]
+    assert min(ink @ LUMINANCE for ink in inks) > 0.3 * 255 + 48
+    assert len({tuple(ink) for ink in inks}) == 50
 
 
 def test_command_writes_set_and_preview(tmp_path, monkeypatch, capsys):

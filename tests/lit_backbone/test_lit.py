@@ -366,6 +366,31 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
     torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    "variant", ["lit_s", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "lit_s")]
+)
+def test_every_variant_is_one_graph_for_all_batch_sizes(variant: str, training: bool) -> None:
+    model = timm.create_model(variant, img_size=64, drop_path_rate=0.1).train(training)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(training):
+        for batch in (2, 5, 3):
+            x = torch.randn(batch, 3, 64, 64)
+            torch._dynamo.mark_dynamic(x, 0)
+            with torch.compiler.set_stance("default" if batch == 2 else "fail_on_recompile"):
+                assert compiled(x).shape == (batch, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_model_takes_other_batches() -> None:
+    model = small_lit(depths=(1, 1, 1, 1)).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    for batch in (4, 3, 7):
+        x = torch.randn(batch, 3, 96, 64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_compiles_as_one_graph_under_autocast() -> None:
     model = small_lit(depths=(1, 1, 1, 1))
     x = torch.randn(2, 3, 96, 64)
