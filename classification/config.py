@@ -47,6 +47,9 @@ class Data(Section):
     DATASET: str = Field("", description="a timm create_dataset name; empty = folders train/ and val/")
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")
     INTERPOLATION: Interpolation = Field("bicubic", description="how images are resized")
+    ON_BAD_IMAGE: Literal["error", "skip"] = Field(
+        "error", description="what an unreadable training image does; skip = another one takes its place"
+    )
     PIN_MEMORY: bool = Field(True, description="page-locked host memory, for faster copies to a GPU")
     NUM_WORKERS: int = Field(8, ge=0, description="loader processes per process; 0 = none, load in the process itself")
 
@@ -129,6 +132,7 @@ class Runtime(Section):
     AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
     COMPILE: bool = Field(False, description="run the model through torch.compile")
     CHANNELS_LAST: bool = Field(False, description="keep images channels-last in memory")
+    TIMEOUT: float = Field(30.0, gt=0, description="minutes after which a process that waits for the others fails")
 
 
 class Config(Section):

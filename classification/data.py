@@ -1,5 +1,6 @@
 """Images: read, augmented and distributed as a pure function of configuration, seed and position in the run."""
 
+import logging
 import os
 import random
 import zlib
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from config import Config
 from distributed import Processes
+
+_logger = logging.getLogger(__name__)
 
 
 class DataError(RuntimeError):
@@ -117,23 +120,46 @@ class Images(Dataset):
 
     An int gives the image at that index; a :class:`SampleKey` also fixes its augmentation. Items are
     `(image (3, H, W) float32, class)`.
+
+    Args:
+        dataset: of `(PIL image, class)`.
+        transform: of PIL images to tensors.
+        classes: their names.
+        seed: of the run.
+        skip: whether the next readable image takes the place of an unreadable one that has a :class:`SampleKey`.
+
+    Attributes:
+        skipped: how often that happened, a tensor that the loader's processes share.
     """
 
-    def __init__(self, dataset: Dataset, transform, classes: list[str], seed: int):
+    def __init__(self, dataset: Dataset, transform, classes: list[str], seed: int, skip: bool = False):
         self.dataset = dataset
         self.transform = transform
         self.classes = classes
         self.seed = seed
+        self.skip = skip
+        self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int]:
-        index = key.index if isinstance(key, SampleKey) else key
-        image, target = self.read(index)
-        if isinstance(key, SampleKey):
+        if not isinstance(key, SampleKey):
+            image, target = self.read(key)
+        else:
+            image, target = self.read_or_skip(key.index) if self.skip else self.read(key.index)
             seed_everything("augmentation", self.seed, key.epoch, key.position)
         return self.transform(image), target
+
+    def read_or_skip(self, index: int) -> tuple[Image.Image, int]:
+        """The image at an index or, where it is unreadable, the next one that is not."""
+        for offset in range(len(self)):
+            try:
+                return self.read((index + offset) % len(self))
+            except DataError as error:
+                self.skipped += 1
+                _logger.warning(f"skipped {error}")
+        raise DataError(f"none of the {len(self)} images is readable")
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image, RGB, and its class."""
@@ -141,9 +167,9 @@ class Images(Dataset):
             if isinstance(self.dataset, ImageDataset):  # its own __getitem__ would take the next image for a bad one
                 file, target = self.dataset.reader[index]
                 with file, Image.open(file) as image:
-                    return image.convert("RGB"), target
+                    return to_rgb(image), target
             image, target = self.dataset[index]
-            return image.convert("RGB"), target
+            return to_rgb(image), target
         except Exception as error:  # decoders fail in many ways
             raise DataError(f"{self.name(index)}: no readable image ({error}); repair or remove the file") from error
 
@@ -152,6 +178,13 @@ class Images(Dataset):
         if isinstance(self.dataset, ImageDataset):
             return self.dataset.filename(index, absolute=True)
         return f"{type(self.dataset).__name__}[{index}]"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, 8 bits a channel; decodes it. Orientation tags are ignored, as in the original."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def build_transform(config: Config, is_training: bool):
@@ -232,7 +265,8 @@ def build_dataset(config: Config, is_training: bool) -> Images:
             f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; "
             f"set MODEL.NUM_CLASSES {len(classes)}"
         )
-    return Images(dataset, build_transform(config, is_training), classes, config.SEED)
+    skip = is_training and config.DATA.ON_BAD_IMAGE == "skip"
+    return Images(dataset, build_transform(config, is_training), classes, config.SEED, skip)
 
 
 def _class_names(dataset: Dataset) -> list[str]:

@@ -1,6 +1,7 @@
-"""Processes and devices: a CPU, one GPU, or N processes under torchrun, through one interface."""
+"""Processes, devices and signals: a CPU, one GPU, or N processes under torchrun, through one interface."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,16 +14,49 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; a process that waits longer fails instead of hanging for ever
+PREEMPTED = 75  # exit status of a run that saved and stopped because it was asked to; sysexits calls it "try again"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass
+class StopRequest:
+    """The name of the signal that asked this process to stop, empty as long as none did."""
+
+    signal: str = ""
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Note the signals that ask to stop, instead of dying of them; data loaders' processes inherit that."""
+    request = StopRequest()
+
+    def note(number: int, frame: object) -> None:
+        request.signal = signal.Signals(number).name
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among those of the run, and the device it works on."""
+    """Where this process stands among those of the run, and the device it works on.
+
+    Attributes:
+        hosts: the processes as they meet without their GPUs; None for a single one.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +75,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether the value is true on any process; waits for none of their GPUs."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(int(value))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(found)
+
     def check_same(self, value: int, remedy: str) -> None:
         """Raise ConfigError on processes whose value is not that of all."""
         total = self.sum(torch.tensor(value, device=self.device)).item()
@@ -54,11 +96,12 @@ def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
 
 
 @contextmanager
-def join_processes(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Processes]:
     """Join the processes that torchrun started, or stand alone.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        minutes: a process that waits longer for the others fails instead of hanging for ever.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +117,8 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, where)
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
-    yield Processes(dist.get_rank(), world_size, where)
+    timeout = timedelta(minutes=minutes)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    hosts = dist.new_group(backend="gloo", timeout=timeout)
+    yield Processes(dist.get_rank(), world_size, where, hosts)
     dist.destroy_process_group()  # not after an error, when others may wait in a collective until torchrun ends them

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -32,7 +33,15 @@ WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, a
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite; the update was not applied."""
+    """Loss or gradient is not finite; the update was not applied.
+
+    Attributes:
+        details: number of the update over the whole run, its files, loss, gradient norm and learning rates.
+    """
+
+    def __init__(self, message: str, details: dict[str, Any]):
+        super().__init__(message)
+        self.details = details
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -137,8 +146,15 @@ class Trainer:
                 timer.update((time.perf_counter() - began) / (i + 1 - timed), i + 1 - timed)
                 self._report(epoch, i + 1, timer)
                 began, timed = time.perf_counter(), i + 1
-        loss, losses, norm, norms = self.processes.sum(self.sums[:4].clone()).tolist()
-        return {"train/loss_epoch": loss / losses, "train/grad_norm_epoch": norm / max(norms, 1)}
+        skipped = self.loader.dataset.skipped
+        sums = torch.cat((self.sums[:4], skipped[None].to(self.sums)))
+        loss, losses, norm, norms, images = self.processes.sum(sums).tolist()
+        skipped.zero_()
+        record = {"train/loss_epoch": loss / losses, "train/grad_norm_epoch": norm / max(norms, 1)}
+        if self.config.DATA.ON_BAD_IMAGE == "skip":
+            _logger.info(f"epoch {epoch}: skipped {images:.0f} unreadable images")
+            record["train/skipped_images"] = images
+        return record
 
     def run_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimiser update, which leaves the model as it is if loss or gradient is not finite.
@@ -203,20 +219,25 @@ class Trainer:
         if update < 0 and scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
             update, (loss, norm) = self.state.update - 1, self.sums[4:].tolist()
         if update >= 0:
-            raise NonFiniteError(self._diagnose(int(update), loss, norm))
+            self.state.update = int(update)  # what came after it was not applied, either
+            raise self._diagnose(loss, norm)
 
-    def _diagnose(self, update: int, loss: float, norm: float) -> str:
-        """Where to look for the cause of a loss or gradient that is not finite, in an update of the whole run."""
-        sampler, images = self.loader.batch_sampler, self.loader.dataset
-        epoch, update = divmod(update, self.state.updates_per_epoch)
-        keys = [key for batch in sampler.micro_batches(sampler.order(), update) for key in batch]
-        names = ", ".join(images.name(key.index) for key in keys[:3])
-        rates = ", ".join(f"{group['lr']:.3g}" for group in self.state.optimizer.param_groups)
-        return (
-            f"loss {loss}, gradient norm {norm} in epoch {epoch}, update {update}, process {self.processes.rank}; this "
-            f"update was not applied. Look at its {len(keys)} images ({names}, ...), at the learning rates ({rates}), "
-            f"or try RUNTIME.AMP_DTYPE off"
+    def _diagnose(self, loss: float, norm: float) -> NonFiniteError:
+        """Where to look for the cause of a loss or gradient that is not finite in the coming update."""
+        state, sampler, images = self.state, self.loader.batch_sampler, self.loader.dataset
+        epoch, update = divmod(state.update, state.updates_per_epoch)
+        self.schedule.set(state.update)
+        rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        files = [
+            images.name(i) for i in sampler.order().tolist()[update * sampler.global_batch :][: sampler.global_batch]
+        ]
+        message = (
+            f"loss {loss}, gradient norm {norm} in epoch {epoch}, update {update}; this was not applied. Look at "
+            f"its {len(files)} images ({', '.join(files[:3])}, ...), at the learning rates "
+            f"({', '.join(f'{rate:.3g}' for rate in rates.values())}), or try RUNTIME.AMP_DTYPE off"
         )
+        details = {"update": state.update, "files": files, "loss": str(loss), "grad_norm": str(norm), "lr": rates}
+        return NonFiniteError(message, details)
 
     def _report(self, epoch: int, done: int, timer: AverageMeter) -> None:
         state, config = self.state, self.config

@@ -33,7 +33,7 @@ from data import (
     sample_images,
     seed_everything,
 )
-from distributed import Processes, join_processes
+from distributed import PREEMPTED, Preempted, Processes, StopRequest, join_processes, stop_requests
 from engine import (
     NonFiniteError,
     Trainer,
@@ -47,7 +47,7 @@ from engine import (
 from lit_backbone import CheckpointError
 from logs import RunLog, setup_logging
 from optim import Schedule, build_optimizer
-from resume import LATEST, Saver, TrainState, load_weights, restore_checkpoint
+from resume import Saver, TrainState, find_own, load_weights, restore_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def run_evaluation(config: Config, processes: Processes) -> None:
         print_accuracy(stats)
 
 
-def run_training(config: Config, processes: Processes, folder: Path) -> None:
+def run_training(config: Config, processes: Processes, folder: Path, stop: StopRequest) -> None:
     accumulation = accumulation_steps(config, processes.world_size)
     train_loader, val_loader = build_train_loader(config, processes), build_val_loader(config, processes)
     check_same_classes(train_loader.dataset, val_loader.dataset.dataset)
@@ -135,15 +135,19 @@ def run_training(config: Config, processes: Processes, folder: Path) -> None:
         describe_run(config, processes, state, accumulation, folder)
     log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
     trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log)
-    saver = Saver(config, processes, state, folder, train_loader.dataset.classes, check=trainer.check_finite)
+    saver = Saver(config, processes, state, folder, train_loader.dataset.classes, stop, trainer.check_finite)
     probe = to_device(sample_images(val_loader), processes.device, config) if processes.is_main else None
-    with logging_redirect_tqdm() if processes.is_main else nullcontext():
-        while state.epoch < config.TRAIN.EPOCHS:
-            record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
-            saver.sync_statistics()
-            record |= validate(state, val_loader, probe, config, processes)
-            log.epoch(record, state.update)
-            saver.after_epoch(record["val/acc1"])
+    try:
+        with logging_redirect_tqdm() if processes.is_main else nullcontext():
+            while state.epoch < config.TRAIN.EPOCHS:
+                record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
+                saver.sync_statistics()
+                record |= validate(state, val_loader, probe, config, processes)
+                log.epoch(record, state.update)
+                saver.after_epoch(record["val/acc1"])
+    except NonFiniteError as error:
+        replay = saver.after_failure(error.details)
+        raise NonFiniteError(f"{error}; in one process again: {replay}", error.details) from error
     _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {folder}")
 
 
@@ -169,12 +173,12 @@ def validate(
 
 def find_checkpoint(config: Config, folder: Path) -> str:
     """The run's own latest checkpoint if it may be continued, else MODEL.RESUME."""
-    latest = folder / LATEST
-    if not config.TRAIN.AUTO_RESUME or not latest.exists():
+    own = find_own(folder) if config.TRAIN.AUTO_RESUME else None
+    if own is None:
         return config.MODEL.RESUME
     if ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED:
-        _logger.warning(f"{latest} exists and is continued, not {ignored}; name another run with --tag to start anew")
-    return str(latest)
+        _logger.warning(f"{own} exists and is continued, not {ignored}; name another run with --tag to start anew")
+    return str(own)
 
 
 def describe_run(config: Config, processes: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
@@ -206,17 +210,26 @@ def main(argv: list[str] | None = None) -> None:
     shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "eval", "throughput", "opts")}
     try:
         config = load_config(args.cfg, args.opts, **shortcuts)
-        with join_processes(config.RUNTIME.DEVICE) as processes:
+        with join_processes(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT) as processes:
             setup_logging(processes.rank)
             if args.throughput:
                 run_throughput(config, processes)
             elif args.eval:
                 run_evaluation(config, processes)
             else:
-                run_training(config, processes, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG)
+                with stop_requests() as stop:
+                    run_training(config, processes, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG, stop)
+    except Preempted as goodbye:
+        _logger.warning(goodbye)
+        sys.exit(PREEMPTED)
     except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
         message = one_line(error) if isinstance(error, DataError) else str(error)
         sys.exit(f"error: {message}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "often for want of memory: lower DATA.NUM_WORKERS"
+        sys.exit(f"error: a data loader's process was killed ({one_line(error)}), {remedy}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Checkpoints of a run: written whole or not at all, and enough to continue as if it had never stopped."""
 
+import json
 import logging
 import math
 import os
+import re
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from config import Config
-from distributed import Processes
+from distributed import Preempted, Processes, StopRequest
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import fit_state_dict, weights_of
+from lit_backbone.checkpoints import check_integrity, fit_state_dict, seal, weights_of
 
 _logger = logging.getLogger(__name__)
 
-LATEST, BEST = "latest.pth", "best.pth"
+LATEST, PREVIOUS, BEST, FAILED = "latest.pth", "previous.pth", "best.pth", "failed.pth"
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Saver:
     """When a run's `latest.pth` and `best.pth` are written; only the first process writes.
 
     Attributes:
+        stop: whether this process was asked to stop; all of them stop together.
         check: called before the state is saved within an epoch; raises if it is not worth it.
     """
 
@@ -58,6 +63,7 @@ class Saver:
     state: TrainState
     folder: Path
     classes: list[str]
+    stop: StopRequest
     check: Callable[[], None]
 
     def sync_statistics(self) -> None:
@@ -68,22 +74,55 @@ class Saver:
                     distribute_bn(model, self.processes.world_size, reduce=True)
 
     def after_update(self) -> None:
-        """Save every SAVE_STEPS updates within an epoch; its end is saved once it is evaluated."""
+        """Within an epoch, save every SAVE_STEPS updates, and before stopping; its end is saved once it is evaluated.
+
+        Raises:
+            Preempted: a process was asked to stop; the state is saved.
+        """
         steps, state = self.config.TRAIN.SAVE_STEPS, self.state
-        if steps and state.update % steps == 0 and state.update % state.updates_per_epoch:
+        stop = self._must_stop()
+        if (stop or steps and state.update % steps == 0) and state.update % state.updates_per_epoch:
             self.check()
             self.sync_statistics()
             self._save(LATEST)
+            if stop:
+                raise Preempted(self._goodbye())
 
     def after_epoch(self, accuracy: float) -> None:
-        """Save every SAVE_FREQ epochs and after the last, and whenever `accuracy`, in percent, is a new best."""
+        """Save every SAVE_FREQ epochs, after the last and before stopping; and a new best `accuracy`, in percent.
+
+        Raises:
+            Preempted: a process was asked to stop and this is not the last epoch; the state is saved.
+        """
         state = self.state
         improved = accuracy > state.best
         state.best = max(state.best, accuracy)
         if improved:
             self._save(BEST)
-        if state.epoch % self.config.SAVE_FREQ == 0 or state.epoch == self.config.TRAIN.EPOCHS:
+        last, stop = state.epoch == self.config.TRAIN.EPOCHS, self._must_stop()
+        if state.epoch % self.config.SAVE_FREQ == 0 or last or stop:
             self._save(LATEST)
+        if stop and not last:
+            raise Preempted(self._goodbye())
+
+    def after_failure(self, details: dict[str, Any]) -> str:
+        """Save the state before an update that was not finite, and `details` of it; returns how to run it again."""
+        replay = ["python", "main.py", "--cfg", self.folder / "config.yaml", "--tag", "replay"]
+        replay = shlex.join(map(str, [*replay, "--resume", self.folder / FAILED]))
+        if self.processes.is_main:
+            details = details | {"replay": replay, "config": self.config.model_dump(mode="json")}
+            (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
+        self._save(FAILED)
+        return replay
+
+    def _must_stop(self) -> bool:
+        return self.processes.any(bool(self.stop.signal))
+
+    def _goodbye(self) -> str:
+        by = self.stop.signal or "a signal to another process"
+        return (
+            f"stopped by {by} at update {self.state.update}, saved in {self.folder}; the same command continues there"
+        )
 
     def _save(self, name: str) -> None:
         if self.processes.is_main:
@@ -103,20 +142,71 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
         "config": config.model_dump(mode="json"),
         "classes": classes,
     }
-    write_atomically(path, content)
+    write_atomically(path, content, path.with_name(PREVIOUS) if path.name == LATEST else None)
 
 
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails."""
+def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """`torch.save` with a checksum that leaves either the old file or the whole new one, also when the machine fails.
+
+    Args:
+        path: where to write.
+        content: what to write.
+        previous: where to keep the old file; for a moment, it is then the only one.
+
+    Raises:
+        CheckpointError: the file cannot be written; the old one is intact.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that a killed run leaves at most one
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(content, temporary)
+        seal(temporary)
+        _to_disk(temporary)
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
+            raise  # not by PyTorch's writer
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_own(folder: Path) -> Path | None:
+    """The latest sound checkpoint of a run, None if it has none yet.
+
+    Raises:
+        CheckpointError: it has some, and all are damaged.
+    """
+    errors = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                check_integrity(path, sealed=True)
+            except CheckpointError as error:
+                errors.append(error)
+                _logger.warning(str(error))
+                continue
+            if errors:
+                _logger.warning(f"{path} is continued instead")
+            return path
+    if errors:
+        raise CheckpointError(f"{errors[0]}, or remove it to start anew")
+    return None
 
 
 def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> None:

@@ -29,16 +29,16 @@ from demo.digits import draw_digit, split_digits
 
 SPLITS = ("train", "val")
 MIN_SIZE = 64  # of a scene: smaller digits cannot be read
-NUM_DIGITS = (4, 7)  # in a scene
+NUM_DIGITS = (4, 6)  # in a scene
 BACKGROUND_SIDE = (128, 256)  # of the square cut from a photograph, in its pixels
 DIMMED = 0.3  # of a photograph's brightness is left, so that digits are light on dark, as the scans are
-DIGIT_SIDE = (0.28, 0.45)  # of a scan with its margin, in sides of the scene
+DIGIT_SIDE = (0.25, 0.42)  # of a scan with its margin, in sides of the scene
 MAX_ANGLE = 20  # degrees, either way
-INK_LEVEL = 112  # of 255, above which an enlarged scan is stroke
+INK_LEVEL = 100  # of 255, above which an enlarged scan is stroke
 SUPERSAMPLING = 4
 NUM_INKS = 12  # to choose the lightest from
 LUMINANCE = (0.299, 0.587, 0.114)
-MAX_OVERLAP = 0.35  # of two boxes, in areas of the smaller one
+MAX_OVERLAP = 0.1  # of two boxes, in areas of the smaller one
 MIN_VISIBLE = 0.6  # of the strokes, by area
 PALETTE = np.array(  # of the semantic masks
     [(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)]
@@ -218,7 +218,13 @@ def write_scenes(
     """Writes both splits, unless they are already there; returns whether it has written any."""
     written = False
     for split, scenes in zip(SPLITS, (train, val)):
-        info = {"description": "light scanned digits over dimmed photographs", "size": size, "seed": seed, "scenes": scenes}
+        info = {
+            "description": "light scanned digits over dimmed photographs",
+            "size": size,
+            "seed": seed,
+            "scenes": scenes,
+        }
+        info |= {"digits": list(NUM_DIGITS), "sides": list(DIGIT_SIDE), "overlap": MAX_OVERLAP, "dimmed": DIMMED}
         if force or not is_complete(root, split, info):
             write_split(root, split, info)
             written = True

@@ -8,11 +8,14 @@ asked for, by :func:`load_checkpoint` with a model and by timm's loader of pretr
 import argparse
 import logging
 import math
+import os
 import re
+import zipfile
 from collections import OrderedDict
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -118,16 +121,64 @@ def resize_position_tables(state_dict: dict[str, Tensor], model: nn.Module) -> d
 
 # ---- files
 
+SEAL_LENGTH = 64  # hexadecimal digits of SHA-256
+_SEAL_SIZE = SEAL_LENGTH.to_bytes(2, "little")  # stands before it: a zip archive's comment, with its length, is its end
+
+
+def seal(path: str | PathLike[str]) -> None:
+    """Append a checksum to a file of `torch.save`, as the comment of its zip archive, which readers pass over."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_SIZE)
+        file.write(_digest(file, file.tell()).encode())
+
+
+def check_integrity(path: str | PathLike[str], *, sealed: bool = False) -> None:
+    """Raise CheckpointError if a file is not what was written, as far as that can be told; or not `sealed`, if asked.
+
+    Files that were sealed are compared with their checksum, other zip archives, as `torch.save` writes them, with the
+    CRC of their members; nothing can be told of safetensors and of files older than PyTorch 1.6.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - SEAL_LENGTH - 2, 0))
+        end = file.read()
+        if end.startswith(_SEAL_SIZE) and re.fullmatch(b"[0-9a-f]{64}", end[2:]):
+            sound = _digest(file, size - SEAL_LENGTH).encode() == end[2:]
+        else:
+            sound = not sealed and _members_are_sound(file)
+    if not sound:
+        raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; replace it by a sound copy")
+
+
+def _digest(file: BinaryIO, length: int) -> str:
+    """SHA-256 of the first bytes of a file, which is then read as far."""
+    digest = sha256()
+    file.seek(0)
+    while block := file.read(min(2**20, length - file.tell())):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _members_are_sound(file: BinaryIO) -> bool:
+    if not zipfile.is_zipfile(file):
+        return True
+    try:
+        return zipfile.ZipFile(file).testzip() is None
+    except Exception:  # a damaged archive can fail at any depth of the reader
+        return False
+
 
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read all of a `.pth` or `.safetensors` file, to the CPU or another device, without running any code it may hold.
 
     Raises:
-        CheckpointError: the file is missing, truncated, no checkpoint at all, or pickles anything but plain data.
+        CheckpointError: the file is missing, damaged, no checkpoint at all, or pickles anything but plain data.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
+    check_integrity(path)
     try:
         if path.suffix == ".safetensors":
             content = load_file(path, device=str(device))

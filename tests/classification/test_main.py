@@ -48,7 +48,7 @@ def test_a_run_leaves_what_is_promised(tiny_cfg, folder):
     finished = run("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "3")
     assert finished.returncode == 0, finished.stderr
     assert {path.name.split(".")[0] for path in folder.iterdir()} == {
-        "config", "starts", "log", "log_rank0", "latest", "best", "events",
+        "config", "starts", "log", "log_rank0", "latest", "previous", "best", "events",
     }  # fmt: skip
     assert load_config(folder / "config.yaml") == load_config(cfg, ["TRAIN.EPOCHS", "3"])
     start = json.loads((folder / "starts.jsonl").read_text())
