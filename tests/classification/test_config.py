@@ -173,6 +173,12 @@ def test_a_broken_file_names_file_and_line(write, text, words):
     assert complaint(path).startswith(f"{path}: {words}")
 
 
+def test_yaml_that_would_run_code_is_refused(write, tmp_path):
+    path = write(f"TAG: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
+    assert "python/object/apply" in complaint(path)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_missing_file_lists_its_neighbours(write, tmp_path):
     write("{}", "lit-s.yaml"), write("{}", "lit-m.yml"), write("{}", "notes.txt")
     path = tmp_path / "lit-x.yaml"

@@ -1,8 +1,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,19 @@ TINY = [
 ONE_EPOCH = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.GLOBAL_BATCH", "8"]
 
 
-def shell(command, cwd, *paths, **variables) -> subprocess.CompletedProcess:
-    """Run a command in `cwd`, without GPUs, with the tests' interpreter first on the PATH but for `paths`."""
+def begin(command, cwd, *paths, **variables) -> subprocess.Popen:
+    """Start a command in `cwd`, without GPUs, with the tests' interpreter first on the PATH but for `paths`."""
     path = os.pathsep.join(map(str, (*paths, Path(sys.executable).parent, os.environ["PATH"])))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, **variables}
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([str(part) for part in command], cwd=cwd, env=env, **pipes)
+
+
+def shell(*args, **variables) -> subprocess.CompletedProcess:
+    """Run a command as :func:`begin` starts it."""
+    process = begin(*args, **variables)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def run(script, *args, cwd) -> str:
@@ -123,33 +133,55 @@ def test_scripts_are_sound(script):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Stand-ins for Slurm's commands: this host twice for two nodes, and an `srun` that runs its command on each."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\necho localhost\n")
+    """Stand-ins for Slurm's commands: this host twice for two nodes, and an `srun` that runs its command on each and
+    hands SIGTERM on; starts the script."""
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\nif [ "$1" = show ]; then echo localhost; echo localhost; else echo "scontrol $*"; fi\n'
+    )
     (tmp_path / "srun").write_text(
         "#!/usr/bin/env bash\n"
         'echo "srun $*"\n'
         "while [[ $1 == --* ]]; do shift; done\n"
         '"$@" & first=$!\n'
         '"$@" & second=$!\n'
-        "wait $first && wait $second\n"
+        "trap 'kill -TERM $first $second' TERM\n"
+        "wait $first $second; wait $first && wait $second\n"
     )
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     job = dict(JOB_ID=str(os.getpid()), JOB_NODELIST="node[1-2]", NNODES="2", GPUS_ON_NODE="1", CPUS_PER_TASK="4")
     variables = {f"SLURM_{name}": value for name, value in job.items()}
-    return lambda *args, cwd: shell(["bash", SCRIPTS / "slurm.sbatch", *args], cwd, tmp_path, **variables)
+    return lambda *args, cwd: begin(["bash", SCRIPTS / "slurm.sbatch", *args], cwd, tmp_path, **variables)
 
 
 def test_slurm_joins_its_nodes(slurm, workplace):
     where = ["--data-path", workplace / "data", "--output", workplace / "output", "--tag", "slurm"]
-    done = slurm("configs/lit-s.yaml", *TINY[2:], *ONE_EPOCH, *where, cwd=SCRIPTS.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in done.stdout
-    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in done.stdout
+    job = slurm("configs/lit-s.yaml", *TINY[2:], *ONE_EPOCH, *where, cwd=SCRIPTS.parent)
+    stdout, stderr = job.communicate()
+    assert job.returncode == 0, stdout + stderr
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in stdout and "requeue" not in stdout
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in stdout
     assert (workplace / "output/lit-s/slurm/latest.pth").is_file()
 
 
+@pytest.mark.slow
+def test_slurm_requeues_a_job_whose_time_is_over(slurm, workplace):
+    where = ["--data-path", workplace / "data", "--output", workplace / "output", "--tag", "over"]
+    options = [*ONE_EPOCH, "TRAIN.EPOCHS", "10000", "SAVE_FREQ", "10000"]
+    job = slurm("configs/lit-s.yaml", *TINY[2:], *options, *where, cwd=SCRIPTS.parent)
+    log = workplace / "output/lit-s/over/log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    stdout, stderr = job.communicate()
+    assert "stopped by SIGTERM" in stdout and f"scontrol requeue {os.getpid()}\n" in stdout, stdout + stderr
+    assert log.with_name("latest.pth").is_file()
+
+
 def test_slurm_job_submitted_wrongly_is_refused(slurm, tmp_path):
-    assert slurm("configs/lit-s.yaml", cwd=tmp_path).stderr == "error: submit this script in classification/\n"
+    assert (
+        slurm("configs/lit-s.yaml", cwd=tmp_path).communicate()[1] == "error: submit this script in classification/\n"
+    )
     for args in ([], ["--data-path", "data"]):
-        assert slurm(*args, cwd=SCRIPTS.parent).stderr.startswith("error: name a configuration: sbatch ")
+        assert slurm(*args, cwd=SCRIPTS.parent).communicate()[1].startswith("error: name a configuration: sbatch ")
