@@ -129,7 +129,7 @@ class Images(Dataset):
         skip: whether the next readable image takes the place of an unreadable one that has a :class:`SampleKey`.
 
     Attributes:
-        skipped: how often that happened, a tensor that the loader's processes share.
+        skipped: how often that happened, a number that the loader's processes share.
     """
 
     def __init__(self, dataset: Dataset, transform, classes: list[str], seed: int, skip: bool = False):
@@ -138,7 +138,7 @@ class Images(Dataset):
         self.classes = classes
         self.seed = seed
         self.skip = skip
-        self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.skipped = torch.multiprocessing.Value("q", 0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -157,7 +157,8 @@ class Images(Dataset):
             try:
                 return self.read((index + offset) % len(self))
             except DataError as error:
-                self.skipped += 1
+                with self.skipped.get_lock():
+                    self.skipped.value += 1
                 _logger.warning(f"skipped {error}")
         raise DataError(f"none of the {len(self)} images is readable")
 
@@ -321,7 +322,13 @@ def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
 def _loader_options(config: Config, processes: Processes) -> dict:
     pin_memory = config.DATA.PIN_MEMORY and processes.device.type == "cuda"
     workers = config.DATA.NUM_WORKERS
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
+    return options | dict(worker_init_fn=_leave_process_group)
+
+
+def _leave_process_group(worker: int) -> None:
+    """torchrun signals the whole group; a loader's process that died of it would keep the run from saving."""
+    os.setsid()
 
 
 def check_same_classes(train: Images, val: Images) -> None:

@@ -31,7 +31,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the signals that ask to stop, instead of dying of them; data loaders' processes inherit that."""
+    """Note the signals that ask to stop, instead of dying of them."""
     request = StopRequest()
 
     def note(number: int, frame: object) -> None:

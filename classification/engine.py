@@ -147,9 +147,9 @@ class Trainer:
                 self._report(epoch, i + 1, timer)
                 began, timed = time.perf_counter(), i + 1
         skipped = self.loader.dataset.skipped
-        sums = torch.cat((self.sums[:4], skipped[None].to(self.sums)))
+        sums = torch.cat((self.sums[:4], self.sums.new_full((1,), skipped.value)))
         loss, losses, norm, norms, images = self.processes.sum(sums).tolist()
-        skipped.zero_()
+        skipped.value = 0
         record = {"train/loss_epoch": loss / losses, "train/grad_norm_epoch": norm / max(norms, 1)}
         if self.config.DATA.ON_BAD_IMAGE == "skip":
             _logger.info(f"epoch {epoch}: skipped {images:.0f} unreadable images")
@@ -194,9 +194,11 @@ class Trainer:
         state.update += 1
 
     def _take_note(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Add loss and gradient norm to the epoch's sums; returns whether both are finite, and poisons if not."""
+        """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and poisons
+        the coming losses if not."""
         finite_norm = norm.isfinite()
         finite = loss.isfinite() & (finite_norm | self.state.scaler.is_enabled())
+        finite = self.processes.sum((~finite).float()) == 0
         found = torch.stack((loss, norm)).double()
         count = torch.ones_like(found[0])
         terms = (found[0], count, torch.where(finite_norm, found[1], 0.0), count * finite_norm)
@@ -216,11 +218,11 @@ class Trainer:
         """
         update, loss, norm = self.failure.tolist()
         scaler = self.state.scaler
-        if update < 0 and scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
-            update, (loss, norm) = self.state.update - 1, self.sums[4:].tolist()
         if update >= 0:
             self.state.update = int(update)  # what came after it was not applied, either
             raise self._diagnose(loss, norm)
+        if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+            raise self._diagnose(*self.sums[4:].tolist())
 
     def _diagnose(self, loss: float, norm: float) -> NonFiniteError:
         """Where to look for the cause of a loss or gradient that is not finite in the coming update."""

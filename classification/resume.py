@@ -8,9 +8,9 @@ import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
@@ -86,7 +86,7 @@ class Saver:
             self.sync_statistics()
             self._save(LATEST)
             if stop:
-                raise Preempted(self._goodbye())
+                self._leave()
 
     def after_epoch(self, accuracy: float) -> None:
         """Save every SAVE_FREQ epochs, after the last and before stopping; and a new best `accuracy`, in percent.
@@ -103,26 +103,32 @@ class Saver:
         if state.epoch % self.config.SAVE_FREQ == 0 or last or stop:
             self._save(LATEST)
         if stop and not last:
-            raise Preempted(self._goodbye())
+            self._leave()
 
     def after_failure(self, details: dict[str, Any]) -> str:
         """Save the state before an update that was not finite, and `details` of it; returns how to run it again."""
         replay = ["python", "main.py", "--cfg", self.folder / "config.yaml", "--tag", "replay"]
-        replay = shlex.join(map(str, [*replay, "--resume", self.folder / FAILED]))
+        replay += ["--opts", "TRAIN.AUTO_RESUME", "false", "--resume", self.folder / FAILED]
+        details = details | {"replay": shlex.join(map(str, replay)), "config": self.config.model_dump(mode="json")}
         if self.processes.is_main:
-            details = details | {"replay": replay, "config": self.config.model_dump(mode="json")}
-            (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
-        self._save(FAILED)
-        return replay
+            # average and loss scale may have gone on without the weights; both start anew
+            before = replace(self.state, ema=None, scaler=GradScaler(enabled=False))
+            try:
+                save_checkpoint(self.folder / FAILED, before, self.config, self.classes)
+                (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
+            except (CheckpointError, OSError) as error:
+                _logger.warning(f"the failed update is not recorded: {error}")
+        self.processes.any(False)  # torchrun ends all when one leaves
+        return details["replay"]
 
     def _must_stop(self) -> bool:
         return self.processes.any(bool(self.stop.signal))
 
-    def _goodbye(self) -> str:
+    def _leave(self) -> NoReturn:
+        self.processes.any(False)  # wait until the first process has saved: torchrun ends all when one leaves
         by = self.stop.signal or "a signal to another process"
-        return (
-            f"stopped by {by} at update {self.state.update}, saved in {self.folder}; the same command continues there"
-        )
+        message = f"stopped by {by} at update {self.state.update}, saved in {self.folder}"
+        raise Preempted(f"{message}; the same command continues there")
 
     def _save(self, name: str) -> None:
         if self.processes.is_main:
@@ -196,7 +202,7 @@ def find_own(folder: Path) -> Path | None:
     for path in (folder / LATEST, folder / PREVIOUS):
         if path.exists():
             try:
-                check_integrity(path, sealed=True)
+                check_integrity(path, archive=True)
             except CheckpointError as error:
                 errors.append(error)
                 _logger.warning(str(error))
@@ -205,7 +211,7 @@ def find_own(folder: Path) -> Path | None:
                 _logger.warning(f"{path} is continued instead")
             return path
     if errors:
-        raise CheckpointError(f"{errors[0]}, or remove it to start anew")
+        raise CheckpointError(f"{errors[0]}, or remove {LATEST} and {PREVIOUS} to start anew")
     return None
 
 
@@ -232,9 +238,9 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> N
         state.ema.module.load_state_dict(fit_state_dict(average, state.ema.module, path, new_head=False))
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     try:
-        state.optimizer.load_state_dict(content["optimizer"])
-        for group, setting in zip(state.optimizer.param_groups, settings):
+        for group, setting in zip(content["optimizer"]["param_groups"], settings):
             group.update(setting)  # this run's weight decay and betas, not the checkpoint's
+        state.optimizer.load_state_dict(content["optimizer"])
         if content["scaler"]:  # empty where the checkpoint's run scaled no losses
             state.scaler.load_state_dict(content["scaler"])
     except (ValueError, RuntimeError, KeyError) as error:

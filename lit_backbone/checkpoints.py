@@ -133,11 +133,12 @@ def seal(path: str | PathLike[str]) -> None:
         file.write(_digest(file, file.tell()).encode())
 
 
-def check_integrity(path: str | PathLike[str], *, sealed: bool = False) -> None:
-    """Raise CheckpointError if a file is not what was written, as far as that can be told; or not `sealed`, if asked.
+def check_integrity(path: str | PathLike[str], *, archive: bool = False) -> None:
+    """Raise CheckpointError if a file is not what was written, as far as that can be told.
 
     Files that were sealed are compared with their checksum, other zip archives, as `torch.save` writes them, with the
-    CRC of their members; nothing can be told of safetensors and of files older than PyTorch 1.6.
+    CRC of their members. Nothing can be told of safetensors and of files older than PyTorch 1.6: these pass, unless the
+    file must be an `archive`.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -146,7 +147,7 @@ def check_integrity(path: str | PathLike[str], *, sealed: bool = False) -> None:
         if end.startswith(_SEAL_SIZE) and re.fullmatch(b"[0-9a-f]{64}", end[2:]):
             sound = _digest(file, size - SEAL_LENGTH).encode() == end[2:]
         else:
-            sound = not sealed and _members_are_sound(file)
+            sound = _members_are_sound(file) if zipfile.is_zipfile(file) else not archive
     if not sound:
         raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; replace it by a sound copy")
 
@@ -161,8 +162,6 @@ def _digest(file: BinaryIO, length: int) -> str:
 
 
 def _members_are_sound(file: BinaryIO) -> bool:
-    if not zipfile.is_zipfile(file):
-        return True
     try:
         return zipfile.ZipFile(file).testzip() is None
     except Exception:  # a damaged archive can fail at any depth of the reader

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
-from timm.layers import is_exporting, register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+
+from .layers import HAS_TRITON, is_exporting
 
 TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
 _BILINEAR, _ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
@@ -68,7 +69,7 @@ def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 @lru_cache
 def _has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device; the portable sampler steps in where they don't."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or not HAS_TRITON:
         return False
     from .dtm_triton import sample_backward, sample_forward
 
@@ -200,7 +201,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype
-    return torch.getautocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 class DeformableTokenMerging(nn.Module):

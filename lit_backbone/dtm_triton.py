@@ -15,6 +15,12 @@ ACCUMULATOR_BYTES = 32 * 2**20  # of a gradient in float32 that is then rounded:
 
 
 @triton.jit
+def _clamp(position, low, high):
+    position = tl.maximum(position, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(position, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _locate(sample, offset, H, W, h, w, in_range):
     """The image and upper left corner of each sample, its distance from that, and its place in `offset`."""
     column, rest = sample % (2 * w), sample // (2 * w)
@@ -23,8 +29,8 @@ def _locate(sample, offset, H, W, h, w, in_range):
     dy = tl.load(offset + place, mask=in_range, other=0.0).to(tl.float32)
     dx = tl.load(offset + place + 1, mask=in_range, other=0.0).to(tl.float32)
     # the limits keep far positions within integers, and read nothing, like all that is more than a pixel outside
-    y = tl.minimum(tl.maximum(row + dy, -2.0), H + 1.0)
-    x = tl.minimum(tl.maximum(column + dx, -2.0), W + 1.0)
+    y = _clamp(row + dy, -2.0, H + 1.0)
+    x = _clamp(column + dx, -2.0, W + 1.0)
     top, left = tl.floor(y), tl.floor(x)
     return image.to(tl.int64), top.to(tl.int32), left.to(tl.int32), y - top, x - left, place
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, is_exporting, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, register_notrace_function, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -15,8 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # timm's switch, TIMM_FUSED_ATTN=0 or set_fused_attn(False), keeps the bias a tensor
 FLEX_TOKENS = 2048
 
+HAS_TRITON = find_spec("triton") is not None
 REMEMBERED = 2**22  # entries of the largest bias that evaluation keeps: for 12 heads, of 24 x 24 tokens
 _biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the last (key, bias) of each table
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces the model. (PyTorch's and timm's functions of this name are also true, up to PyTorch
+    2.11, under torch.compile, which may take the sizes of its example for granted.)"""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 @register_notrace_function
@@ -92,13 +100,25 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 @register_notrace_function
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes."""
-    if q.is_cuda and height * width >= FLEX_TOKENS and use_fused_attn() and q.dtype != torch.float64:
+    if (
+        q.is_cuda
+        and HAS_TRITON
+        and use_fused_attn()
+        and not is_exporting()
+        and not torch.are_deterministic_algorithms_enabled()  # its gradients come by atomic additions
+        and height * width >= FLEX_TOKENS
+        and q.shape[-1] >= 16  # which it asks for
+        and q.dtype != torch.float64
+    ):
         return flex_attention_with_bias(q, k, v, table, height, width)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_remembered_bias(table, q.dtype, height, width))
 
 
 def _remembered_bias(table: Tensor, dtype: torch.dtype, height: int, width: int) -> Tensor:
-    """As :func:`relative_position_bias`; in evaluation, that of a small map is kept until the table changes."""
+    """As :func:`relative_position_bias`; in evaluation, that of a small map is kept until the table changes.
+
+    A change through `.data` is not seen before the next training step, which forgets the bias.
+    """
     if (
         torch.compiler.is_compiling()
         or is_exporting()

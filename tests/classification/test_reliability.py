@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_cfg, output, caps
 
     for path in (latest, previous):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match=f"error: {latest}: .*remove it to start anew"):
+    with pytest.raises(SystemExit, match=f"error: {latest}: .*remove latest.pth and previous.pth to start anew"):
         main.main(["--cfg", str(tiny_cfg(**SAVING)), "--tag", "damaged"])
 
 
@@ -427,7 +427,7 @@ def test_what_takes_the_place_of_a_bad_image_follows_from_its_place(own_folder, 
     dataset = build_dataset(config, is_training=True)
     first, second = ([dataset[SampleKey(1, i, i)] for i in range(len(dataset))] for _ in range(2))
     assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(first, second))
-    assert dataset.skipped == 2 * (4 + 3 + 2 + 1)  # they follow each other
+    assert dataset.skipped.value == 2 * (4 + 3 + 2 + 1)  # they follow each other
     for path in own_folder.rglob("train/*/*"):
         if path.is_file():
             path.write_text("")

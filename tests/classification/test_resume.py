@@ -147,7 +147,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomically(path, {"update": 1})
     (tmp_path / f".{LATEST}.tmp").write_bytes(b"left by a killed run")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="cannot be written .No space left on device"):
         write_atomically(path, {"update": 2})
     assert read_checkpoint(path) == {"update": 1} and list(tmp_path.iterdir()) == [path]
 
