@@ -125,7 +125,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny_cfg, output):
 
 @pytest.mark.slow
 def test_torchrun_hands_the_end_of_its_time_on(tiny_cfg, output):
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 1000, "SAVE_STEPS": 0})
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 1000, "SAVE_STEPS": 0}, DATA={"NUM_WORKERS": 1})
     run = start("--cfg", cfg, "--tag", "stopped", "--opts", "SAVE_FREQ", "1000", processes=2)
     after_an_epoch(output / "stopped", run)
     run.terminate()
