@@ -58,7 +58,7 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py
 
 test: env-test lint ## check the style, then run the test suite
-	"$(PYTHON)" -m pytest
+	"$(PYTHON)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: env-mm ## run the tests that take minutes
 	"$(PYTHON)" -m pytest -m slow

@@ -122,6 +122,7 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
         scaler=GradScaler(processes.device.type, enabled=dtype == torch.float16),
         ema=ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None,
         updates_per_epoch=updates_per_epoch,
+        world_size=processes.world_size,
     )
     schedule = Schedule(state.optimizer, config, updates_per_epoch)
     folder.mkdir(parents=True, exist_ok=True)

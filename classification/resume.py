@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from config import Config
 from distributed import Preempted, Processes, StopRequest
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_integrity, fit_state_dict, seal, weights_of
+from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, seal, weights_of
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class TrainState:
     scaler: GradScaler
     ema: ModelEmaV3 | None
     updates_per_epoch: int
+    world_size: int = 1  # processes that train
     update: int = 0  # updates done, over the whole run
     best: float = -math.inf  # highest validation accuracy so far, in percent
 
@@ -143,6 +144,7 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "updates_per_epoch": state.updates_per_epoch,
+        "world_size": state.world_size,
         "update": state.update,
         "best": state.best,
         "config": config.model_dump(mode="json"),
@@ -232,22 +234,26 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> N
     own = state.model.state_dict()
     if any(value.shape != own[key].shape for key, value in content["model"].items() if "pos_" in key and key in own):
         raise CheckpointError(f"{path}: is for another DATA.IMG_SIZE; start from its weights with --pretrained instead")
-    state.model.load_state_dict(fit_state_dict(content["model"], state.model, path, new_head=False))
+    weights = fit_state_dict(content["model"], state.model, path, new_head=False)
+    average = content["model_ema"] or content["model"]  # a run that switches EMA on starts it here
+    average = fit_state_dict(average, state.model, path, new_head=False) if state.ema else None
+    check_optimizer_state(content["optimizer"], state.optimizer, path)
+    state.model.load_state_dict(weights)
     if state.ema:
-        average = content["model_ema"] or content["model"]  # a run that switches EMA on starts it here
-        state.ema.module.load_state_dict(fit_state_dict(average, state.ema.module, path, new_head=False))
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    try:
-        for group, setting in zip(content["optimizer"]["param_groups"], settings):
-            group.update(setting)  # this run's weight decay and betas, not the checkpoint's
-        state.optimizer.load_state_dict(content["optimizer"])
-        if content["scaler"]:  # empty where the checkpoint's run scaled no losses
-            state.scaler.load_state_dict(content["scaler"])
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: its optimiser state does not fit this run: {error}") from error
+        state.ema.module.load_state_dict(average)
+    for group, own in zip(content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+        group.update({key: value for key, value in own.items() if key != "params"})  # this run's weight decay and betas
+    state.optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"]:  # empty where the checkpoint's run scaled no losses
+        state.scaler.load_state_dict(content["scaler"])
     state.update, state.best = content["update"], content["best"]
     for key, old, new in _differences(content["config"], config.model_dump(mode="json")):
         _logger.warning(f"{path} was written with {key} {old}, this run has {new}")
+    if content.get("world_size", state.world_size) != state.world_size:
+        _logger.warning(
+            f"{path} was written by {content['world_size']} processes, this run has {state.world_size}: global batch, "
+            "order and augmentation of the images stay, the random numbers of mixup and drop path are others"
+        )
 
 
 def load_weights(path: str | Path, model: nn.Module, *, new_head: bool) -> None:

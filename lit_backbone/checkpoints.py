@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .layers import resize_table
+from .layers import displacements, resize_table
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +96,47 @@ def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             if prefix + side**2 == value.shape[1]:
                 value = value[:, prefix:].transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
         out[key] = value
+    return out
+
+
+def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_released`: a classifier's state dict in the layout that the authors' code loads.
+
+    With relative biases it is that of LIT-S/M/B, else that of LIT-Ti and PVT.
+
+    Raises:
+        ValueError: a position table is not square, as all are in the authors' code.
+    """
+    relative = any(key.endswith("rel_pos_bias") for key in state_dict)
+    prefixes = {
+        ours: released
+        for released, ours in RELEASED_PREFIXES.items()
+        if released.startswith(("layers.", "patch_embed.")) == relative
+    }
+    out = {}
+    for key, value in state_dict.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        name, part = prefixes.get(prefix, ""), key.removeprefix(prefix)
+        if f"{prefix}offset.weight" in state_dict:
+            part = next(theirs + part.removeprefix(p) for theirs, p in RELEASED_PARTS.items() if part.startswith(p))
+        if key.endswith((".pos_embed", "rel_pos_bias")) and value.shape[2] != value.shape[3]:
+            raise ValueError(
+                f"{key}: {tuple(value.shape[2:])} is not square, as tables of the authors are"
+            )
+        if key.endswith("rel_pos_bias"):
+            height, width = ((size + 1) // 2 for size in value.shape[2:])
+            query, token = displacements(height, width, value.device)
+            part = part.removesuffix("rel_pos_bias")
+            out[f"{name}{part}relative_position_index"] = (query[:, None] - token).long()
+            part += "relative_position_bias_table"
+            value = value[0].flatten(1).t()  # (1, heads, 2H-1, 2W-1) -> ((2H-1)(2W-1), heads)
+        elif key.endswith(".pos_embed"):
+            value = value.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, HW, C)
+            slot = state_dict.get(key.replace("pos_embed", "cls_pos_embed"))
+            value = value if slot is None else torch.cat((slot, value), dim=1)
+        elif key.endswith("cls_pos_embed"):
+            continue
+        out[name + part] = value.contiguous()
     return out
 
 
@@ -274,6 +316,21 @@ def fit_state_dict(
             raise CheckpointError(f"{message}; set the model's number of classes to the checkpoint's")
         _logger.warning(f"{message}; the head is initialised anew")
     return state_dict
+
+
+def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str | PathLike[str]) -> None:
+    """Raise CheckpointError if an optimiser's saved state, read from `path`, is not one of the same parameters.
+
+    PyTorch compares their number alone; a state of other shapes would fail only in the first update.
+    """
+    try:
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], own["params"], strict=True):
+                for name, value in state["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                        raise ValueError(f"{name} of parameter {index} is {tuple(value.shape)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its optimiser state does not fit this run ({error})") from error
 
 
 def name_some(keys: list[str]) -> str:

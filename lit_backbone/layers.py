@@ -62,7 +62,7 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     return bias.unflatten(2, (height * width, height * width))  # -> (1, heads, N, N)
 
 
-def _displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two numbers for each token of a map, as query and as key, whose difference is their index in the table."""
     y = torch.arange(height, device=device, dtype=torch.int32)
     x = torch.arange(width, device=device, dtype=torch.int32)
@@ -82,7 +82,7 @@ def flex_attention_with_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, hei
         `(B, heads, N, C/heads)`.
     """
     table = resize_table(table.float(), 2 * height - 1, 2 * width - 1, mode="bicubic")[0].flatten(1)  # (heads, L)
-    query, key = _displacements(height, width, q.device)
+    query, key = displacements(height, width, q.device)
     # sizes are read from tensors, not from numbers, so that one compilation serves every map
 
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query_token: Tensor, key_token: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, name_some
+from ..checkpoints import CheckpointError, check_optimizer_state, name_some
 from .hooks import DataError
 from .loading import fit_weights, load_file, stored_classes
 
@@ -49,7 +49,8 @@ class StrictRunner(Runner):
         """Load a checkpoint's weights into the model.
 
         Raises:
-            CheckpointError: the file cannot be read safely, is another model's, or knows other classes than the data.
+            CheckpointError: the file cannot be read safely, is another model's, knows other classes than the data, or
+                it is to be resumed, and holds no optimiser or another one's.
         """
         checkpoint = load_file(filename, map_location)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
@@ -58,7 +59,13 @@ class StrictRunner(Runner):
             model = model.module
         if not self.new_head:
             self._check_classes(filename, checkpoint)
-        model.load_state_dict(fit_weights(checkpoint, model, filename, new_head=self.new_head))
+        weights = fit_weights(checkpoint, model, filename, new_head=self.new_head)
+        if self._resume:
+            if "optimizer" not in checkpoint:
+                remedy = "start from them with --cfg-options load_from=FILE instead"
+                raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
+            check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
+        model.load_state_dict(weights)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint

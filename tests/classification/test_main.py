@@ -1,12 +1,9 @@
 """The program as it is used: training, evaluation, timing, fine-tuning, several processes, and what goes wrong."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -213,29 +210,6 @@ def test_two_processes_are_two_accumulated_batches(tiny_cfg, folder):
     for name, _ in initial.named_parameters():
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-4, msg=name)
     assert (folder.parent / "pair" / "log_rank1.txt").exists()
-
-
-def test_two_processes_killed_and_started_again(tiny_cfg, folder):
-    """Both are killed somewhere in the run; started again, they end with the uninterrupted run's weights."""
-    cfg = tiny_cfg(**DETERMINISTIC, SAVE_FREQ=1)
-    options = ["--cfg", cfg, "--opts", "TRAIN.EPOCHS", "5", "TRAIN.SAVE_STEPS", "1"]
-    whole = run(*options, "--tag", "whole", processes=2)
-    assert whole.returncode == 0, whole.stderr
-
-    latest = folder.parent / "killed" / LATEST
-    started = subprocess.Popen(command(*options, "--tag", "killed", processes=2), start_new_session=True)
-    while not latest.exists():
-        assert started.poll() is None
-        time.sleep(0.01)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    assert read_checkpoint(latest)["update"] < 20
-    again = run(*options, "--tag", "killed", processes=2)
-    assert again.returncode == 0 and f"continuing {latest}" in again.stdout, again.stderr
-    resumed, expected = read_checkpoint(latest), read_checkpoint(folder.parent / "whole" / LATEST)
-    assert resumed["update"] == expected["update"] == 20
-    for name, value in expected["model"].items():
-        assert torch.equal(resumed["model"][name], value), name
 
 
 # ---- what goes wrong

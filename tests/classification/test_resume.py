@@ -197,9 +197,19 @@ def test_checkpoint_of_epochs_of_another_length(checkpoint, tiny_cfg, tmp_path):
     assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "8 updates", "TRAIN.GLOBAL_BATCH")
 
 
-def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path):
+def drop_a_group(optimizer: dict) -> None:
+    optimizer["param_groups"].pop()
+
+
+def flatten_a_moment(optimizer: dict) -> None:
+    moments = next(state for state in optimizer["state"].values() if state["exp_avg"].dim() > 1)
+    moments["exp_avg"] = moments["exp_avg"].flatten()
+
+
+@pytest.mark.parametrize("change", [drop_a_group, flatten_a_moment])
+def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path, change):
     content = read_checkpoint(checkpoint)
-    content["optimizer"]["param_groups"].pop()
+    change(content["optimizer"])
     torch.save(content, tmp_path / "other.pth")
     assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "optimiser")
 
@@ -235,3 +245,11 @@ def test_a_changed_setting_is_reported(checkpoint, tiny_cfg, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{checkpoint} was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3"
     ]
+
+
+def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
+    config = load_config(tiny_cfg())
+    state = state_of(config)
+    state.world_size = 2
+    restore_checkpoint(checkpoint, state, config)
+    assert "was written by 1 processes, this run has 2: global batch, order and augmentation" in caplog.text

@@ -85,7 +85,7 @@ def test_resuming_runs_no_config_of_the_checkpoint(trained: Path, options: Any, 
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--tta"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--tta"], marks=pytest.mark.slow)], ids=["plain", "tta"])
 def test_test(trained: Path, still_config: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "predictions.pkl"
     arguments = [trained / "epoch_2.pth", *options(test_dataloader__dataset__indices=2), "--out", out, *flags]
@@ -178,6 +178,18 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
     assert "cut.pth: unreadable or truncated" in test_error(cut)
     assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
     assert "none.pth: no such file" in train_error(options, model__backbone__init_cfg__checkpoint=tmp_path / "none.pth")
+
+
+def test_runs_that_cannot_be_resumed(trained: Path, options: Any, tmp_path: Path) -> None:
+    def resume_error(name: str, content: dict[str, Any]) -> str:
+        torch.save(content, tmp_path / name)
+        return error_of(runner.train, "", [str(CONFIG), *options(), "--resume", str(tmp_path / name)])
+
+    content = torch.load(trained / "epoch_1.pth", weights_only=False)
+    bare = {"state_dict": content["state_dict"], "meta": content["meta"]}
+    assert "bare.pth: holds weights, not a run to resume" in resume_error("bare.pth", bare)
+    next(iter(content["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
+    assert "foreign.pth: its optimiser state does not fit" in resume_error("foreign.pth", content)
 
 
 def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:

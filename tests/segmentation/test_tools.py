@@ -71,7 +71,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     assert not torch.equal(start["decode_head.conv_seg.weight"], whole["decode_head.conv_seg.weight"])
 
 
-@pytest.mark.parametrize("flags", [[], ["--tta"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--tta"], marks=pytest.mark.slow)], ids=["plain", "tta"])
 def test_test(trained: Path, options: Any, flags: list[str], tmp_path: Path) -> None:
     arguments = [trained / "iter_4.pth", *options(), "--out", tmp_path / "out", "--show-dir", tmp_path / "drawn"]
     output = output_of(sys.executable, TOOLS / "test.py", CONFIG, *arguments, *flags)

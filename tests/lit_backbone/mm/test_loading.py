@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import random
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,33 @@ def test_what_mmengine_writes_is_read(tmp_path: Path) -> None:
     assert read["message_hub"]["log_scalars"]["loss"].statistics("max") == 4
     assert read["message_hub"]["runtime_info"]["lr"] == 0.5 and read["meta"]["seed"] == 7
     np.testing.assert_array_equal(read["numbers"], content["numbers"])
+
+
+def test_a_damaged_file_gives_no_weights(tmp_path: Path) -> None:
+    """Truncated at every kilobyte and with flipped bits: mmengine loads all of what was written, or nothing."""
+    path, model = tmp_path / "damaged.pth", nn.Linear(30, 30)
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    content = {"state_dict": model.state_dict(), "meta": {"epoch": 2}, "message_hub": {"log_scalars": {"a": history}}}
+    torch.save(content, path)
+    whole, written = path.read_bytes(), {key: value.clone() for key, value in model.state_dict().items()}
+    versions = [whole[:size] for size in range(0, len(whole), 1024)]
+    for bit in random.Random(0).sample(range(8 * len(whole)), 200):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        versions.append(bytes(flipped))
+    refused = 0
+    for version in versions:
+        path.write_bytes(version)
+        nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+        try:
+            load_checkpoint(model, str(path), strict=True)
+            expected = written
+        except CheckpointError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            expected = {key: torch.zeros_like(value) for key, value in written.items()}
+        torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+    assert refused > 0.8 * len(versions)  # the other bits belong to no member of the archive
 
 
 def test_an_address_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
