@@ -1,6 +1,7 @@
 # The environment is .venv unless PYTHON names the interpreter of another one, which is then used as it is:
 #   make test PYTHON=/home/anaconda3/envs/lit/bin/python
 PYTHON ?= $(CURDIR)/.venv/bin/python
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO_OUTPUT := output/lit-digits/default
 DIGITS_CLASSIFIER := classification/$(DEMO_OUTPUT)/latest.pth
 DETECTOR := retinanet_lit_digit_scenes
@@ -58,10 +59,10 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py
 
 test: env-test lint ## check the style, then run the test suite
-	"$(PYTHON)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	"$(PYTHON)" $(PYTEST)
 
 test-slow: env-mm ## run the tests that take minutes
-	"$(PYTHON)" -m pytest -m slow
+	"$(PYTHON)" $(PYTEST) -m slow
 
 lint: env ## check style and formatting
 	"$(PYTHON)" -m ruff check

@@ -120,9 +120,7 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if f"{prefix}offset.weight" in state_dict:
             part = next(theirs + part.removeprefix(p) for theirs, p in RELEASED_PARTS.items() if part.startswith(p))
         if key.endswith((".pos_embed", "rel_pos_bias")) and value.shape[2] != value.shape[3]:
-            raise ValueError(
-                f"{key}: {tuple(value.shape[2:])} is not square, as tables of the authors are"
-            )
+            raise ValueError(f"{key}: {tuple(value.shape[2:])} is not square, as tables of the authors are")
         if key.endswith("rel_pos_bias"):
             height, width = ((size + 1) // 2 for size in value.shape[2:])
             query, token = displacements(height, width, value.device)

@@ -1,5 +1,5 @@
 # Minutes on two CPU cores: AdamW, a short warm-up, polynomial decay to zero; the last checkpoint is what counts.
-max_iters = 3000
+max_iters = 2000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

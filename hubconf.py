@@ -1,0 +1,33 @@
+"""The models for `torch.hub`, with random weights or a checkpoint's, ours or released:
+
+    model = torch.hub.load(REPO, "lit_s", checkpoint="lit_s.pth")
+
+REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`.
+"""
+
+import functools
+import os
+
+dependencies = ["safetensors", "timm", "torch"]
+
+import timm  # noqa: E402
+
+import lit_backbone  # noqa: E402
+
+
+def _entry(create):
+    @functools.wraps(create)
+    def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs):
+        model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
+        if checkpoint is not None:
+            model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
+        return model
+
+    return load
+
+
+lit_ti = _entry(lit_backbone.lit_ti)
+lit_s = _entry(lit_backbone.lit_s)
+lit_m = _entry(lit_backbone.lit_m)
+lit_b = _entry(lit_backbone.lit_b)
+pvt_small_full_msa = _entry(lit_backbone.pvt_small_full_msa)

@@ -1,0 +1,65 @@
+"""The examples of README.md run as they stand there; and torch.hub's entry points."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import hubconf
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the examples find `lit_s.pth`, `photo.jpg` and `photos`; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save({"model": timm.create_model("lit_s").state_dict()}, "lit_s.pth")
+    pixels = np.random.default_rng(0).integers(256, size=(240, 300, 3), dtype=np.uint8)
+    for path in ("photo.jpg", "photos/cat/1.jpg", "photos/dog/1.jpg"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path
+
+
+def run_example(part: str) -> dict:
+    (source,) = [example for example in EXAMPLES if part in example]
+    names: dict = {}
+    exec(source, names)
+    return names
+
+
+def test_features(folder: Path) -> None:
+    assert run_example("photo.jpg")["features"].shape == (1, 768)
+
+
+def test_fine_tuning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = run_example("ImageFolder")
+    assert "its head has 1000 classes, the model 2" in caplog.text
+    start = torch.load("lit_s.pth")["model"]
+    now = names["model"].state_dict()
+    assert now["head.weight"].shape == (2, 768) and names["loss"].isfinite()
+    assert not torch.equal(now["stages.2.blocks.0.mlp.fc1.weight"], start["stages.2.blocks.0.mlp.fc1.weight"])
+
+
+def test_torchvision_detector() -> None:
+    detector = run_example("FasterRCNN")["detector"]
+    target = dict(boxes=torch.tensor([[10.0, 20.0, 90.0, 110.0]]), labels=torch.tensor([3]))
+    detector.transform.min_size = (160,)
+    losses = detector([torch.rand(3, 160, 200)], [target])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.backbone.body.model.stages[0].parameters())
+    detector.eval()
+    assert detector([torch.rand(3, 160, 200)])[0].keys() == {"boxes", "labels", "scores"}
+
+
+def test_torch_hub(folder: Path) -> None:
+    model = torch.hub.load(str(ROOT), "lit_s", source="local", checkpoint="lit_s.pth", drop_path_rate=0.1)
+    assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
+    assert all(callable(getattr(hubconf, name)) for name in timm.list_models(module="lit"))

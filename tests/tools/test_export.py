@@ -1,0 +1,179 @@
+"""What is exported computes what the checkpoint computes, read by the program that it is meant for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lit_backbone import load_checkpoint
+from lit_backbone.checkpoints import to_released
+from tests.lit_backbone.small import small_lit
+
+ROOT = Path(__file__).parents[2]
+KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 2, 1], num_heads=[1, 2, 3, 4], mlp_ratios=2)
+CLASSES = ["ant", "bee", "cat"]
+SIZE = (64, 96)
+SHAPES = [(2, 3, 64, 96), (1, 3, 64, 64), (3, 3, 75, 130)]
+
+
+def build(name: str) -> nn.Module:
+    """A small model in evaluation mode, none of whose parameters is zero."""
+    return randomize(timm.create_model(name, num_classes=len(CLASSES), img_size=SIZE, **KEYWORDS))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.add_((0.05 if ".offset." in key else 0.1) * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["lit_s", "lit_ti"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A file as the trainer writes it, and its model."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}, "DATA": {"IMG_SIZE": SIZE}}
+    model = build(name)
+    torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES}, folder / "digits.pth")
+    return folder / "digits.pth", model
+
+
+def export(*args: str | Path, status: int = 0) -> str:
+    command = [sys.executable, ROOT / "tools" / "export.py", *args]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == status, run.stderr
+    return run.stderr if status else run.stdout.splitlines()[-1]
+
+
+def run_onnx(path: Path, x: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+
+
+def maps_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return model.forward_intermediates(x, intermediates_only=True)
+
+
+@torch.no_grad()
+def test_onnx(checkpoint: tuple[Path, nn.Module]) -> None:
+    path, model = checkpoint
+    assert export(path, "--format", "onnx").endswith(str(path.with_suffix(".onnx")))
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(run_onnx(path.with_suffix(".onnx"), x), [model(x)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
+@torch.no_grad()
+def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path, model = checkpoint
+    export(path, "--format", "onnx", "--dense", "--output", tmp_path / "maps.onnx")
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(run_onnx(tmp_path / "maps.onnx", x), maps_of(model, x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_torch_export(checkpoint: tuple[Path, nn.Module]) -> None:
+    path, model = checkpoint
+    export(path, "--format", "torch-export")
+    graph = torch.export.load(path.with_suffix(".pt2")).module()
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
+    path, model = checkpoint
+    export(path, "--format", "safetensors")
+    keywords = dict(KEYWORDS, num_classes=len(CLASSES), img_size=SIZE)
+    name = model.pretrained_cfg["architecture"]
+    read = timm.create_model(name, checkpoint_path=path.with_suffix(".safetensors"), **keywords).eval()
+    x = torch.randn(SHAPES[0])
+    assert torch.equal(read(x), model(x))
+
+
+@torch.no_grad()
+def test_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
+    path, model = checkpoint
+    folder = path.with_name("digits-hf")
+    export(path, "--format", "hf")
+    read = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(SHAPES[0])
+    assert torch.equal(read(x), model(x))
+    assert json.loads((folder / "config.json").read_text())["label_names"] == CLASSES
+    assert timm.data.resolve_model_data_config(read)["input_size"] == (3, *SIZE)
+
+
+def test_released_layout_is_the_authors(goldens: dict) -> None:
+    """All names and shapes that the original code has, LIT-S's index of biases included, and back again."""
+    for name in ("lit_s", "lit_m", "lit_b", "lit_ti", "pvt_small_full_msa"):
+        model = timm.create_model(name)
+        released = to_released(model.state_dict())
+        layout = goldens["state_dicts"][name]["keys"]
+        assert {key: list(value.shape) for key, value in released.items()} == layout
+    index = released_index(14)
+    ours = to_released(timm.create_model("lit_s").state_dict())["layers.2.blocks.3.attn.relative_position_index"]
+    assert torch.equal(ours, index)
+
+
+def released_index(side: int) -> Tensor:
+    """Swin's definition: rows and columns of the displacement, counted from zero."""
+    places = [(row, column) for row in range(side) for column in range(side)]
+    width = 2 * side - 1
+    index = [[(a - c + side - 1) * width + b - d + side - 1 for c, d in places] for a, b in places]
+    return torch.tensor(index)
+
+
+def test_released_file(tmp_path: Path) -> None:
+    config = {"MODEL": {"NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}, "DATA": {"IMG_SIZE": 64}}
+    for name in ("lit_s", "lit_ti"):
+        model = randomize(timm.create_model(name, num_classes=len(CLASSES), img_size=64, **KEYWORDS))
+        config["MODEL"]["NAME"] = name
+        torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES}, tmp_path / "own.pth")
+        export(tmp_path / "own.pth", "--format", "released")
+        released = torch.load(tmp_path / "own-released.pth")["model"]
+        assert not any(key.startswith("stages.") for key in released)
+        read = load_checkpoint(tmp_path / "own-released.pth", model)
+        torch.testing.assert_close(read, dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_tables_that_are_not_square_have_no_released_layout(checkpoint: tuple[Path, nn.Module]) -> None:
+    assert "is not square" in export(checkpoint[0], "--format", "released", status=1)
+
+
+def test_what_cannot_be_exported(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path = checkpoint[0]
+    assert "--dense" in export(path, "--format", "hf", "--dense", status=2)
+    assert "is the checkpoint itself" in export(path, "--format", "released", "--output", path, status=1)
+    assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx", status=1)
+    torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
+    assert "weights of no known classifier" in export(tmp_path / "other.pth", "--format", "onnx", status=1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lit_m", "lit_b"])
+def test_onnx_of_every_model(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for key, parameter in model.named_parameters():
+        if ".offset." in key:  # zero at first, which would prove little
+            parameter.normal_(std=0.02)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    export(tmp_path / "model.pth", "--format", "onnx")
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 224, 224), dtype=np.float32))
+    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), [model(x)], rtol=1e-4, atol=1e-4)
+    if name in ("lit_s", "lit_ti"):
+        export(tmp_path / "model.pth", "--format", "onnx", "--dense", "--output", tmp_path / "dense.onnx")
+        x = torch.randn(1, 3, 320, 448)
+        torch.testing.assert_close(run_onnx(tmp_path / "dense.onnx", x), maps_of(model, x), rtol=1e-4, atol=1e-4)
