@@ -8,7 +8,7 @@ DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench test test-slow lint format clean
+.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench paper test test-slow lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic
 
 bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); about half an hour on two cores
 	"$(PYTHON)" tools/benchmark.py
+
+paper: env-mm ## train small LITs with more and less attention, with and without DTM, and compare; a few hours
+	"$(PYTHON)" tools/paper.py
 
 test: env-test lint ## check the style, then run the test suite
 	"$(PYTHON)" $(PYTEST)

@@ -98,9 +98,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/cluttered_digits"), help="folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (%(default)s)")
     parser.add_argument("--force", action="store_true", help="write again what is already there")
-    parser.add_argument(
-        "--preview", type=Path, metavar="FILE", help="only draw the first images into this"
-    )
+    parser.add_argument("--preview", type=Path, metavar="FILE", help="only draw the first images into this")
     args = parser.parse_args()
     if args.preview:
         draw_sheet("train").save(args.preview)

@@ -238,12 +238,12 @@ def matrix_rate(bench: Bench) -> float:
     return 2 * side**3 / (1e-3 * ms)
 
 
-def multiply_adds(name: str) -> float:
-    """Of one image of 224 x 224; products only."""
+def multiply_adds(build: Callable[[], nn.Module], size: tuple[int, int] = (224, 224)) -> float:
+    """Of one image; products only."""
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        model = build().eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 224, 224))
+            model(torch.empty(1, 3, *size))
     return counter.get_total_flops() / 2
 
 
@@ -262,7 +262,7 @@ def bench_models(bench: Bench) -> None:
             ms = bench.compare("models", what, {k: partial(infer, m, images) for k, m in models.items()}, bench.batch)
             bench.ratios += [(f"{what}: {k}'s time / {lit}'s", ms[k] / ms[lit]) for k in ms if k != lit]
             if size == "S":
-                rate = 2 * multiply_adds(lit) * bench.batch / (1e-3 * ms[lit])
+                rate = 2 * multiply_adds(partial(timm.create_model, lit)) * bench.batch / (1e-3 * ms[lit])
                 bench.ratios.append(
                     (f"{what}: {lit}'s operations per second / a matrix product's", rate / matrix_rate(bench))
                 )
