@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from timm.data.mixup import Mixup, rand_bbox_minmax
 
 import config as config_module
-import lit_backbone  # noqa: F401  (registers the models)
 from config import Config, ConfigError, Section, accumulation_steps, dump, load_config
+from lit_backbone import DeformableTokenMerging
+from lit_backbone.layers import AttentionBlock
 
 CONFIGS = Path(config_module.__file__).parent / "configs"
 RECIPES = ("lit-ti", "lit-s", "lit-m", "lit-b")
@@ -474,3 +475,34 @@ def test_every_key_is_documented_in_one_line():
 def test_a_configuration_does_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         Config().TRAIN.EPOCHS = 3
+
+
+ABLATIONS = {  # stages that attend, and how they are entered
+    "pvt-small-1111": ("1111", "conv"),
+    "pvt-small-0111": ("0111", "conv"),
+    "pvt-small-0011": ("0011", "conv"),
+    "pvt-small-0001": ("0001", "conv"),
+    "pvt-small-0000": ("0000", "conv"),
+    "pvt-small-1111-dtm": ("1111", "dtm"),
+    "lit-s-conv": ("0011", "conv"),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_differ_from_their_recipe_in_the_model_alone(name):
+    attention, merging = ABLATIONS[name]
+    config = load_config(CONFIGS / "ablations" / f"{name}.yaml")
+    recipe = load_config(CONFIGS / ("lit-s.yaml" if name.startswith("lit-s") else "lit-ti.yaml"))
+    same = {"MODEL": recipe.MODEL, "BASE": recipe.BASE}
+    assert config.model_copy(update=same) == recipe
+    assert config.MODEL.model_copy(update={"NAME": recipe.MODEL.NAME, "LIT": {}}) == recipe.MODEL
+    with torch.device("meta"):
+        model = timm.create_model(config.MODEL.NAME, **config.MODEL.LIT)
+    blocks = [stage.blocks[0] for stage in model.stages]
+    assert [isinstance(block, AttentionBlock) for block in blocks] == [code == "1" for code in attention]
+    assert isinstance(model.stages[1].merge, DeformableTokenMerging) == (merging == "dtm")
+    assert model(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+def test_every_ablation_is_tested():
+    assert {path.stem for path in (CONFIGS / "ablations").iterdir()} == ABLATIONS.keys()
