@@ -1,21 +1,25 @@
 """The program as it is used: training, evaluation, timing, fine-tuning, several processes, and what goes wrong."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
 import engine
 import main
-from config import load_config
+from config import Config, load_config
 from data import build_val_loader
 from distributed import Processes
 from engine import to_device
@@ -265,6 +269,28 @@ def test_nothing_is_applied_after_a_loss_that_is_not_finite(tiny_cfg, folder, ca
     for state in states[1:]:
         for name, value in states[0].items():
             assert torch.equal(state[name], value) and value.isfinite().all(), name
+
+
+def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg, folder, monkeypatch):
+    """Loss scaling skips an update that overflows and lowers the scale; one this high overflows in float32, too."""
+    scalers, build_criterion = [], engine.build_criterion
+
+    def scaler_that_starts_too_high(device: str, enabled: bool) -> GradScaler:
+        scalers.append(GradScaler(device, init_scale=2.0**127, growth_interval=1000))
+        return scalers[-1]
+
+    def criterion_times_16(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+        criterion = build_criterion(config)
+        return lambda *args: 16 * criterion(*args)
+
+    monkeypatch.setattr(main, "GradScaler", scaler_that_starts_too_high)
+    monkeypatch.setattr(engine, "build_criterion", criterion_times_16)
+    main.main(["--cfg", str(tiny_cfg()), "--opts", "TRAIN.EPOCHS", "2"])
+    halved = 127 - math.log2(scalers[0].get_scale())
+    assert 1 <= halved < 8  # of 8 updates, and those that did not overflow trained
+    left = read_checkpoint(folder / LATEST)
+    assert left["update"] == 8 and all(value.isfinite().all() for value in left["model"].values())
+    assert {int(state["step"]) for state in left["optimizer"]["state"].values()} == {8 - int(halved)}
 
 
 class Reads(TorchFunctionMode):
