@@ -2,10 +2,10 @@
 
     model = torch.hub.load(REPO, "lit_s", checkpoint="lit_s.pth")
 
-REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`.
+REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`
+(`features_only` takes no checkpoint).
 """
 
-import functools
 import os
 
 dependencies = ["safetensors", "timm", "torch"]
@@ -16,13 +16,13 @@ import lit_backbone  # noqa: E402
 
 
 def _entry(create):
-    @functools.wraps(create)
     def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs):
         model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
         if checkpoint is not None:
             model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
         return model
 
+    load.__name__, load.__doc__ = create.__name__, f"{create.__doc__} With `checkpoint`, a file, it has that's weights."
     return load
 
 

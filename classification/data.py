@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -205,9 +205,14 @@ def build_transform(config: Config, is_training: bool):
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
         )
-    interpolation = "bilinear" if data.INTERPOLATION == "random" else data.INTERPOLATION
+    return create_transform(**evaluation_input(config))
+
+
+def evaluation_input(config: Config) -> dict[str, Any]:
+    """How evaluation prepares an image, in timm's terms."""
+    interpolation = "bilinear" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
     crop = dict(crop_pct=224 / 256) if config.TEST.CROP else dict(crop_pct=1.0, crop_mode="squash")
-    return create_transform(data.IMG_SIZE, interpolation=interpolation, **crop)
+    return dict(input_size=(3, *config.DATA.IMG_SIZE), interpolation=interpolation, **crop)
 
 
 def _image_root(config: Config, split: str) -> Path:

@@ -241,8 +241,8 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> N
     state.model.load_state_dict(weights)
     if state.ema:
         state.ema.module.load_state_dict(average)
-    for group, own in zip(content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
-        group.update({key: value for key, value in own.items() if key != "params"})  # this run's weight decay and betas
+    for saved, group in zip(content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+        saved.update({key: value for key, value in group.items() if key != "params"})  # this run's weight decay, betas
     state.optimizer.load_state_dict(content["optimizer"])
     if content["scaler"]:  # empty where the checkpoint's run scaled no losses
         state.scaler.load_state_dict(content["scaler"])
@@ -251,8 +251,8 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> N
         _logger.warning(f"{path} was written with {key} {old}, this run has {new}")
     if content.get("world_size", state.world_size) != state.world_size:
         _logger.warning(
-            f"{path} was written by {content['world_size']} processes, this run has {state.world_size}: global batch, "
-            "order and augmentation of the images stay, the random numbers of mixup and drop path are others"
+            f"{path} was written by a run of {content['world_size']} processes, this one has {state.world_size}: "
+            "global batch, order and augmentation of the images stay, the random numbers of mixup and drop path do not"
         )
 
 

@@ -24,8 +24,8 @@ SIDE = 64  # of the images, in pixels
 DIGIT_SIDE = (20, 32)  # of a digit, in pixels
 MAX_ANGLE, MAX_SHEAR = math.radians(25), 0.3
 NUM_PIECES = 6
-PIECE_SIDE = (8, 13)  # of the window through which a piece of a digit is seen, in pixels
-INK = (0.5, 1.0)  # brightest and darkest strokes, where 1 is white
+PIECE_SIDE = (8, 12)  # of the window through which a piece of a digit is seen, in pixels
+INK = (0.5, 1.0)  # of the faintest and the brightest strokes, where 1 is white
 NOISE = 0.12  # standard deviation
 
 
@@ -45,7 +45,7 @@ class Composer:
         for _ in range(NUM_PIECES):
             piece = distort(self.images[rng.choice(self.scans)], rng)
             top, left = rng.choice(np.argwhere(piece > 0.5 * piece.max()))  # a point on a stroke
-            height, width = rng.integers(*PIECE_SIDE, size=2, endpoint=True)
+            height, width = 2 * rng.integers(PIECE_SIDE[0] // 2, PIECE_SIDE[1] // 2, size=2, endpoint=True)
             window = np.s_[max(top - height // 2, 0) : top + height // 2, max(left - width // 2, 0) : left + width // 2]
             canvas[window] = np.maximum(canvas[window], rng.uniform(*INK) * piece[window])
         shown = rng.choice(self.scans[self.labels[self.scans] == number % 10])

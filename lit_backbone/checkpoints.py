@@ -102,16 +102,16 @@ def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`convert_released`: a classifier's state dict in the layout that the authors' code loads.
 
-    With relative biases it is that of LIT-S/M/B, else that of LIT-Ti and PVT.
+    With absolute position embeddings it is that of LIT-Ti and PVT, else that of LIT-S/M/B.
 
     Raises:
         ValueError: a position table is not square, as all are in the authors' code.
     """
-    relative = any(key.endswith("rel_pos_bias") for key in state_dict)
+    absolute = any(key.endswith(".pos_embed") for key in state_dict)
     prefixes = {
         ours: released
         for released, ours in RELEASED_PREFIXES.items()
-        if released.startswith(("layers.", "patch_embed.")) == relative
+        if released.startswith(("layers.", "patch_embed.")) != absolute
     }
     out = {}
     for key, value in state_dict.items():
@@ -123,9 +123,9 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{key}: {tuple(value.shape[2:])} is not square, as tables of the authors are")
         if key.endswith("rel_pos_bias"):
             height, width = ((size + 1) // 2 for size in value.shape[2:])
-            query, token = displacements(height, width, value.device)
+            query, of_key = displacements(height, width, value.device)
             part = part.removesuffix("rel_pos_bias")
-            out[f"{name}{part}relative_position_index"] = (query[:, None] - token).long()
+            out[f"{name}{part}relative_position_index"] = (query[:, None] - of_key).long()
             part += "relative_position_bias_table"
             value = value[0].flatten(1).t()  # (1, heads, 2H-1, 2W-1) -> ((2H-1)(2W-1), heads)
         elif key.endswith(".pos_embed"):
@@ -317,18 +317,27 @@ def fit_state_dict(
 
 
 def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str | PathLike[str]) -> None:
-    """Raise CheckpointError if an optimiser's saved state, read from `path`, is not one of the same parameters.
+    """Raise CheckpointError if a saved state, read from `path`, is another optimiser's or that of other parameters.
 
-    PyTorch compares their number alone; a state of other shapes would fail only in the first update.
+    PyTorch compares the number of parameters alone; anything else would fail in the first update, or never.
     """
-    try:
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            for index, parameter in zip(saved["params"], own["params"], strict=True):
-                for name, value in state["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                        raise ValueError(f"{name} of parameter {index} is {tuple(value.shape)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its optimiser state does not fit this run ({error})") from error
+    saved, own = state.get("param_groups", []), optimizer.param_groups
+    counts = [[len(group.get("params", ())) for group in groups] for groups in (saved, own)]
+    reason = ""
+    if counts[0] != counts[1]:
+        reason = f"its groups have {counts[0]} parameters, this run's {counts[1]}"
+    elif any((key in group) != (key in optimizer.defaults) for group in saved for key in ("betas", "momentum")):
+        reason = f"it is not one of {type(optimizer).__name__}"
+    else:
+        for group, own_group in zip(saved, own, strict=True):
+            for index, parameter in zip(group["params"], own_group["params"], strict=True):
+                for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others may have shapes of their own
+                    value = state.get("state", {}).get(index, {}).get(name)
+                    if value is not None and value.shape != parameter.shape:
+                        reason = f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+    if reason:
+        remedy = "start a new run from its weights instead"
+        raise CheckpointError(f"{path}: its optimiser state does not fit this run ({reason}); {remedy}")
 
 
 def name_some(keys: list[str]) -> str:

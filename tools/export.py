@@ -5,7 +5,7 @@
   onnx          lit_s.onnx, a graph for onnxruntime and other engines
   torch-export  lit_s.pt2, a graph for torch.export.load
   safetensors   lit_s.safetensors, the weights alone, e.g. for timm.create_model("lit_s", checkpoint_path=...)
-  hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf"), once lit_backbone is imported
+  hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True)
   released      lit_s-released.pth, the weights in the layout of the authors' code
 
 Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels, and give logits
@@ -13,24 +13,26 @@ Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32
 """
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "classification")]
+sys.path[:0] = [str(Path(__file__).parents[1] / "classification")]  # its scripts are no package
 
-from lit_backbone import CheckpointError  # noqa: E402
+from data import evaluation_input  # noqa: E402
+from lit_backbone import LIT, CheckpointError  # noqa: E402
 from lit_backbone.checkpoints import to_released  # noqa: E402
 from predict import Classifier, load_classifier  # noqa: E402
 
-INPUT, EXAMPLE_BATCH = "images", 2  # one image would make the batch a constant
+EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,28 +48,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_onnx(classifier: Classifier, path: Path) -> None:
-    model, free = classifier.model, {0: "batch", 2: "height", 3: "width"}
-    outputs = ["logits"] if not isinstance(model, FeatureGetterNet) else [f"stage{i}" for i in range(4)]
-    names = dict(input_names=[INPUT], output_names=outputs)
+    dense = isinstance(classifier.model, FeatureGetterNet)
+    names = dict(input_names=["images"], output_names=[f"stage{i}" for i in range(4)] if dense else ["logits"])
+    free = {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad():  # with gradients, attention's bias would not be a constant
-        program = torch.onnx.export(model, example(classifier), dynamo=True, dynamic_shapes=(free,), **names)
+        example = (torch.zeros(EXAMPLE_SHAPE),)
+        program = torch.onnx.export(
+            classifier.model, example, dynamo=True, dynamic_shapes=(free,), verbose=False, **names
+        )
     program.save(path)
 
 
 def write_torch_export(classifier: Classifier, path: Path) -> None:
-    torch.export.save(trace(classifier), path)
-
-
-def trace(classifier: Classifier) -> torch.export.ExportedProgram:
-    """The model as a graph for any number of images of any size."""
     free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
     with torch.no_grad():
-        return torch.export.export(classifier.model, example(classifier), dynamic_shapes=(free,))
-
-
-def example(classifier: Classifier) -> tuple[Tensor]:
-    height, width = classifier.config.DATA.IMG_SIZE
-    return (torch.zeros(EXAMPLE_BATCH, 3, height, width),)
+        program = torch.export.export(classifier.model, (torch.zeros(EXAMPLE_SHAPE),), dynamic_shapes=(free,))
+    torch.export.save(program, path)
 
 
 def write_safetensors(classifier: Classifier, path: Path) -> None:
@@ -76,10 +72,10 @@ def write_safetensors(classifier: Classifier, path: Path) -> None:
 
 
 def write_hf(classifier: Classifier, path: Path) -> None:
-    config = classifier.config
-    preprocessing = {"input_size": (3, *config.DATA.IMG_SIZE), "interpolation": config.DATA.INTERPOLATION}
     labels = {"label_names": classifier.classes}
-    save_for_hf(classifier.model, path, labels, safe_serialization=True, data_config=preprocessing)
+    save_for_hf(
+        classifier.model, path, labels, safe_serialization=True, data_config=evaluation_input(classifier.config)
+    )
 
 
 def write_released(classifier: Classifier, path: Path) -> None:
@@ -95,27 +91,47 @@ FORMATS: dict[str, tuple[str, Callable[[Classifier, Path], None]]] = {
 }
 
 
-def dense(model: nn.Module) -> nn.Module:
-    """The backbone alone, returning its stages' maps `(B, C, H / s, W / s)`."""
-    return FeatureGetterNet(model, out_indices=(0, 1, 2, 3)).eval()
+def export(checkpoint: Path, output: Path, write: Callable[[Classifier, Path], None], dense: bool) -> None:
+    """Write a checkpoint in another form; `output` appears when it is whole.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not a LIT's.
+        ImportError, OSError, RuntimeError, SafetensorError, ValueError: it cannot be written in this form, or here.
+    """
+    classifier = load_classifier(checkpoint, torch.device("cpu"))
+    if not isinstance(classifier.model, LIT):
+        raise CheckpointError(f"{checkpoint}: holds a {type(classifier.model).__name__}; expected a LIT")
+    if dense:
+        classifier = classifier._replace(model=FeatureGetterNet(classifier.model, out_indices=(0, 1, 2, 3)).eval())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.tmp{output.suffix}")  # PyTorch wants the suffix of its graphs
+    try:
+        write(classifier, unfinished)
+        if unfinished.is_dir():
+            output.mkdir(exist_ok=True)
+            for file in unfinished.iterdir():
+                os.replace(file, output / file.name)
+        else:
+            os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     ending, write = FORMATS[args.format]
     output = args.output or args.checkpoint.with_name(args.checkpoint.stem + ending)
-    if output.exists() and output.samefile(args.checkpoint):
+    if output.resolve() == args.checkpoint.resolve():
         sys.exit(f"error: {output}: is the checkpoint itself; name another --output")
     try:
-        classifier = load_classifier(args.checkpoint, torch.device("cpu"))
-        if args.dense:
-            classifier = classifier._replace(model=dense(classifier.model))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write(classifier, output)
+        export(args.checkpoint, output, write, args.dense)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install onnx onnxscript")
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        sys.exit(f"error: {output}: not written ({str(error).splitlines()[0]})")
     print(f"{args.checkpoint} as {args.format}: {output}")
 
 

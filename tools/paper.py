@@ -4,12 +4,13 @@
 
 Trains a small LIT with attention in ever fewer stages, and one without DTM, on cluttered digits
 (demo/cluttered_digits.py); then a detector and a segmentor on scenes of digits (demo/digit_scenes.py), from that LIT's
-weights and from random ones. Three seeds each. Where it was interrupted it goes on, within a training, too. Writes
-results.json (what each training reached), tables.md and paper.png.
+weights and from random ones. Three seeds each. Where it was interrupted it goes on, within a training, too; after a
+change of settings, name another --output. Writes results.json (what each training reached), tables.md and paper.png.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from itertools import product
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import benchmark
 import timm
 import torch
 from benchmark import Bench, infer, multiply_adds
@@ -41,16 +43,28 @@ VARIANTS = {
     "lit-0000": "none",
     "lit-0011-conv": "stages 3 and 4, no DTM",
 }
-TASKS = {  # folder, config of its demo, metric, and what brings that to percent
-    "detection": ("detection", "retinanet_lit_digit_scenes", "coco/bbox_mAP_50", 100, "box AP50"),
-    "segmentation": ("segmentation", "fpn_lit_digit_scenes", "mIoU", 1, "mIoU"),
+
+
+class Task(NamedTuple):
+    """A dense task: the config of its demo, in the folder of its name, and what it is judged by."""
+
+    config: str
+    metric: str
+    percent: float  # what brings the metric to percent
+    words: str
+
+
+TASKS = {
+    "detection": Task("retinanet_lit_digit_scenes", "coco/bbox_mAP", 100, "box AP"),
+    "segmentation": Task("fpn_lit_digit_scenes", "mIoU", 1, "mIoU"),
 }
 STARTS = ("pretrained", "from scratch")
-RESOLVED = 0.05  # largest p of Welch's t-test for a difference to count
+COMPARISONS = len(VARIANTS) - 1 + len(TASKS)
+RESOLVED = 0.05 / COMPARISONS  # largest p of Welch's t-test for a difference to count, by Bonferroni
 
 
 class Run(NamedTuple):
-    """One training: what it compares, its seed, the folder it writes and the command that starts or continues it."""
+    """One training: what it compares, its seed, the folder it writes, the command that starts or continues it."""
 
     name: str
     seed: int
@@ -58,6 +72,7 @@ class Run(NamedTuple):
     command: list[str]
     metric: str
     percent: float = 1
+    test: tuple[str, ...] = ()  # command that judges its last checkpoint, where the training itself does not
 
     @property
     def key(self) -> str:
@@ -68,14 +83,14 @@ def plan(output: Path) -> list[Run]:
     """All trainings, in an order in which each finds the weights it starts from."""
     runs = [_classification(output, name, seed) for name, seed in product(VARIANTS, SEEDS)]
     for task, start, seed in product(TASKS, STARTS, SEEDS):
-        folder, config, metric, percent, _ = TASKS[task]
-        weights = _classification(output, LIT, seed).folder / "latest.pth"
+        config, metric, percent, _ = TASKS[task]
+        weights = f".checkpoint={_classification(output, LIT, seed).folder / 'latest.pth'}"
+        init_cfg = f"model.backbone.init_cfg{weights if start == 'pretrained' else '=None'}"
         work_dir = output / f"{task}-{start.replace(' ', '-')}" / f"seed-{seed}"
-        options = [f"randomness.seed={seed}", "model.backbone.init_cfg=None"]
-        if start == "pretrained":
-            options[1] = f"model.backbone.init_cfg.checkpoint={weights}"
-        command = [f"{folder}/tools/train.py", f"configs/demo/{config}.py", "--work-dir", str(work_dir), "--resume"]
-        runs.append(Run(f"{task}, {start}", seed, work_dir, [*command, "--cfg-options", *options], metric, percent))
+        arguments = [f"configs/demo/{config}.py", "--work-dir", str(work_dir)]
+        options = ["--resume", "--cfg-options", f"randomness.seed={seed}", init_cfg]
+        command, test = [f"{task}/tools/train.py", *arguments, *options], (f"{task}/tools/test.py", *arguments)
+        runs.append(Run(f"{task}, {start}", seed, work_dir, command, metric, percent, test))
     return runs
 
 
@@ -91,24 +106,22 @@ def train(run: Run) -> float:
     Raises:
         SystemExit: it failed; shows the end of what it printed.
     """
-    folder, script = run.command[0].split("/", 1)
     run.folder.mkdir(parents=True, exist_ok=True)
+    execute(run, run.command)
+    if run.test:  # mmengine saves before it validates, and does not catch up on that
+        execute(run, [*run.test, (run.folder / "last_checkpoint").read_text()])
+    logs = sorted(run.folder.glob("log.jsonl")) or sorted(run.folder.glob("*/[0-9]*_[0-9]*.json"))
+    return run.percent * json.loads(logs[-1].read_text().splitlines()[-1])[run.metric]
+
+
+def execute(run: Run, command: list[str]) -> None:
+    folder, script = command[0].split("/", 1)
     with open(run.folder / "printed.txt", "a") as printed:
-        command = [sys.executable, script, *run.command[1:]]
-        status = subprocess.run(command, cwd=ROOT / folder, stdout=printed, stderr=subprocess.STDOUT).returncode
+        arguments = [sys.executable, script, *command[1:]]
+        status = subprocess.run(arguments, cwd=ROOT / folder, stdout=printed, stderr=subprocess.STDOUT).returncode
     if status:
-        lines = (run.folder / "printed.txt").read_text().splitlines()[-5:]
-        sys.exit(
-            "\n".join([f"error: {run.key}: ended with status {status}; {run.folder / 'printed.txt'} ends in", *lines])
-        )
-    return run.percent * last_of(run)
-
-
-def last_of(run: Run) -> float:
-    """The last value of a training's metric in its log."""
-    logs = sorted(run.folder.glob("**/log.jsonl")) + sorted(run.folder.glob("**/scalars.json"))
-    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return [record[run.metric] for record in records if run.metric in record][-1]
+        end = "\n".join(Path(printed.name).read_text().splitlines()[-5:])
+        sys.exit(f"error: {run.key}: ended with status {status}; {printed.name} ends in\n{end}")
 
 
 def measure(bench: Bench) -> dict[str, dict[str, float]]:
@@ -145,9 +158,12 @@ def difference(values: list[float], others: list[float]) -> str:
     return f"{mean(values) - mean(others):+.2f} ({'resolved' if p < RESOLVED else 'not resolved'}, p = {p:.2g})"
 
 
-def tables(found: dict[str, list[float]], measured: dict[str, dict[str, float]]) -> str:
-    """Two tables in Markdown."""
+def tables(found: dict[str, list[float]], measured: dict[str, dict[str, float]], where: str) -> str:
+    """Two tables in Markdown; `where` names the machine."""
     lines = [
+        f"Mean and standard error of {len(SEEDS)} seeds; images/s in inference, on {where}. A difference is resolved "
+        f"where Welch's t-test gives p < 0.05 / {COMPARISONS}, for there are {COMPARISONS} comparisons.",
+        "",
         "| attention in | accuracy (%) | against LIT | parameters (M) | multiply-adds (M) | images/s |",
         "|---|---|---|---|---|---|",
     ]
@@ -183,7 +199,7 @@ def draw(found: dict[str, list[float]], measured: dict[str, dict[str, float]], p
         ax.margins(0.25, 0.15)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy (%), mean and standard error")
-    figure.suptitle("Attention in ..., on cluttered digits")
+    figure.suptitle("Accuracy on cluttered digits, by the stages that attend")
     figure.savefig(path, dpi=120)
 
 
@@ -196,17 +212,21 @@ def main() -> None:
     write_scenes(ROOT / "data" / "digit_scenes")
     results, runs = output / "results.json", plan(output)
     done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    with tqdm(runs, "trainings", unit="") as bar:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the training it waits for ends, too
+    todo = [run for run in runs if run.key not in done]
+    with tqdm(todo, "trainings", total=len(runs), initial=len(runs) - len(todo)) as bar:
         for run in bar:
-            bar.set_postfix_str(run.key)
-            if run.key not in done:
-                done[run.key] = train(run)
-                results.write_text(json.dumps(done, indent=1) + "\n")
-                tqdm.write(f"{run.key}: {done[run.key]:.2f} %")
+            bar.write(f"{run.key}: prints into {run.folder / 'printed.txt'}")
+            done[run.key] = train(run)
+            unfinished = results.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(done, indent=1) + "\n")
+            unfinished.replace(results)
+            bar.write(f"{run.key}: {done[run.key]:.2f} %")
     found = {run.name: [done[f"{run.name}, seed {seed}"] for seed in SEEDS] for run in runs}
-    bench = Bench(argparse.Namespace(device="cpu", repeats=51, batch_size=64, compile=False, classes=None))
+    bench = Bench(benchmark.parse_args(["--device", "cpu", "--batch-size", "64", "--repeats", "51"]))
     measured = measure(bench)
-    (output / "tables.md").write_text(tables(found, measured))
+    where = ", ".join(f"{key} {value}" for key, value in benchmark.machine(bench).items())
+    (output / "tables.md").write_text(tables(found, measured, where))
     draw(found, measured, output / "paper.png")
     print((output / "tables.md").read_text(), f"{output}: results.json, tables.md, paper.png", sep="\n")
 

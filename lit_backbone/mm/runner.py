@@ -128,7 +128,7 @@ def test(
     args = parser.parse_args(argv)
     with one_line_errors():
         cfg = load_config(args)
-        cfg.load_from = args.checkpoint
+        cfg.load_from, cfg.resume = args.checkpoint, False  # a run that was resumed says so in its config
         prepare(cfg, args)
         if args.tta:
             _augment_tests(cfg)

@@ -206,7 +206,14 @@ def flatten_a_moment(optimizer: dict) -> None:
     moments["exp_avg"] = moments["exp_avg"].flatten()
 
 
-@pytest.mark.parametrize("change", [drop_a_group, flatten_a_moment])
+def make_it_sgd(optimizer: dict) -> None:
+    for group in optimizer["param_groups"]:
+        del group["betas"]
+        group["momentum"] = 0.9
+    optimizer["state"] = {i: {"momentum_buffer": state["exp_avg"]} for i, state in optimizer["state"].items()}
+
+
+@pytest.mark.parametrize("change", [drop_a_group, flatten_a_moment, make_it_sgd])
 def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path, change):
     content = read_checkpoint(checkpoint)
     change(content["optimizer"])
@@ -252,4 +259,4 @@ def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
     state = state_of(config)
     state.world_size = 2
     restore_checkpoint(checkpoint, state, config)
-    assert "was written by 1 processes, this run has 2: global batch, order and augmentation" in caplog.text
+    assert "was written by a run of 1 processes, this one has 2: global batch, order and augmentation" in caplog.text

@@ -35,7 +35,7 @@ def test_images_follow_from_split_and_number(folder: Path) -> None:
 
 
 def test_only_the_splits_own_scans_are_drawn() -> None:
-    """Without its own scans, a split has nothing to draw; with another scan's pixels changed, nothing changes."""
+    """Painting over the other split's scans changes nothing."""
     members = split_digits(load_digits().target)
     whole, spoilt = Composer("val"), Composer("val")
     spoilt.images = spoilt.images.copy()

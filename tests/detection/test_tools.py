@@ -70,6 +70,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     for key in whole:
         torch.testing.assert_close(again[key], whole[key], msg=key)
     assert not torch.equal(start["bbox_head.retina_cls.weight"], whole["bbox_head.retina_cls.weight"])
+    # the config that the run leaves says that it resumes; its checkpoints can be tested with it nevertheless
+    found = runner.test("", lambda cfg, args: None, [str(work_dir / "still.py"), str(work_dir / "epoch_2.pth")])
+    assert "coco/bbox_mAP_50" in found
 
 
 def test_resuming_runs_no_config_of_the_checkpoint(trained: Path, options: Any, tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    "name, number, epochs, metric, least", [("retinanet", 4800, 4, "bbox", 0.9), ("mask_rcnn", 2400, 2, "segm", 0.5)]
+    "name, number, epochs, metric, least", [("retinanet", 4800, 4, "bbox", 0.9), ("mask_rcnn", 2400, 2, "segm", 0.8)]
 )
 def test_demo_learns(
     name: str,

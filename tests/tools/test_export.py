@@ -10,17 +10,19 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lit_backbone import load_checkpoint
 from lit_backbone.checkpoints import to_released
+from predict import load_classifier
 from tests.lit_backbone.small import small_lit
 
 ROOT = Path(__file__).parents[2]
 KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 2, 1], num_heads=[1, 2, 3, 4], mlp_ratios=2)
 CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
-SHAPES = [(2, 3, 64, 96), (1, 3, 64, 64), (3, 3, 75, 130)]
+SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
 
 
 def build(name: str) -> nn.Module:
@@ -40,7 +42,8 @@ def randomize(model: nn.Module) -> nn.Module:
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A file as the trainer writes it, and its model."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}, "DATA": {"IMG_SIZE": SIZE}}
+    config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}}
+    config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random"}, "TEST": {"CROP": name == "lit_ti"}}
     model = build(name)
     torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES}, folder / "digits.pth")
     return folder / "digits.pth", model
@@ -111,7 +114,9 @@ def test_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
     x = torch.randn(SHAPES[0])
     assert torch.equal(read(x), model(x))
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASSES
-    assert timm.data.resolve_model_data_config(read)["input_size"] == (3, *SIZE)
+    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
+    assert torch.equal(transform(photo), load_classifier(path, torch.device("cpu")).transform(photo))
 
 
 def test_released_layout_is_the_authors(goldens: dict) -> None:
@@ -121,6 +126,8 @@ def test_released_layout_is_the_authors(goldens: dict) -> None:
         released = to_released(model.state_dict())
         layout = goldens["state_dicts"][name]["keys"]
         assert {key: list(value.shape) for key, value in released.items()} == layout
+    without = timm.create_model("lit_s", attention=(False,) * 4)  # nor biases, by which one could tell it from LIT-Ti
+    assert "layers.0.blocks.0.mlp.fc1.weight" in to_released(without.state_dict())
     index = released_index(14)
     ours = to_released(timm.create_model("lit_s").state_dict())["layers.2.blocks.3.attn.relative_position_index"]
     assert torch.equal(ours, index)
@@ -158,6 +165,9 @@ def test_what_cannot_be_exported(checkpoint: tuple[Path, nn.Module], tmp_path: P
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx", status=1)
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
     assert "weights of no known classifier" in export(tmp_path / "other.pth", "--format", "onnx", status=1)
+    (tmp_path / "file").touch()
+    message = export(path, "--format", "safetensors", "--output", tmp_path / "file" / "a.safetensors", status=1)
+    assert "a.safetensors: not written" in message and "Traceback" not in message
 
 
 @pytest.mark.slow

@@ -54,11 +54,21 @@ def test_differences_by_chance_are_not_resolved(paper) -> None:
 def test_tables_and_plot(paper, tmp_path: Path) -> None:
     found = {run.name: [90.0, 91.0, 92.5] for run in paper.plan(tmp_path)} | {"lit-0000": [50.0, 51.0, 52.0]}
     cost = dict(parameters=1_234_567, multiply_adds=9.04e6, images_per_s=3210.4)
-    text = paper.tables(found, dict.fromkeys(paper.VARIANTS, cost))
+    text = paper.tables(found, dict.fromkeys(paper.VARIANTS, cost), "a machine")
     assert "| none | 51.00 ± 0.58 | -40.17 (resolved, p =" in text and "| 1.23 | 9.0 | 3210 |" in text
-    assert "| detection, box AP50 (%) | 91.17 ± 0.73 | 91.17 ± 0.73 | +0.00 (not resolved" in text
+    assert "| detection, box AP (%) | 91.17 ± 0.73 | 91.17 ± 0.73 | +0.00 (not resolved" in text
     paper.draw(found, dict.fromkeys(paper.VARIANTS, cost), tmp_path / "paper.png")
     assert (tmp_path / "paper.png").stat().st_size > 10_000
+
+
+def test_variants_differ_in_the_model_alone(paper) -> None:
+    configs = {path.stem: paper.load_config(path) for path in (ROOT / "classification/configs/paper").iterdir()}
+    assert configs.keys() == paper.VARIANTS.keys()
+    lit = configs[paper.LIT]
+    for config in configs.values():
+        assert config.model_copy(update={"MODEL": lit.MODEL, "BASE": lit.BASE}) == lit
+        extra = {key: value for key, value in config.MODEL.LIT.items() if key not in lit.MODEL.LIT}
+        assert config.MODEL.model_copy(update={"LIT": lit.MODEL.LIT}) == lit.MODEL and len(extra) == (config != lit)
 
 
 def test_models_cost_what_attention_costs(paper) -> None:

@@ -1,4 +1,4 @@
-"""The examples of README.md run as they stand there; and torch.hub's entry points."""
+"""What the top of the repository promises: README's examples run as they stand there, torch.hub's entry points load."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import hubconf
@@ -63,3 +64,9 @@ def test_torch_hub(folder: Path) -> None:
     model = torch.hub.load(str(ROOT), "lit_s", source="local", checkpoint="lit_s.pth", drop_path_rate=0.1)
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
     assert all(callable(getattr(hubconf, name)) for name in timm.list_models(module="lit"))
+
+
+def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = {pin for hook in hooks for pin in hook["additional_dependencies"] if pin.startswith("ruff")}
+    assert len(pins) == 1 and pins <= set((ROOT / "requirements/constraints.txt").read_text().splitlines())
