@@ -8,8 +8,9 @@
   hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True)
   released      lit_s-released.pth, the weights in the layout of the authors' code
 
-Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels, and give logits
-`(B, classes)`; with --dense, the four stages' feature maps `(B, C, H / s, W / s)` for s = 4, 8, 16, 32.
+Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels (torch-export: 64 x 64, for
+PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
+`(B, C, H / s, W / s)` for s = 4, 8, 16, 32.
 """
 
 import argparse
