@@ -118,7 +118,11 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
         yield Processes(0, 1, where)
         return
     timeout = timedelta(minutes=minutes)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over all its restarts, in which the addresses of processes that died would be found
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     yield Processes(dist.get_rank(), world_size, where, hosts)
     dist.destroy_process_group()  # not after an error, when others may wait in a collective until torchrun ends them
