@@ -406,7 +406,8 @@ def draw(bench: Bench, path: Path) -> None:
     if not count:
         return
     columns = min(3, count)
-    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(5 * columns, 3 * -(-count // columns)))
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), layout="constrained")
     axes = [axes] if count == 1 else list(axes.flat)
     for axis, (section, what) in zip(axes, panels):
         rows = [row for row in bench.rows if (row.section, row.what) == (section, what)][::-1]
@@ -415,19 +416,20 @@ def draw(bench: Bench, path: Path) -> None:
         bars = axis.barh([row.name for row in rows], values, color=["C0" if own else "0.7" for own in ours])
         axis.bar_label(bars, fmt="%.3g", padding=2)
         axis.margins(x=0.2)
-        axis.set(title=what, xlabel="images/s, more is better" if rows[0].images_per_s else "ms, less is better")
+        axis.set_title(what, fontsize=10)
+        axis.set_xlabel("images/s, more is better" if rows[0].images_per_s else "ms, less is better")
     if growth:
         axis = axes[len(panels)]
         for name in dict.fromkeys(row.name for row in growth):
-            own = [row for row in growth if row.name == name]
-            axis.loglog([int(row.what.split()[-1]) for row in own], [row.ms for row in own], "o-", label=name)
-        axis.set_xticks(GROWTH_SIZES, labels=GROWTH_SIZES)
+            own = {int(row.what.split()[-1]): row.ms for row in growth if row.name == name}
+            axis.loglog(own.keys(), own.values(), "o-", label=name)
+        axis.set_xticks(GROWTH_SIZES, labels=GROWTH_SIZES, fontsize=8)
         axis.minorticks_off()
-        axis.set(title="inference of one image", xlabel="side in pixels", ylabel="ms")
+        axis.set_title("inference of one image", fontsize=10)
+        axis.set(xlabel="side in pixels", ylabel="ms")
         axis.legend()
     for axis in axes[count:]:
         axis.remove()
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
