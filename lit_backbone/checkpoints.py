@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from hashlib import sha256
+from itertools import chain, product
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -321,23 +322,25 @@ def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str
 
     PyTorch compares the number of parameters alone; anything else would fail in the first update, or never.
     """
-    saved, own = state.get("param_groups", []), optimizer.param_groups
-    counts = [[len(group.get("params", ())) for group in groups] for groups in (saved, own)]
-    reason = ""
-    if counts[0] != counts[1]:
-        reason = f"its groups have {counts[0]} parameters, this run's {counts[1]}"
-    elif any((key in group) != (key in optimizer.defaults) for group in saved for key in ("betas", "momentum")):
-        reason = f"it is not one of {type(optimizer).__name__}"
-    else:
-        for group, own_group in zip(saved, own, strict=True):
-            for index, parameter in zip(group["params"], own_group["params"], strict=True):
-                for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others may have shapes of their own
-                    value = state.get("state", {}).get(index, {}).get(name)
-                    if value is not None and value.shape != parameter.shape:
-                        reason = f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
-    if reason:
+    if reason := _misfit(state, optimizer):
         remedy = "start a new run from its weights instead"
         raise CheckpointError(f"{path}: its optimiser state does not fit this run ({reason}); {remedy}")
+
+
+def _misfit(state: dict[str, Any], optimizer: Optimizer) -> str:
+    groups = state.get("param_groups", [])
+    saved, own = ([len(group["params"]) for group in of] for of in (groups, optimizer.param_groups))
+    if saved != own:
+        return f"its groups have {saved} parameters, this run's {own}"
+    if any((key in group) != (key in optimizer.defaults) for group in groups for key in ("betas", "momentum")):
+        return f"it is not one of {type(optimizer).__name__}"
+    indices = chain.from_iterable(group["params"] for group in groups)
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for (index, parameter), name in product(zip(indices, parameters), ("exp_avg", "exp_avg_sq", "momentum_buffer")):
+        value = state["state"].get(index, {}).get(name)  # other entries may have shapes of their own
+        if value is not None and value.shape != parameter.shape:
+            return f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+    return ""
 
 
 def name_some(keys: list[str]) -> str:

@@ -32,6 +32,7 @@ from distributed import PREEMPTED
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_integrity, seal
 from resume import FAILED, LATEST, PREVIOUS, write_atomically
+from tests.damage import damaged
 
 CLASSIFICATION = Path(main.__file__).parent
 UPDATES = 2 * 4
@@ -305,12 +306,7 @@ def test_a_checkpoint_is_read_whole_or_not_at_all(tmp_path, sealed):
     torch.save(content, path)
     if sealed:
         seal(path)
-    whole = path.read_bytes()
-    versions = [whole[:size] for size in range(0, len(whole), 1024)]
-    for bit in random.Random(0).sample(range(8 * len(whole)), 400):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        versions.append(bytes(flipped))
+    versions = damaged(path.read_bytes(), flips=400)
     refused = 0
     for version in versions:
         path.write_bytes(version)

@@ -2,7 +2,6 @@
 
 import builtins
 import os
-import random
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.mm.loading import SCHEMES, load_file
+from tests.damage import damaged
 
 
 class Call:
@@ -74,12 +74,8 @@ def test_a_damaged_file_gives_no_weights(tmp_path: Path) -> None:
     history = HistoryBuffer([1.0, 2.0], [1, 1])
     content = {"state_dict": model.state_dict(), "meta": {"epoch": 2}, "message_hub": {"log_scalars": {"a": history}}}
     torch.save(content, path)
-    whole, written = path.read_bytes(), {key: value.clone() for key, value in model.state_dict().items()}
-    versions = [whole[:size] for size in range(0, len(whole), 1024)]
-    for bit in random.Random(0).sample(range(8 * len(whole)), 200):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        versions.append(bytes(flipped))
+    versions = damaged(path.read_bytes(), flips=200)
+    written = {key: value.clone() for key, value in model.state_dict().items()}
     refused = 0
     for version in versions:
         path.write_bytes(version)
