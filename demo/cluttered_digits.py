@@ -21,12 +21,12 @@ from demo.digits import MAX_INTENSITY, split_digits
 
 SPLITS = ("train", "val")
 SIDE = 64  # of the images, in pixels
-DIGIT_SIDE = (20, 32)  # of a digit, in pixels
+DIGIT_SIDE = (24, 36)  # of a digit, in pixels
 MAX_ANGLE, MAX_SHEAR = math.radians(25), 0.3
-NUM_PIECES = 6
+NUM_PIECES = 3
 PIECE_SIDE = (8, 12)  # of the window through which a piece of a digit is seen, in pixels
 INK = (0.5, 1.0)  # of the faintest and the brightest strokes, where 1 is white
-NOISE = 0.12  # standard deviation
+NOISE = 0.08  # standard deviation
 
 
 class Composer:

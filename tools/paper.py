@@ -4,19 +4,24 @@
 
 Trains a small LIT with attention in ever fewer stages, and one without DTM, on cluttered digits
 (demo/cluttered_digits.py); then a detector and a segmentor on scenes of digits (demo/digit_scenes.py), from that LIT's
-weights and from random ones. Three seeds each. Where it was interrupted it goes on, within a training, too; after a
-change of settings, name another --output. Writes results.json (what each training reached), tables.md and paper.png.
+weights and from random ones, by half the schedule of their demos. Three seeds each. Where it was interrupted it goes
+on, within a training, too; after a change of settings, name another --output. Writes results.json (what each training
+reached), tables.md and paper.png.
 """
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import benchmark
 import timm
@@ -46,82 +51,134 @@ VARIANTS = {
 
 
 class Task(NamedTuple):
-    """A dense task: the config of its demo, in the folder of its name, and what it is judged by."""
+    """What trainings are judged by, and for a dense task its demo's config, in the folder of the task's name."""
 
-    config: str
-    metric: str
-    percent: float  # what brings the metric to percent
     words: str
+    metric: str  # in the last line of the last log
+    percent: float = 1  # what brings the metric to percent
+    logs: str = "*/[0-9]*_[0-9]*.json"  # in a training's folder; mmengine writes one for each test
+    config: str = ""
+    schedule: tuple[str, ...] = ()  # half of the demo's
+    last: str = ""  # its last checkpoint
 
 
-TASKS = {
-    "detection": Task("retinanet_lit_digit_scenes", "coco/bbox_mAP", 100, "box AP"),
-    "segmentation": Task("fpn_lit_digit_scenes", "mIoU", 1, "mIoU"),
+CLASSIFICATION = Task("accuracy", "val/acc1", logs="log.jsonl")
+DENSE = {
+    "detection": Task(
+        "box AP",
+        "coco/bbox_mAP",
+        percent=100,
+        config="retinanet_lit_digit_scenes",
+        schedule=("train_cfg.max_epochs=2", "param_scheduler.1.T_max=2"),
+        last="epoch_2.pth",
+    ),
+    "segmentation": Task(
+        "mIoU",
+        "mIoU",
+        config="fpn_lit_digit_scenes",
+        schedule=("train_cfg.max_iters=1000", "param_scheduler.1.end=1000"),
+        last="iter_1000.pth",
+    ),
 }
+NO_VALIDATION = ("val_cfg=None", "val_dataloader=None", "val_evaluator=None")  # the last checkpoint is tested instead
 STARTS = ("pretrained", "from scratch")
-COMPARISONS = len(VARIANTS) - 1 + len(TASKS)
+COMPARISONS = len(VARIANTS) - 1 + len(DENSE)
 RESOLVED = 0.05 / COMPARISONS  # largest p of Welch's t-test for a difference to count, by Bonferroni
 
 
 class Run(NamedTuple):
-    """One training: what it compares, its seed, the folder it writes, the command that starts or continues it."""
+    """One training: what it compares, its seed, the folder it writes, and the commands that start or continue it."""
 
     name: str
     seed: int
+    task: Task
     folder: Path
-    command: list[str]
-    metric: str
-    percent: float = 1
-    test: tuple[str, ...] = ()  # command that judges its last checkpoint, where the training itself does not
+    commands: tuple[tuple[str, ...], ...]
 
     @property
     def key(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
+    @property
+    def printed(self) -> Path:
+        return self.folder / "printed.txt"
 
-def plan(output: Path) -> list[Run]:
-    """All trainings, in an order in which each finds the weights it starts from."""
-    runs = [_classification(output, name, seed) for name, seed in product(VARIANTS, SEEDS)]
-    for task, start, seed in product(TASKS, STARTS, SEEDS):
-        config, metric, percent, _ = TASKS[task]
-        weights = f".checkpoint={_classification(output, LIT, seed).folder / 'latest.pth'}"
+    def start(self, step: int) -> subprocess.Popen[bytes]:
+        """Start one of the commands, in a session of its own: Ctrl-C comes to the comparison, which ends it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder, script = self.commands[step][0].split("/", 1)
+        command = [sys.executable, script, *self.commands[step][1:]]
+        with open(self.printed, "a") as file:
+            return subprocess.Popen(
+                command, cwd=ROOT / folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def reached(self) -> float:
+        """What the last evaluation found, in percent."""
+        log = max(self.folder.glob(self.task.logs))
+        return self.task.percent * json.loads(log.read_text().splitlines()[-1])[self.task.metric]
+
+
+class TrainingError(Exception):
+    """A training failed; the message says which, and ends with the last lines that it printed."""
+
+
+def classification_runs(output: Path) -> list[Run]:
+    return [_classification_run(output, name, seed) for seed, name in product(SEEDS, VARIANTS)]
+
+
+def _classification_run(output: Path, name: str, seed: int) -> Run:
+    tag = f"seed-{seed}"
+    cfg = ("--cfg", f"configs/paper/{name}.yaml", "--output", str(output), "--tag", tag, "--opts", "SEED", str(seed))
+    return Run(name, seed, CLASSIFICATION, output / name / tag, (("classification/main.py", *cfg),))
+
+
+def dense_runs(output: Path) -> list[Run]:
+    """From random weights and from those of `classification_runs`."""
+    runs = []
+    for seed, (name, task), start in product(SEEDS, DENSE.items(), STARTS):
+        weights = f".checkpoint={_classification_run(output, LIT, seed).folder / 'latest.pth'}"
         init_cfg = f"model.backbone.init_cfg{weights if start == 'pretrained' else '=None'}"
-        work_dir = output / f"{task}-{start.replace(' ', '-')}" / f"seed-{seed}"
-        arguments = [f"configs/demo/{config}.py", "--work-dir", str(work_dir)]
-        options = ["--resume", "--cfg-options", f"randomness.seed={seed}", init_cfg]
-        command, test = [f"{task}/tools/train.py", *arguments, *options], (f"{task}/tools/test.py", *arguments)
-        runs.append(Run(f"{task}, {start}", seed, work_dir, command, metric, percent, test))
+        folder = output / f"{name}-{start.replace(' ', '-')}" / f"seed-{seed}"
+        cfg = (f"configs/demo/{task.config}.py", "--work-dir", str(folder))
+        options = ("--cfg-options", f"randomness.seed={seed}", init_cfg, *task.schedule, *NO_VALIDATION)
+        train = (f"{name}/tools/train.py", *cfg, "--resume", *options)
+        test = (f"{name}/tools/test.py", *cfg, str(folder / task.last))
+        runs.append(Run(f"{name}, {start}", seed, task, folder, (train, test)))
     return runs
 
 
-def _classification(output: Path, name: str, seed: int) -> Run:
-    tag = f"seed-{seed}"
-    command = ["classification/main.py", "--cfg", f"configs/paper/{name}.yaml", "--output", str(output), "--tag", tag]
-    return Run(name, seed, output / name / tag, [*command, "--opts", "SEED", str(seed)], "val/acc1")
-
-
-def train(run: Run) -> float:
-    """Start or continue a training, printing into a file; returns what its last evaluation found, in percent.
+def train_all(runs: list[Run], jobs: int, bar: tqdm) -> Iterator[tuple[Run, float]]:
+    """Yield each training and what it reached, as they end; `jobs` of them run at a time, and none is left behind.
 
     Raises:
-        SystemExit: it failed; shows the end of what it printed.
+        TrainingError: one failed.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    execute(run, run.command)
-    if run.test:  # mmengine saves before it validates, and does not catch up on that
-        execute(run, [*run.test, (run.folder / "last_checkpoint").read_text()])
-    logs = sorted(run.folder.glob("log.jsonl")) or sorted(run.folder.glob("*/[0-9]*_[0-9]*.json"))
-    return run.percent * json.loads(logs[-1].read_text().splitlines()[-1])[run.metric]
-
-
-def execute(run: Run, command: list[str]) -> None:
-    folder, script = command[0].split("/", 1)
-    with open(run.folder / "printed.txt", "a") as printed:
-        arguments = [sys.executable, script, *command[1:]]
-        status = subprocess.run(arguments, cwd=ROOT / folder, stdout=printed, stderr=subprocess.STDOUT).returncode
-    if status:
-        end = "\n".join(Path(printed.name).read_text().splitlines()[-5:])
-        sys.exit(f"error: {run.key}: ended with status {status}; {printed.name} ends in\n{end}")
+    steps = deque((run, 0) for run in runs)
+    processes: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
+    try:
+        while steps or processes:
+            while steps and len(processes) < jobs:
+                run, step = steps.popleft()
+                processes[run.start(step)] = run, step
+            bar.set_postfix_str("; ".join(run.key for run, _ in processes.values()))
+            time.sleep(1)
+            for process in [process for process in processes if process.poll() is not None]:
+                run, step = processes.pop(process)
+                if process.returncode:
+                    end = "\n".join(run.printed.read_text().splitlines()[-5:])
+                    raise TrainingError(
+                        f"{run.key}: ended with status {process.returncode}; {run.printed} ends in\n{end}"
+                    )
+                if step + 1 < len(run.commands):
+                    steps.appendleft((run, step + 1))
+                else:
+                    yield run, run.reached()
+    finally:
+        for process in processes:
+            process.terminate()  # it saves where it stands
+        for process in processes:
+            process.wait()
 
 
 def measure(bench: Bench) -> dict[str, dict[str, float]]:
@@ -173,10 +230,10 @@ def tables(found: dict[str, list[float]], measured: dict[str, dict[str, float]],
         numbers = f"{m['parameters'] / 1e6:.2f} | {m['multiply_adds'] / 1e6:.1f} | {m['images_per_s']:.0f}"
         lines.append(f"| {words} | {summary(found[name])} | {against} | {numbers} |")
     lines += ["", "| task | pretrained | from scratch | difference |", "|---|---|---|---|"]
-    for task, (*_, metric) in TASKS.items():
-        pretrained, scratch = (found[f"{task}, {start}"] for start in STARTS)
+    for name, task in DENSE.items():
+        pretrained, scratch = (found[f"{name}, {start}"] for start in STARTS)
         cells = f"{summary(pretrained)} | {summary(scratch)} | {difference(pretrained, scratch)}"
-        lines.append(f"| {task}, {metric} (%) | {cells} |")
+        lines.append(f"| {name}, {task.words} (%) | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,25 +260,37 @@ def draw(found: dict[str, list[float]], measured: dict[str, dict[str, float]], p
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def stop(signum: int, frame: object) -> None:
+    sys.exit(f"interrupted by {signal.Signals(signum).name}; the same command goes on")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "paper", help="folder (%(default)s)")
-    output = parser.parse_args().output.resolve()
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: {args.jobs} is not positive")
+    output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
     write_images(ROOT / "data" / "cluttered_digits")
     write_scenes(ROOT / "data" / "digit_scenes")
-    results, runs = output / "results.json", plan(output)
-    done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the training it waits for ends, too
-    todo = [run for run in runs if run.key not in done]
-    with tqdm(todo, "trainings", total=len(runs), initial=len(runs) - len(todo)) as bar:
-        for run in bar:
-            bar.write(f"{run.key}: prints into {run.folder / 'printed.txt'}")
-            done[run.key] = train(run)
-            unfinished = results.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(done, indent=1) + "\n")
-            unfinished.replace(results)
-            bar.write(f"{run.key}: {done[run.key]:.2f} %")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of each training
+    results, phases = output / "results.json", (classification_runs(output), dense_runs(output))
+    done: dict[str, float] = json.loads(results.read_text()) if results.exists() else {}
+    runs = [run for phase in phases for run in phase]
+    print(f"each training prints into its {output}/*/*/printed.txt")
+    with tqdm(None, "trainings", total=len(runs), initial=sum(run.key in done for run in runs)) as bar:
+        for phase in phases:
+            for run, reached in train_all([run for run in phase if run.key not in done], args.jobs, bar):
+                done[run.key] = reached
+                unfinished = results.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(done, indent=1) + "\n")
+                unfinished.replace(results)
+                bar.write(f"{run.key}: {reached:.2f} %")
+                bar.update()
     found = {run.name: [done[f"{run.name}, seed {seed}"] for seed in SEEDS] for run in runs}
     bench = Bench(benchmark.parse_args(["--device", "cpu", "--batch-size", "64", "--repeats", "51"]))
     measured = measure(bench)
@@ -232,4 +301,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrainingError as error:
+        sys.exit(f"error: {error}")

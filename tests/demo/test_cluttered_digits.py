@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from demo.cluttered_digits import SIDE, Composer, distort, draw_sheet, write_images
+from demo.cluttered_digits import DIGIT_SIDE, SIDE, Composer, distort, draw_sheet, write_images
 from demo.digits import split_digits
 
 
@@ -49,7 +49,7 @@ def test_a_distorted_digit_stays_whole() -> None:
     """None of it is cut off: its brightness is that of the scan, times the area of one of its pixels."""
     scan = np.ones((8, 8))
     areas = [distort(scan, np.random.default_rng(i)).sum() for i in range(200)]
-    assert 0.9 * 20**2 < min(areas) and max(areas) < 1.1 * 32**2
+    assert 0.9 * DIGIT_SIDE[0] ** 2 < min(areas) and max(areas) < 1.1 * DIGIT_SIDE[1] ** 2
     for i in range(200):
         border = distort(scan[2:6, 2:6], np.random.default_rng(i))
         assert max(border[0].max(), border[-1].max(), border[:, 0].max(), border[:, -1].max()) < 0.6

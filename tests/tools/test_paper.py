@@ -1,9 +1,12 @@
 """The comparison goes on where it was interrupted, and counts a difference only where chance does not explain it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,33 +19,72 @@ def paper(monkeypatch: pytest.MonkeyPatch):
     return paper
 
 
+@pytest.fixture
+def bar() -> Iterator[tqdm]:
+    with tqdm(disable=True) as bar:
+        yield bar
+
+
 def test_every_training_is_planned_once(paper, tmp_path: Path) -> None:
-    runs = paper.plan(tmp_path)
+    classification, dense = paper.classification_runs(tmp_path), paper.dense_runs(tmp_path)
+    runs = classification + dense
     assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs) == 3 * (6 + 2 * 2)
-    pretrained = next(run for run in runs if run.key == "segmentation, pretrained, seed 2")
-    classifier = next(run for run in runs if run.key == "lit-0011, seed 2")
-    assert f"model.backbone.init_cfg.checkpoint={classifier.folder}/latest.pth" in pretrained.command
-    assert runs.index(classifier) < runs.index(pretrained)
+    pretrained = next(run for run in dense if run.key == "segmentation, pretrained, seed 2")
+    classifier = next(run for run in classification if run.key == "lit-0011, seed 2")
+    assert f"model.backbone.init_cfg.checkpoint={classifier.folder}/latest.pth" in pretrained.commands[0]
 
 
-def test_a_training_is_continued_and_read(paper, tmp_path: Path) -> None:
-    """An epoch on a few images, by the real trainer; started again, it only reports."""
+def test_schedules_are_half_the_demos(paper) -> None:
+    for name, task in paper.DENSE.items():
+        demo = Config.fromfile(ROOT / name / "configs" / "demo" / f"{task.config}.py")
+        for setting in task.schedule:
+            key, value = setting.split("=")
+            whole = demo
+            for part in key.split("."):
+                whole = whole[int(part) if part.isdigit() else part]
+            assert 2 * int(value) == whole, setting
+
+
+@pytest.fixture
+def small_runs(paper, tmp_path: Path) -> list:
+    """Two trainings by the real trainer, for two epochs on a few images."""
     paper.write_images(tmp_path / "data", train=70, val=10)
-    run = paper.plan(tmp_path / "out")[0]
-    options = ["DATA.DATA_PATH", str(tmp_path / "data"), "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1"]
-    run = run._replace(command=[*run.command, *options, "DATA.NUM_WORKERS", "0"])
-    accuracy = paper.train(run)
+    options = ("DATA.DATA_PATH", str(tmp_path / "data"), "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2")
+    runs = paper.classification_runs(tmp_path / "out")[:2]
+    return [run._replace(commands=((*run.commands[0], *options),)) for run in runs]
+
+
+def test_a_training_is_continued_and_read(paper, small_runs: list, bar: tqdm) -> None:
+    """Started again, it only reports."""
+    run = small_runs[0]
+    ((_, accuracy),) = paper.train_all([run], 1, bar)
     log = run.folder / "log.jsonl"
     assert accuracy == [json.loads(line)["val/acc1"] for line in log.read_text().splitlines()][-1]
     before = log.read_text()
-    assert paper.train(run) == accuracy and log.read_text() == before
-    assert "continuing" in (run.folder / "printed.txt").read_text()
+    assert list(paper.train_all([run], 1, bar)) == [(run, accuracy)] and log.read_text() == before
+    assert "continuing" in run.printed.read_text()
 
 
-def test_a_training_that_fails_stops_all(paper, tmp_path: Path) -> None:
-    run = paper.plan(tmp_path)[0]
-    with pytest.raises(SystemExit, match="(?s)lit-1111, seed 0: ended with status 1; .*error: .*NONE"):
-        paper.train(run._replace(command=[*run.command, "TRAIN.NONE", "1"]))
+def test_trainings_end_with_the_comparison(paper, small_runs: list, bar: tqdm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the first, it leaves no process behind; the second can be gone on with."""
+    started = []
+    start = paper.Run.start
+    monkeypatch.setattr(paper.Run, "start", lambda *args: started.append(start(*args)) or started[-1])
+    first, second = small_runs
+    slow = second._replace(commands=((*second.commands[0], "TRAIN.EPOCHS", "1000"),))
+    trainings = paper.train_all([first, slow], 2, bar)
+    assert next(trainings)[0] == first
+    trainings.close()
+    assert [process.poll() is None for process in started] == [False, False] and started[1].returncode != 0
+    assert [run for run, _ in paper.train_all([second], 1, bar)] == [second]
+
+
+def test_a_training_that_fails_stops_all(paper, small_runs: list, bar: tqdm) -> None:
+    run = small_runs[0]
+    broken = run._replace(commands=((*run.commands[0], "TRAIN.NONE", "1"),))
+    with pytest.raises(paper.TrainingError, match="(?s)lit-1111, seed 0: ended with status 1; .*error: .*NONE"):
+        list(paper.train_all([broken, *small_runs], 1, bar))
+    assert not small_runs[1].folder.exists()
 
 
 def test_differences_by_chance_are_not_resolved(paper) -> None:
@@ -52,7 +94,8 @@ def test_differences_by_chance_are_not_resolved(paper) -> None:
 
 
 def test_tables_and_plot(paper, tmp_path: Path) -> None:
-    found = {run.name: [90.0, 91.0, 92.5] for run in paper.plan(tmp_path)} | {"lit-0000": [50.0, 51.0, 52.0]}
+    runs = paper.classification_runs(tmp_path) + paper.dense_runs(tmp_path)
+    found = {run.name: [90.0, 91.0, 92.5] for run in runs} | {"lit-0000": [50.0, 51.0, 52.0]}
     cost = dict(parameters=1_234_567, multiply_adds=9.04e6, images_per_s=3210.4)
     text = paper.tables(found, dict.fromkeys(paper.VARIANTS, cost), "a machine")
     assert "| none | 51.00 ± 0.58 | -40.17 (resolved, p =" in text and "| 1.23 | 9.0 | 3210 |" in text
