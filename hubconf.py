@@ -7,22 +7,27 @@ REPO is an address `owner/name`, or a folder with `source="local"`. Further keyw
 """
 
 import os
+import types
 
 dependencies = ["safetensors", "timm", "torch"]
 
 import timm  # noqa: E402
+from torch import nn  # noqa: E402
 
 import lit_backbone  # noqa: E402
 
 
-def _entry(create):
-    def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs):
+def _entry(create: types.FunctionType) -> types.FunctionType:
+    def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs: object) -> nn.Module:
+        if checkpoint is not None and kwargs.get("features_only"):
+            raise ValueError(f"checkpoint={checkpoint!r}: features_only takes none; load it into the whole model")
         model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
         if checkpoint is not None:
             model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
         return model
 
-    load.__name__, load.__doc__ = create.__name__, f"{create.__doc__} With `checkpoint`, a file, it has that's weights."
+    load.__name__ = create.__name__
+    load.__doc__ = f"{create.__doc__} With `checkpoint`, it has the weights of that file."
     return load
 
 

@@ -3,7 +3,7 @@
     python -m demo.cluttered_digits --output data/cluttered_digits
 
 makes data/cluttered_digits/{train,val}/{0..9}/NNNNN.png, 64 x 64 grey: 10,000 images to train on and 5,000 to test
-with, every digit as often. Each shows one whole digit, turned, sheared, of any size, anywhere; pieces of other digits
+with, every digit as often. Each shows one whole digit, turned, sheared, scaled, anywhere; pieces of other digits
 lie about, and all of it in noise. Both splits draw on scans of their own, those of `demo/digits.py`, and every image
 follows from seed, split and number. `--preview sheet.png` draws some of them.
 """
@@ -72,13 +72,15 @@ def distort(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_images(root: Path, train: int = 10_000, val: int = 5_000, seed: int = 0, force: bool = False) -> bool:
-    """Writes the image folder `root`, unless it is already there; returns whether it has written."""
+    """Writes the image folder `root`, unless it is already there as it would be; returns whether it has written."""
     written = False
     for split, count in zip(SPLITS, (train, val)):
-        paths = [root / split / str(number % 10) / f"{number:05d}.png" for number in range(count)]
-        if not force and all(path.is_file() for path in paths):
-            continue
         composer = Composer(split, seed)
+        paths = [root / split / str(number % 10) / f"{number:05d}.png" for number in range(count)]
+        last = paths[-1]  # written when all others are whole
+        if not force and all(path.is_file() for path in paths) and _shows(last, composer.compose(count - 1)):
+            continue
+        last.unlink(missing_ok=True)
         for number, path in enumerate(tqdm(paths, f"composing {split} images", delay=1, disable=None)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(composer.compose(number)).save(path)
@@ -86,11 +88,20 @@ def write_images(root: Path, train: int = 10_000, val: int = 5_000, seed: int = 
     return written
 
 
-def draw_sheet(split: str, columns: int = 10, rows: int = 5) -> Image.Image:
+def _shows(path: Path, pixels: np.ndarray) -> bool:
+    """Tells a file from one of another seed, of other settings, or cut off."""
+    try:
+        with Image.open(path) as image:
+            return np.array_equal(np.asarray(image), pixels)
+    except OSError:
+        return False
+
+
+def draw_sheet(split: str, rows: int = 5, seed: int = 0) -> Image.Image:
     """Draws the first images of a split, a digit in each column."""
-    composer = Composer(split)
-    images = [[composer.compose(row * 10 + column) for column in range(columns)] for row in range(rows)]
-    return Image.fromarray(np.block(images)).resize((2 * columns * SIDE, 2 * rows * SIDE), Image.Resampling.NEAREST)
+    composer = Composer(split, seed)
+    images = [[composer.compose(row * 10 + column) for column in range(10)] for row in range(rows)]
+    return Image.fromarray(np.block(images)).resize((20 * SIDE, 2 * rows * SIDE), Image.Resampling.NEAREST)
 
 
 def main() -> None:
@@ -101,10 +112,11 @@ def main() -> None:
     parser.add_argument("--preview", type=Path, metavar="FILE", help="only draw the first images into this")
     args = parser.parse_args()
     if args.preview:
-        draw_sheet("train").save(args.preview)
+        draw_sheet("train", seed=args.seed).save(args.preview)
         return
     written = write_images(args.output, seed=args.seed, force=args.force)
-    print(f"{args.output}: 10,000 images to train on, 5,000 to test with{'' if written else ', already there'}")
+    counts = " and ".join(f"{len(list((args.output / split).glob('*/*.png')))} in {split}" for split in SPLITS)
+    print(f"{args.output}: {counts}{'' if written else ', already there'}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     With absolute position embeddings it is that of LIT-Ti and PVT, else that of LIT-S/M/B.
 
     Raises:
-        ValueError: a position table is not square, as all are in the authors' code.
+        ValueError: a position table is not square, as all of the authors' are, or none of their models has a parameter.
     """
     absolute = any(key.endswith(".pos_embed") for key in state_dict)
     prefixes = {
@@ -135,6 +135,8 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value if slot is None else torch.cat((slot, value), dim=1)
         elif key.endswith("cls_pos_embed"):
             continue
+        if (name + part).startswith("stages."):
+            raise ValueError(f"{key}: no model of the authors has it beside the others")
         out[name + part] = value.contiguous()
     return out
 

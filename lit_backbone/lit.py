@@ -336,9 +336,10 @@ def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:
     )
 
 
-def _cfg(url: str) -> dict[str, Any]:
+def _cfg(release: str = "") -> dict[str, Any]:
+    """Of a variant, and where the authors released weights of it."""
     return {
-        "url": f"https://github.com/ziplab/LIT/releases/download/{url}",
+        "url": f"https://github.com/ziplab/LIT/releases/download/{release}" if release else "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),

@@ -63,7 +63,10 @@ def test_torchvision_detector() -> None:
 def test_torch_hub(folder: Path) -> None:
     model = torch.hub.load(str(ROOT), "lit_s", source="local", checkpoint="lit_s.pth", drop_path_rate=0.1)
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
-    assert all(callable(getattr(hubconf, name)) for name in timm.list_models(module="lit"))
+    entries = [name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert sorted(entries) == sorted(timm.list_models(module="lit"))  # what torch.hub.list shows
+    with pytest.raises(ValueError, match="features_only takes none"):
+        hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
 
 
 def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:

@@ -5,12 +5,15 @@
   onnx          lit_s.onnx, a graph for onnxruntime and other engines
   torch-export  lit_s.pt2, a graph for torch.export.load
   safetensors   lit_s.safetensors, the weights alone, e.g. for timm.create_model("lit_s", checkpoint_path=...)
-  hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True)
+  hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True), once lit_backbone is
+                imported
   released      lit_s-released.pth, the weights in the layout of the authors' code
 
 Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels (torch-export: 64 x 64, for
 PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
-`(B, C, H / s, W / s)` for s = 4, 8, 16, 32.
+`(B, C, H / s, W / s)` for s = 4, 8, 16, 32, as timm's features_only gives them (the class token of LIT-Ti takes part).
+Where training kept a moving average of the weights, that is what is written. onnx needs the packages onnx and
+onnxscript: `bash setup_env.sh --dev` installs them.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "classification")]  # its scripts are no package
 
@@ -49,13 +53,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_onnx(classifier: Classifier, path: Path) -> None:
-    dense = isinstance(classifier.model, FeatureGetterNet)
-    names = dict(input_names=["images"], output_names=[f"stage{i}" for i in range(4)] if dense else ["logits"])
     free = {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad():  # with gradients, attention's bias would not be a constant
-        example = (torch.zeros(EXAMPLE_SHAPE),)
+        example = torch.zeros(EXAMPLE_SHAPE)
+        outputs = classifier.model(example)
+        names = ["logits"] if isinstance(outputs, Tensor) else [f"map{i}" for i in range(len(outputs))]
         program = torch.onnx.export(
-            classifier.model, example, dynamo=True, dynamic_shapes=(free,), verbose=False, **names
+            classifier.model,
+            (example,),
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes=(free,),
+            dynamo=True,
+            verbose=False,
         )
     program.save(path)
 
@@ -93,7 +103,7 @@ FORMATS: dict[str, tuple[str, Callable[[Classifier, Path], None]]] = {
 
 
 def export(checkpoint: Path, output: Path, write: Callable[[Classifier, Path], None], dense: bool) -> None:
-    """Write a checkpoint in another form; `output` appears when it is whole.
+    """Write a checkpoint in another form; files appear when they are whole.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not a LIT's.
@@ -130,9 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
-        sys.exit(f"error: {error}; pip install onnx onnxscript")
+        sys.exit(f"error: {error}; install it by bash setup_env.sh --dev")
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        sys.exit(f"error: {output}: not written ({str(error).splitlines()[0]})")
+        sys.exit(f"error: {output}: not written ({(str(error) or repr(error)).splitlines()[0]})")
     print(f"{args.checkpoint} as {args.format}: {output}")
 
 

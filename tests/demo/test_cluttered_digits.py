@@ -59,7 +59,17 @@ def test_what_is_there_is_not_written_again(folder: Path) -> None:
     assert not write_images(folder, train=30, val=20)
     (folder / "val" / "3" / "00013.png").unlink()
     assert write_images(folder, train=30, val=20)
+    assert not write_images(folder, train=30, val=20)
+
+
+def test_what_is_there_of_another_seed_or_cut_off_is_written_again(tmp_path: Path) -> None:
+    assert write_images(tmp_path, train=10, val=10, seed=1)
+    assert write_images(tmp_path, train=10, val=10)
+    last = tmp_path / "val" / "9" / "00009.png"
+    last.write_bytes(last.read_bytes()[:100])
+    assert write_images(tmp_path, train=10, val=10)
+    assert not write_images(tmp_path, train=10, val=10)
 
 
 def test_preview() -> None:
-    assert draw_sheet("val", columns=10, rows=1).size == (20 * SIDE, 2 * SIDE)
+    assert draw_sheet("val", rows=1).size == (20 * SIDE, 2 * SIDE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_backbone import load_checkpoint
 from lit_backbone.checkpoints import to_released
+from lit_backbone.lit import ARCHS
 from predict import load_classifier
 from tests.lit_backbone.small import small_lit
 
@@ -85,6 +86,27 @@ def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
         torch.testing.assert_close(run_onnx(tmp_path / "maps.onnx", x), maps_of(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
+@torch.no_grad()
+def test_onnx_of_the_dense_backbone(
+    checkpoint: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of detectors and segmentors: no class token, norms on the outputs, some stages only."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from export import write_onnx
+
+    LITBackbone = pytest.importorskip("lit_backbone.mm").LITBackbone
+
+    backbone = randomize(
+        LITBackbone(ARCHS["lit_ti"] | KEYWORDS, img_size=SIZE, out_indices=(1, 2, 3), out_norms=(1, 3))
+    )
+    write_onnx(load_classifier(checkpoint[0], torch.device("cpu"))._replace(model=backbone), tmp_path / "backbone.onnx")
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        expected = list(backbone(x))
+        torch.testing.assert_close(run_onnx(tmp_path / "backbone.onnx", x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
 @torch.no_grad()
@@ -131,6 +153,8 @@ def test_released_layout_is_the_authors(goldens: dict) -> None:
         assert {key: list(value.shape) for key, value in released.items()} == layout
     without = timm.create_model("lit_s", attention=(False,) * 4)  # nor biases, by which one could tell it from LIT-Ti
     assert "layers.0.blocks.0.mlp.fc1.weight" in to_released(without.state_dict())
+    with pytest.raises(ValueError, match="stages.3.cls_token: no model of the authors"):
+        to_released(timm.create_model("lit_ti", pos_embed="none").state_dict())
     index = released_index(14)
     ours = to_released(timm.create_model("lit_s").state_dict())["layers.2.blocks.3.attn.relative_position_index"]
     assert torch.equal(ours, index)

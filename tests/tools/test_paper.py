@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +34,7 @@ def test_every_training_is_planned_once(paper, tmp_path: Path) -> None:
 
 
 def test_schedules_are_half_the_demos(paper) -> None:
+    Config = pytest.importorskip("mmengine.config").Config
     for name, task in paper.DENSE.items():
         demo = Config.fromfile(ROOT / name / "configs" / "demo" / f"{task.config}.py")
         for setting in task.schedule:
