@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from demo.digit_scenes import write_scenes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,13 +47,21 @@ def test_schedules_are_half_the_demos(paper) -> None:
             assert 2 * int(value) == whole, setting
 
 
+def shorten(run, *options: str):
+    """The training with options at the end of all its commands."""
+    return run._replace(commands=tuple((*command, *options) for command in run.commands))
+
+
+def small_classification(paper, data: Path, output: Path) -> list:
+    """Trainings by the real trainer, for two epochs on a few images."""
+    paper.write_images(data, train=70, val=10)
+    options = ("DATA.DATA_PATH", str(data), "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2")
+    return [shorten(run, *options) for run in paper.classification_runs(output)]
+
+
 @pytest.fixture
 def small_runs(paper, tmp_path: Path) -> list:
-    """Two trainings by the real trainer, for two epochs on a few images."""
-    paper.write_images(tmp_path / "data", train=70, val=10)
-    options = ("DATA.DATA_PATH", str(tmp_path / "data"), "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2")
-    runs = paper.classification_runs(tmp_path / "out")[:2]
-    return [run._replace(commands=((*run.commands[0], *options),)) for run in runs]
+    return small_classification(paper, tmp_path / "data", tmp_path / "out")[:2]
 
 
 def test_a_training_is_continued_and_read(paper, small_runs: list, bar: tqdm) -> None:
@@ -71,7 +81,7 @@ def test_trainings_end_with_the_comparison(paper, small_runs: list, bar: tqdm, m
     start = paper.Run.start
     monkeypatch.setattr(paper.Run, "start", lambda *args: started.append(start(*args)) or started[-1])
     first, second = small_runs
-    slow = second._replace(commands=((*second.commands[0], "TRAIN.EPOCHS", "1000"),))
+    slow = shorten(second, "TRAIN.EPOCHS", "1000")
     trainings = paper.train_all([first, slow], 2, bar)
     assert next(trainings)[0] == first
     trainings.close()
@@ -81,10 +91,41 @@ def test_trainings_end_with_the_comparison(paper, small_runs: list, bar: tqdm, m
 
 def test_a_training_that_fails_stops_all(paper, small_runs: list, bar: tqdm) -> None:
     run = small_runs[0]
-    broken = run._replace(commands=((*run.commands[0], "TRAIN.NONE", "1"),))
+    broken = shorten(run, "TRAIN.NONE", "1")
     with pytest.raises(paper.TrainingError, match="(?s)lit-1111, seed 0: ended with status 1; .*error: .*NONE"):
         list(paper.train_all([broken, *small_runs], 1, bar))
     assert not small_runs[1].folder.exists()
+
+
+@pytest.mark.slow
+def test_the_whole_comparison(paper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers, and segmentors from their weights, each a few steps long; a second time nothing is trained."""
+    load_file = pytest.importorskip("lit_backbone.mm.loading").load_file
+    scenes, output = tmp_path / "scenes", tmp_path / "out"
+    write_scenes(scenes, size=64, train=16, val=2)
+    monkeypatch.setattr(paper, "SEEDS", (0, 1))
+    monkeypatch.setattr(paper, "VARIANTS", {name: paper.VARIANTS[name] for name in (paper.LIT, "lit-0000")})
+    task = paper.DENSE["segmentation"]._replace(schedule=("train_cfg.max_iters=1",), last="iter_1.pth")
+    monkeypatch.setattr(paper, "DENSE", {"segmentation": task})
+    options = [f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "test")]
+    classification = small_classification(paper, tmp_path / "digits", output)
+    dense = [shorten(run, "--cfg-options", *options) for run in paper.dense_runs(output)]
+    monkeypatch.setattr(paper, "classification_runs", lambda _: classification)
+    monkeypatch.setattr(paper, "dense_runs", lambda _: dense)
+    for data in ("write_images", "write_scenes"):
+        monkeypatch.setattr(paper, data, lambda _: None)
+    paper.main(["--output", str(output)])
+    done = json.loads((output / "results.json").read_text())
+    assert done.keys() == {run.key for run in classification + dense}
+    for run in dense:
+        weight = load_file(str(run.folder / "iter_1.pth"))["state_dict"]["backbone.stages.0.merge.proj.weight"]
+        classifier = load_file(str(output / paper.LIT / f"seed-{run.seed}" / "latest.pth"))["model"]
+        moved = (weight - classifier["stages.0.merge.proj.weight"]).abs().max()
+        assert (moved < 1e-3) == ("pretrained" in run.name), run.key
+    assert "segmentation, mIoU (%)" in (output / "tables.md").read_text() and (output / "paper.png").is_file()
+    monkeypatch.setattr(paper.Run, "start", None)
+    paper.main(["--output", str(output)])
+    assert json.loads((output / "results.json").read_text()) == done
 
 
 def test_differences_by_chance_are_not_resolved(paper) -> None:
