@@ -164,6 +164,24 @@ class ConvMerging(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # -> (B, H/k, W/k, C')
 
 
+class ConvBNMerging(nn.Module):
+    """2x2 convolution with stride 2, BatchNorm and GELU: DTM without offsets, which tells what these are worth.
+
+    Shapes: `(B, H, W, C)` to `(B, H // 2, W // 2, C')`.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(out_chs, device=device, dtype=dtype)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype  # float32 under autocast, in which the residual stream then stays
+        x = self.proj(x.permute(0, 3, 1, 2)).to(dtype)  # (B, H, W, C) -> (B, C', H//2, W//2)
+        return self.act(self.norm(x)).permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
+
+
 class Attention(nn.Module):
     """Global multi-head self-attention, with a relative position bias over the whole map where `map_size` is given.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn, load_released_layout
 from .dtm import DeformableTokenMerging
-from .layers import AttentionBlock, ConvMerging, MlpBlock, resize_table
+from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, resize_table
 
 PATCH_SIZE = 4  # of the first stage; the other stages halve the map
 
@@ -93,7 +93,8 @@ class LIT(nn.Module):
         embed_dims, depths: channels and number of blocks of each stage.
         num_heads, mlp_ratios: of each stage, or one number for all; heads count where a stage attends.
         attention: which stages attend; the others are pure MLPs and hold no attention module.
-        merging: how stages 2-4 are entered: `dtm` or `conv` (2x2 stride-2 convolution and LayerNorm).
+        merging: how stages 2-4 are entered: `dtm`, `conv` (2x2 stride-2 convolution and LayerNorm) or `conv_bn` (DTM
+            without offsets: the convolution, BatchNorm and GELU; no model of the paper).
         pos_embed: `relative` bias in the stages that attend, `absolute` embedding in every stage, or `none`.
         class_token: whether a class token joins at the last stage.
         norm_eps: epsilon of the LayerNorms in blocks and of the last one.
@@ -113,7 +114,7 @@ class LIT(nn.Module):
         num_heads: int | Sequence[int] = (3, 6, 12, 24),
         mlp_ratios: float | Sequence[float] = 4.0,
         attention: Sequence[bool] = (False, False, True, True),
-        merging: Literal["dtm", "conv"] = "dtm",
+        merging: Literal["dtm", "conv", "conv_bn"] = "dtm",
         pos_embed: Literal["relative", "absolute", "none"] = "relative",
         class_token: bool = False,
         norm_eps: float = 1e-5,
@@ -306,9 +307,11 @@ def _build_merge(kind: str, in_chs: int, out_chs: int, *, device=None, dtype=Non
     dd = {"device": device, "dtype": dtype}
     if kind == "conv":
         return ConvMerging(in_chs, out_chs, 2, **dd)
+    if kind == "conv_bn":
+        return ConvBNMerging(in_chs, out_chs, **dd)
     if kind == "dtm":
         return DeformableTokenMerging(in_chs, out_chs, **dd)
-    raise ValueError(f"merging={kind!r}: use 'dtm' or 'conv'")
+    raise ValueError(f"merging={kind!r}: use 'dtm', 'conv' or 'conv_bn'")
 
 
 def _reset_parameters(module: nn.Module) -> None:

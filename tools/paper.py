@@ -2,10 +2,10 @@
 
     python tools/paper.py        # or: make paper
 
-Trains a small LIT with attention in ever fewer stages, and one without DTM, on cluttered digits
+Trains a small LIT with attention in ever fewer stages, and with other mergings than DTM, on cluttered digits
 (demo/cluttered_digits.py); then a detector and a segmentor on scenes of digits (demo/digit_scenes.py), from that LIT's
-weights and from random ones, by half the schedule of their demos. Three seeds each. Where it was interrupted it goes
-on, within a training, too; after a change of settings, name another --output. Writes results.json (what each training
+weights and from random ones, by a part of their demos' schedules. Three seeds each. Where it was interrupted it goes on,
+within a training, too; after a change of settings, name another --output. Writes results.json (what each training
 reached), tables.md and paper.png.
 """
 
@@ -46,7 +46,8 @@ VARIANTS = {
     LIT: "stages 3 and 4: LIT",
     "lit-0001": "stage 4",
     "lit-0000": "none",
-    "lit-0011-conv": "stages 3 and 4, no DTM",
+    "lit-0011-conv": "stages 3 and 4, plain merging",
+    "lit-0011-conv-bn": "stages 3 and 4, DTM without offsets",
 }
 
 
@@ -58,7 +59,7 @@ class Task(NamedTuple):
     percent: float = 1  # what brings the metric to percent
     logs: str = "*/[0-9]*_[0-9]*.json"  # in a training's folder; mmengine writes one for each test
     config: str = ""
-    schedule: tuple[str, ...] = ()  # half of the demo's
+    schedule: tuple[str, ...] = ()  # shorter than the demo's
     last: str = ""  # its last checkpoint
 
 
@@ -69,8 +70,8 @@ DENSE = {
         "coco/bbox_mAP",
         percent=100,
         config="retinanet_lit_digit_scenes",
-        schedule=("train_cfg.max_epochs=2", "param_scheduler.1.T_max=2"),
-        last="epoch_2.pth",
+        schedule=("train_cfg.max_epochs=1", "param_scheduler.1.T_max=1"),
+        last="epoch_1.pth",
     ),
     "segmentation": Task(
         "mIoU",
@@ -249,7 +250,7 @@ def draw(found: dict[str, list[float]], measured: dict[str, dict[str, float]], p
         for name, words in VARIANTS.items():
             values, x = found[name], measured[name][key] / scale
             error = stdev(values) / len(values) ** 0.5
-            style = dict(fmt="s" if name.endswith("conv") else "o", color="C3" if name == LIT else "C0", capsize=3)
+            style = dict(fmt="s" if "conv" in name else "o", color="C3" if name == LIT else "C0", capsize=3)
             ax.errorbar(x, mean(values), error, **style)
             ax.annotate(words, (x, mean(values)), xytext=(6, 6), textcoords="offset points", fontsize=8)
         ax.set_xlabel(label)

@@ -122,7 +122,7 @@ MISTAKES = [
     # impossible combinations
     ("TRAIN.EPOCHS", "20", "TRAIN.WARMUP_EPOCHS", "20 must be less than TRAIN.EPOCHS, which is 20"),
     ("TRAIN.WARMUP_EPOCHS", "300", None, "300 must be less than TRAIN.EPOCHS, which is 300"),
-    ("MODEL.LIT.merging", "dtmm", "MODEL.LIT", "makes no model: merging='dtmm': use 'dtm' or 'conv'"),
+    ("MODEL.LIT.merging", "dtmm", "MODEL.LIT", "makes no model: merging='dtmm': use 'dtm', 'conv' or 'conv_bn'"),
     ("MODEL.LIT.depths", "[2, 2, 2]", "MODEL.LIT", "must name as many stages each"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT", "7 heads do not divide 384 channels"),
     ("MODEL.LIT.depths", "hello", "MODEL.LIT", "makes no model"),

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from lit_backbone.dtm import DeformableTokenMerging
 from lit_backbone.layers import (
     Attention,
+    ConvBNMerging,
     ConvMerging,
     biased_attention,
     flex_attention_with_bias,
@@ -64,6 +66,14 @@ def test_conv_merging_pads_or_cuts() -> None:
     torch.testing.assert_close(cut(x), cut(x[:, :8, :8]))
     torch.testing.assert_close(pad(x), cut(F.pad(x, (0, 0, 0, 3, 0, 2))))
     torch.testing.assert_close(cut(x).mean(-1), torch.zeros(1, 2, 2), rtol=0, atol=1e-6)  # LayerNorm comes last
+
+
+def test_conv_bn_merging_is_dtm_without_offsets() -> None:
+    dtm, merging = DeformableTokenMerging(3, 8), ConvBNMerging(3, 8)  # offsets are zero at first
+    merging.load_state_dict({key: value for key, value in dtm.state_dict().items() if not key.startswith("offset.")})
+    x = torch.randn(2, 5, 6, 3)
+    torch.testing.assert_close(merging(x), dtm(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merging.eval()(x), dtm.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
