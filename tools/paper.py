@@ -4,7 +4,7 @@
 
 Trains a small LIT with attention in ever fewer stages, and with other mergings than DTM, on cluttered digits
 (demo/cluttered_digits.py); then a detector and a segmentor on scenes of digits (demo/digit_scenes.py), from that LIT's
-weights and from random ones, by a part of their demos' schedules. Three seeds each. Where it was interrupted it goes on,
+weights and from random ones, by a part of their demos' schedules. Three seeds each. What was interrupted goes on,
 within a training, too; after a change of settings, name another --output. Writes results.json (what each training
 reached), tables.md and paper.png.
 """
