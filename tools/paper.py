@@ -242,22 +242,26 @@ def draw(found: dict[str, list[float]], measured: dict[str, dict[str, float]], p
     """Accuracy against multiply-adds and against measured speed, with standard errors."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, key, scale, label in zip(
         axes, ("multiply_adds", "images_per_s"), (1e6, 1), ("multiply-adds (M)", "images/s, measured")
     ):
-        for name, words in VARIANTS.items():
+        ladder = [name for name in VARIANTS if "conv" not in name]
+        ax.plot(
+            [measured[name][key] / scale for name in ladder], [mean(found[name]) for name in ladder], ":", color="0.6"
+        )
+        for i, (name, words) in enumerate(VARIANTS.items()):
             values, x = found[name], measured[name][key] / scale
             error = stdev(values) / len(values) ** 0.5
-            style = dict(fmt="s" if "conv" in name else "o", color="C3" if name == LIT else "C0", capsize=3)
-            ax.errorbar(x, mean(values), error, **style)
-            ax.annotate(words, (x, mean(values)), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            ax.errorbar(
+                x, mean(values), error, fmt="o" if name in ladder else "s", color=f"C{i}", capsize=3, label=words
+            )
         ax.set_xlabel(label)
-        ax.margins(0.25, 0.15)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy (%), mean and standard error")
-    figure.suptitle("Accuracy on cluttered digits, by the stages that attend")
+    figure.suptitle("Accuracy on cluttered digits, by the stages that attend (dotted) and by merging")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
