@@ -1,14 +1,15 @@
 """Configuration of a run: its keys, with LIT-S's recipe as defaults, and how YAML and --opts are read and checked."""
 
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from reprlib import repr as shortened
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -23,8 +24,16 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-Side = Annotated[int, Field(gt=0, multiple_of=32)]
+SIDES = (32, 2048)  # of an input in pixels; at more, attention's bias alone takes gigabytes for each block
+MAX_PARAMETERS = 2 * 10**9
+
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Side = Annotated[int, Field(gt=0, multiple_of=SIDES[0], le=SIDES[1])]
 Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x), Field(strict=False)]
+T = TypeVar("T")
+Stages = Annotated[  # one value for each stage, or one for all
+    tuple[T, T, T, T], BeforeValidator(lambda x: (x,) * 4 if isinstance(x, (int, float)) else x), Field(strict=False)
+]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -35,6 +44,9 @@ Precision = Literal["bf16", "fp16", "off"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "random"]
 
 
+Free = partial(Field, json_schema_extra={"free": True})  # of a key that changes nothing that is computed
+
+
 class Section(BaseModel):
     """What every section has in common: no unknown key, no conversion of types ("128" is no integer), no change."""
 
@@ -42,28 +54,50 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    BATCH_SIZE: int = Field(128, ge=1, description="images per process in one forward pass")
-    DATA_PATH: str = Field("", description="root folder of the data set")
+    BATCH_SIZE: Count = Field(128, description="images per process in one forward pass")
+    DATA_PATH: str = Free("", description="root folder of the data set")
     DATASET: str = Field("", description="a timm create_dataset name; empty = folders train/ and val/")
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")
     INTERPOLATION: Interpolation = Field("bicubic", description="how images are resized")
-    ON_BAD_IMAGE: Literal["error", "skip"] = Field(
+    ON_BAD_IMAGE: Literal["error", "skip"] = Free(
         "error", description="what an unreadable training image does; skip = another one takes its place"
     )
-    PIN_MEMORY: bool = Field(True, description="page-locked host memory, for faster copies to a GPU")
-    NUM_WORKERS: int = Field(8, ge=0, description="loader processes per process; 0 = none, load in the process itself")
+    PIN_MEMORY: bool = Free(True, description="page-locked host memory, for faster copies to a GPU")
+    NUM_WORKERS: int = Free(
+        8, ge=0, le=1024, description="loader processes per process; 0 = none, load in the process itself"
+    )
+
+
+class Lit(Section):
+    """Keywords of LIT's constructor that override those of the variant; what is not set is left out of a dump."""
+
+    embed_dims: Stages[Annotated[int, Field(ge=1, le=4096)]] | None = Field(None, description="channels of each stage")
+    depths: Stages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="blocks of each stage")
+    num_heads: Stages[Annotated[int, Field(ge=1, le=256)]] | None = Field(None, description="heads, where it attends")
+    mlp_ratios: Stages[Annotated[float, Field(gt=0, le=16)]] | None = Field(None, description="hidden width over width")
+    attention: Stages[bool] | None = Field(None, description="which of the four stages attend")
+    merging: Literal["dtm", "conv", "conv_bn"] | None = Field(None, description="how stages 2 to 4 are entered")
+    pos_embed: Literal["relative", "absolute", "none"] | None = Field(None, description="position embedding")
+    class_token: bool | None = Field(None, description="whether a class token joins at the last stage")
+    global_pool: Literal["avg", "token"] | None = Field(None, description="what the head reads")
+    norm_eps: float | None = Field(None, gt=0, le=1, description="epsilon of the LayerNorms in blocks and the last one")
+    pad_input: bool | None = Field(None, description="pad the input to a multiple of 4 instead of cutting it")
+
+    @model_serializer(mode="wrap")
+    def _set_ones(self, serialize: Callable[[BaseModel], dict[str, Any]]) -> dict[str, Any]:
+        return {keyword: value for keyword, value in serialize(self).items() if value is not None}
 
 
 class Model(Section):
     NAME: str = Field("lit_s", description="a model that timm knows, lit_backbone's included")
-    RESUME: str = Field("", description="checkpoint to evaluate, or to continue training from")
-    PRETRAINED: str = Field("", description="checkpoint whose weights, not their average, a new run starts from")
-    NUM_CLASSES: int = Field(1000, ge=1, description="outputs of the head")
+    RESUME: str = Free("", description="checkpoint to evaluate, or to continue training from")
+    PRETRAINED: str = Free("", description="checkpoint to start from, with its averaged weights where it has them")
+    NUM_CLASSES: int = Field(1000, ge=1, le=10**5, description="outputs of the head")
     DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout, probability")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
     LABEL_SMOOTHING: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
     OFFSET_LR_MULTI: float = Field(0.01, ge=0, description="factor on the base rate of DTM's offset convolutions")
-    LIT: dict[str, Any] = Field({}, description="keywords of LIT's constructor to override, passed on as they are")
+    LIT: Lit = Field(Lit(), description="keywords of LIT's constructor to override")
 
 
 class LRScheduler(Section):
@@ -79,17 +113,18 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    EPOCHS: int = Field(300, ge=1, description="length of the training, epochs, warm-up included")
-    GLOBAL_BATCH: int = Field(1024, ge=1, description="images per update, over processes and accumulation steps")
+    EPOCHS: Count = Field(300, description="length of the training, epochs, warm-up included")
+    GLOBAL_BATCH: Count = Field(1024, description="images per update, over processes and accumulation steps")
     WARMUP_EPOCHS: int = Field(20, ge=0, description="linear warm-up, epochs")
     WEIGHT_DECAY: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     BASE_LR: float = Field(5e-4, gt=0, description="peak learning rate per 512 images of GLOBAL_BATCH")
     WARMUP_LR: float = Field(5e-7, ge=0, description="learning rate that the warm-up starts from (see SCALE_BOUNDS)")
     MIN_LR: float = Field(5e-6, ge=0, description="learning rate that the schedule ends at (see SCALE_BOUNDS)")
     CLIP_GRAD: Positive | None = Field(5.0, description="largest gradient norm of an update; null = no clipping")
-    AUTO_RESUME: bool = Field(True, description="continue from the latest checkpoint of the output folder")
-    USE_CHECKPOINT: bool = Field(False, description="recompute the blocks' activations in backward, to save memory")
-    SAVE_STEPS: int = Field(0, ge=0, description="updates between saves of the latest checkpoint; 0 = epochs only")
+    AUTO_RESUME: bool = Free(True, description="continue from the latest checkpoint of the output folder")
+    RESUME_CHANGED: bool = Free(False, description="continue though settings, classes or files are not the same")
+    USE_CHECKPOINT: bool = Free(False, description="recompute the blocks' activations in backward, to save memory")
+    SAVE_STEPS: int = Free(0, ge=0, description="updates between saves of the latest checkpoint; 0 = epochs only")
     EMA: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of the weights, per update; 0 = off")
     LR_SCHEDULER: LRScheduler = Field(LRScheduler(), description="how the learning rate moves")
     OPTIMIZER: Optimizer = Field(Optimizer(), description="how the weights move")
@@ -104,8 +139,8 @@ class Aug(Section):
     )
     REPROB: float = Field(0.25, ge=0, le=1, description="random erasing, probability")
     REMODE: Literal["pixel", "rand", "const"] = Field("pixel", description="erase to noise, a colour or the mean")
-    RECOUNT: int = Field(1, ge=1, description="areas to erase, at most")
-    REPEATED: int = Field(1, ge=1, description="augmented copies of an image in an epoch's order; 1 = off")
+    RECOUNT: int = Field(1, ge=1, le=100, description="areas to erase, at most")
+    REPEATED: int = Field(1, ge=1, le=100, description="augmented copies of an image in an epoch's order; 1 = off")
     MIXUP: float = Field(0.8, ge=0, description="mixup's alpha; 0 = off")
     CUTMIX: float = Field(1.0, ge=0, description="cutmix's alpha; 0 = off")
     CUTMIX_MINMAX: FractionRange | None = Field(None, description="[low, high] side of cutmix's box, share of IMG_SIZE")
@@ -128,28 +163,35 @@ class Test(Section):
 
 
 class Runtime(Section):
-    DEVICE: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto = a GPU if there is one")
+    DEVICE: Literal["auto", "cpu", "cuda"] = Free("auto", description="where to run; auto = a GPU if there is one")
     AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
-    COMPILE: bool = Field(False, description="run the model through torch.compile")
-    CHANNELS_LAST: bool = Field(False, description="keep images channels-last in memory")
-    TIMEOUT: float = Field(30.0, gt=0, description="minutes after which a process that waits for the others fails")
+    COMPILE: bool = Free(False, description="run the model through torch.compile")
+    CHANNELS_LAST: bool = Free(False, description="keep images channels-last in memory")
+    TIMEOUT: float = Free(30.0, gt=0, description="minutes after which waiting for other processes or for data fails")
 
 
 class Config(Section):
     """A run's configuration. A key keeps the name it has in YAML: `config.TRAIN.EPOCHS`."""
 
-    BASE: tuple[str, ...] = Field((), description="YAML files to inherit from, the last wins; relative to this file")
+    BASE: tuple[str, ...] = Free(
+        (), strict=False, max_length=100, description="YAML files to inherit from, the last wins; relative to this file"
+    )
     DATA: Data = Field(Data(), description="images")
     MODEL: Model = Field(Model(), description="network and loss")
     TRAIN: Train = Field(Train(), description="schedule and optimiser")
     AUG: Aug = Field(Aug(), description="augmentation")
     TEST: Test = Field(Test(), description="evaluation")
     RUNTIME: Runtime = Field(Runtime(), description="device and precision")
-    OUTPUT: str = Field("output", description="folder of all runs")
-    TAG: str = Field("default", description="name of the run, a folder within OUTPUT")
-    SAVE_FREQ: int = Field(1, ge=1, description="epochs between checkpoints")
-    PRINT_FREQ: int = Field(10, ge=1, description="updates between log lines")
-    SEED: int = Field(0, ge=0, description="seed of all randomness")
+    OUTPUT: str = Free("output", description="folder of all runs")
+    TAG: str = Free(
+        "default",
+        pattern=r"^([^./\\\x00][^/\\\x00]*)?$",
+        max_length=100,
+        description="name of the run, a folder within OUTPUT; holds no / and begins with no dot",
+    )
+    SAVE_FREQ: int = Free(1, ge=1, description="epochs between checkpoints")
+    PRINT_FREQ: int = Free(10, ge=1, description="updates between log lines")
+    SEED: int = Field(0, ge=0, lt=2**63, description="seed of all randomness")
 
     @property
     def learning_rates(self) -> tuple[float, float, float]:
@@ -157,6 +199,17 @@ class Config(Section):
         scale = self.TRAIN.GLOBAL_BATCH / 512
         bounds = scale if self.TRAIN.LR_SCHEDULER.SCALE_BOUNDS else 1.0
         return self.TRAIN.BASE_LR * scale, self.TRAIN.WARMUP_LR * bounds, self.TRAIN.MIN_LR * bounds
+
+    @property
+    def model_keywords(self) -> dict[str, Any]:
+        """What `timm.create_model` makes the model of, its name included."""
+        from timm.models import is_model_in_modules
+
+        model = self.MODEL
+        keywords = dict(num_classes=model.NUM_CLASSES, drop_rate=model.DROP_RATE, drop_path_rate=model.DROP_PATH_RATE)
+        if is_model_in_modules(model.NAME, ["lit"]):
+            keywords |= dict(img_size=self.DATA.IMG_SIZE) | model.LIT.model_dump()
+        return {"model_name": model.NAME} | keywords
 
 
 _ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
@@ -184,9 +237,19 @@ _ELSEWHERE = {  # keys of the original that are gone, and LIT keywords that have
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars, where 1e-3 is a number and `off` is text (in YAML 1.1, pyyaml's default, neither is)."""
+    """YAML 1.2 scalars, where 1e-3 is a number and `off` is text (in YAML 1.1, pyyaml's default, neither is).
+
+    Aliases are refused: with them, a small file can be endless or of any size.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"*{event.anchor} is an alias; write out what it stands for"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping, seen = super().construct_mapping(node, deep), set()
@@ -211,24 +274,53 @@ for _tag, _pattern in {
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), None)
 
 
-def load_config(path: str | Path, opts: Sequence[str] = (), **shortcuts: Any) -> Config:
+def load_config(
+    path: str | Path,
+    opts: Sequence[str] = (),
+    *,
+    checkpoint: tuple[str, dict] | None = None,
+    training: bool = True,
+    **shortcuts: Any,
+) -> Config:
     """Read a YAML file and what it inherits, override keys by `opts` (KEY VALUE ...) and `shortcuts`, check the result.
 
-    A shortcut is the last part of its key in lower case, such as batch_size; None leaves the key as it is.
+    Args:
+        path: of the YAML file.
+        opts: keys and values in turn.
+        checkpoint: a file and settings from it, which count over those of the YAML files.
+        training: whether to check what only a training needs.
+        shortcuts: by the last part of a key in lower case, such as batch_size; None leaves the key as it is.
     """
     tree, origins = {}, []
-    for origin, layer in (*_files(Path(path)), *_options(opts), *_shortcuts(shortcuts)):
+    layers = list(_files(Path(path)))
+    if checkpoint:
+        unset = {"MODEL": {"LIT": dict.fromkeys(Lit.model_fields)}}  # its keywords replace all others
+        layers += [(checkpoint[0], unset), checkpoint]
+    for origin, layer in (*layers, *_options(opts), *_shortcuts(shortcuts)):
         _merge(tree, layer, origin, origins)
+    return checked(tree, training, lambda keys: next((o for key, o in reversed(origins) if key in keys), str(path)))
+
+
+def checked(tree: dict[str, Any], training: bool, origin: Callable[[Sequence[str]], str]) -> Config:
+    """The configuration that nested settings make, wherever they come from.
+
+    Args:
+        tree: plain data of any structure.
+        training: whether to check what only a training needs.
+        origin: names the place that the first of some keys was set in.
+
+    Raises:
+        ConfigError: a key, value or combination of them that cannot run.
+    """
     try:
         config = Config.model_validate(tree)
-        problems = list(_impossible(config))
+        problems = [*_impossible(config), *(_untrainable(config) if training else ())]
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors()]
-    lines = []
-    for keys, problem in problems:
-        origin = next((origin for key, origin in reversed(origins) if key in keys), path)
-        lines.append(f"{origin}: {keys[0]}: {problem}")
-    if lines:
+        problems = [_explain(detail) for detail in error.errors(include_url=False)[:100]]
+    if problems:
+        from lit_backbone.text import printable
+
+        lines = [printable(": ".join(filter(None, (origin(keys), keys[0], text)))) for keys, text in problems]
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return config
 
@@ -237,6 +329,23 @@ def dump(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back."""
     tree = config.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_Dumper, default_flow_style=None, sort_keys=False, width=120)
+
+
+def settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted key, the settings in a dumped configuration on which its results depend."""
+    found, fields = {}, _fields()
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= settings(value, f"{key}.")
+        elif key not in fields or not fields[key].json_schema_extra:
+            found[key] = value
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of whatever is not the same in both; None where a key is missing."""
+    return [(key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)]
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -258,7 +367,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 def _parse(text: str | bytes, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter: a number too long, lists too deep
         mark = getattr(error, "problem_mark", None)
         problem = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())
         raise ConfigError(f"{origin}: not YAML: {problem}") from None
@@ -333,10 +442,10 @@ _WORDING = {
     "dict_type": "expected a section of keys",
     "model_type": "expected a section of keys",
     "string_type": "expected text, in quotes if it looks like something else",
-    "string_pattern_mismatch": "expected the name of a policy",
+    "string_pattern_mismatch": "expected other text",
     "tuple_type": "expected a list",
-    "missing": "expected two values",
-    "too_long": "expected two values",
+    "missing": "expected more values",
+    "too_long": "expected fewer values",
 }
 
 
@@ -348,7 +457,8 @@ def _explain(error: ErrorDetails) -> tuple[list[str], str]:
         siblings = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]]
         return [key], _ELSEWHERE.get(key) or f"unknown key; {_nearest(key, valid, siblings)}"
     expected = _WORDING.get(error["type"]) or error["msg"].replace("Input should be", "expected")
-    return [key], f"{expected}, got {error['input']!r} ({fields[key].description})"
+    meaning = f" ({fields[key].description})" if key in fields else ""
+    return [key], f"{expected}, got {shortened(error['input'])}{meaning}"
 
 
 def _nearest(name: str, valid: Iterable[str], choices: Iterable[str] = ()) -> str:
@@ -361,23 +471,36 @@ def _nearest(name: str, valid: Iterable[str], choices: Iterable[str] = ()) -> st
 def _impossible(config: Config) -> Iterator[tuple[list[str], str]]:
     """Keys and problem of what each key's own declaration allows but the rest of the program does not."""
     import timm  # here, because naming and reading keys needs neither torch nor the models
+    import torch
 
-    from lit_backbone import LIT
+    import lit_backbone  # noqa: F401, registers the models
 
-    data, model, train, aug = config.DATA, config.MODEL, config.TRAIN, config.AUG
-    if not timm.is_model(model.NAME):
+    model = config.MODEL
+    is_lit = timm.models.is_model_in_modules(model.NAME, ["lit"])
+    if not timm.is_model(model.NAME):  # nor an address or a folder, which timm would read
         nearest = _nearest(model.NAME, timm.list_models(module="lit"))
-        yield ["MODEL.NAME"], f"timm knows no model {model.NAME!r}; {nearest}"
-    keywords = inspect.signature(LIT).parameters
-    wrong = [keyword for keyword in model.LIT if f"MODEL.LIT.{keyword}" in _ELSEWHERE or keyword not in keywords]
-    for keyword in wrong:
-        key = f"MODEL.LIT.{keyword}"
-        yield [key], _ELSEWHERE.get(key) or f"no keyword of LIT's constructor; {_nearest(keyword, keywords)}"
-    if model.LIT and not wrong and timm.models.is_model_in_modules(model.NAME, ["lit"]):
+        yield ["MODEL.NAME"], f"timm knows no model {shortened(model.NAME)}; {nearest}"
+    elif model.LIT != Lit() and not is_lit:
+        yield ["MODEL.LIT"], f"has no meaning for {model.NAME}, which is no LIT; delete it"
+    else:
+        key, size = "MODEL.LIT" if model.LIT != Lit() else "MODEL.NAME", 0
         try:
-            timm.create_model(model.NAME, img_size=data.IMG_SIZE, device="meta", **model.LIT)
-        except Exception as error:  # a value of any wrong kind may fail anywhere in the constructor
-            yield ["MODEL.LIT"], f"makes no model: {str(error).splitlines()[0]}"
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in timm.create_model(**config.model_keywords).parameters())
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            if is_lit or isinstance(error, TypeError):  # others may be made of real tensors only
+                yield [key], f"makes no model: {str(error).splitlines()[0]}"
+        if size > MAX_PARAMETERS:
+            yield [key], f"makes a model of {size:.1e} parameters; at most {MAX_PARAMETERS:.0e} are allowed"
+
+
+def _untrainable(config: Config) -> Iterator[tuple[list[str], str]]:
+    """As :func:`_impossible`, of what training alone does not allow."""
+    import timm
+
+    from lit_backbone.lit import ARCHS
+
+    data, train, aug = config.DATA, config.TRAIN, config.AUG
     try:
         timm.data.create_transform(data.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
@@ -388,6 +511,10 @@ def _impossible(config: Config) -> Iterator[tuple[list[str], str]]:
     if aug.mixing and train.GLOBAL_BATCH % 2:
         keys = ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"]
         yield keys, _ODD.format(train.GLOBAL_BATCH, train.GLOBAL_BATCH + 1)
+    arch = ARCHS.get(config.MODEL.NAME.partition(".")[0], {"merging": "conv"}) | config.MODEL.LIT.model_dump()
+    if data.BATCH_SIZE == 1 and max(data.IMG_SIZE) == SIDES[0] and arch.get("merging") != "conv":
+        problem = f"BatchNorm has nothing to average over in one image of {SIDES[0]} pixels, of which one token is left"
+        yield ["DATA.BATCH_SIZE", "DATA.IMG_SIZE"], f"{problem}; use 2 or more, or raise DATA.IMG_SIZE"
     low, high = aug.CUTMIX_MINMAX or (0, 1)
     if any(int(side * low) == int(side * high) for side in data.IMG_SIZE):
         problem = f"[{low}, {high}] leaves no box to draw in an image of {min(data.IMG_SIZE)} pixels; widen the range"

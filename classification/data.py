@@ -1,8 +1,11 @@
 """Images: read, augmented and distributed as a pure function of configuration, seed and position in the run."""
 
 import logging
+import multiprocessing
 import os
 import random
+import resource
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +16,85 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_transform, get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from config import Config
-from distributed import Processes
+from distributed import Processes, end_with_parent
+from lit_backbone.images import (
+    DataError,
+    decode_rgb,
+    images_below,
+    is_shortage,
+    naming,
+    natural_key,
+    open_rgb,
+    to_rgb,
+)
+from lit_backbone.text import printable
 
 _logger = logging.getLogger(__name__)
 
+LOADER_FAILURES = {  # what PyTorch says, what it means
+    "DataLoader worker (pid": "a data loader's process was killed, often for want of memory: lower DATA.NUM_WORKERS",
+    "DataLoader timed out": "no data came for RUNTIME.TIMEOUT minutes: see to the disk or network that "
+    "DATA.DATA_PATH is on, or raise the limit",
+    "Too many open files": "raise the number of files that a process may open, ulimit -n, or lower DATA.NUM_WORKERS",
+}
 
-class DataError(RuntimeError):
-    """A data set that cannot be used; the message is one line that names the place and the remedy."""
+
+def loader_failure(error: Exception) -> str:
+    """What to do about an error of PyTorch's data loading, on one line; empty if the error is none of these."""
+    meanings = [meaning for words, meaning in LOADER_FAILURES.items() if words in str(error)]
+    if not meanings:
+        return ""
+    end_loaders()
+    return f"{meanings[0]} ({printable(str(error).strip().splitlines()[-1])})"
 
 
-def one_line(error: DataError) -> str:
-    """Its message, without the trace of a loader's process that PyTorch puts around it."""
-    return str(error).rpartition("DataError: ")[2].strip()
+def end_loaders() -> None:
+    """End the loaders' processes, of which a stopped or waiting one would keep this process from ending."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch would raise an error
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+
+
+class ImageFolder(Dataset):
+    """The images below a folder and their classes, each named after the folder that its images lie in.
+
+    Attributes:
+        classes: their names in natural order, which is that of the labels.
+        samples: (file, label) of each image, in natural order of the files.
+
+    Raises:
+        DataError: there are no class folders; one of them holds no image, or an image lies in none, which would shift
+            the labels.
+    """
+
+    def __init__(self, root: str | Path):
+        files = images_below(root)
+        entries = {entry.name: entry.path for entry in os.scandir(root) if os.path.isdir(entry.path)}
+        if not entries:
+            raise DataError(f"{root}: holds no class folders; expected {os.path.basename(root)}/CLASS/IMAGE")
+        filled = {file[len(str(root)) + 1 :].split(os.sep)[0]: file for file in files}
+        for name in sorted(entries.keys() ^ filled.keys(), key=natural_key):
+            if name in filled:
+                raise DataError(f"{filled[name]}: an image in no class folder; move or remove it")
+            kinds = " ".join(get_img_extensions())
+            problem = f"a class folder without images ({kinds}) of its own"
+            raise DataError(f"{entries[name]}: {problem}; fill it or remove it everywhere")
+        names = [os.path.basename(os.path.dirname(file)) for file in files]
+        self.classes = sorted(set(names), key=natural_key)
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.samples = [(file, labels[name]) for file, name in zip(files, names)]
+        self.root = str(root)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.samples[index]
+        return open_rgb(file), label
 
 
 def derive_seed(purpose: str, *key: int) -> int:
@@ -157,6 +222,8 @@ class Images(Dataset):
             try:
                 return self.read((index + offset) % len(self))
             except DataError as error:
+                if is_shortage(error.__cause__):
+                    raise  # the image may be sound
                 with self.skipped.get_lock():
                     self.skipped.value += 1
                 _logger.warning(f"skipped {error}")
@@ -164,28 +231,26 @@ class Images(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image, RGB, and its class."""
-        try:
+        with naming(self.name(index)):
             if isinstance(self.dataset, ImageDataset):  # its own __getitem__ would take the next image for a bad one
                 file, target = self.dataset.reader[index]
-                with file, Image.open(file) as image:
-                    return to_rgb(image), target
+                with file:
+                    return decode_rgb(file), target
             image, target = self.dataset[index]
             return to_rgb(image), target
-        except Exception as error:  # decoders fail in many ways
-            raise DataError(f"{self.name(index)}: no readable image ({error}); repair or remove the file") from error
 
     def name(self, index: int) -> str:
         """The file an image comes from, as far as the data set knows."""
         if isinstance(self.dataset, ImageDataset):
             return self.dataset.filename(index, absolute=True)
+        if isinstance(self.dataset, ImageFolder):
+            return self.dataset.samples[index][0]
         return f"{type(self.dataset).__name__}[{index}]"
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB, 8 bits a channel; decodes it. Orientation tags are ignored, as in the original."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    def names(self) -> Iterator[str]:
+        """All images' names, of files below the data set's root."""
+        root = f"{self.dataset.root}/" if isinstance(self.dataset, ImageFolder) else ""
+        return (self.name(i).removeprefix(root) for i in range(len(self)))
 
 
 def build_transform(config: Config, is_training: bool):
@@ -223,24 +288,9 @@ def _image_root(config: Config, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the data set's folder by --data-path")
     for path in (root / split, root / f"{split}.tar"):
-        if path.exists():
+        if path.is_dir() or path.is_file():
             return path
     raise DataError(f"{root}: holds neither {split}/ nor {split}.tar; expected an image folder as ImageNet's")
-
-
-def _check_class_folders(folder: Path) -> None:
-    """Refuse a class folder without images: timm drops it, which would shift all labels after it."""
-    classes = sorted((entry.name for entry in os.scandir(folder) if entry.is_dir()), key=natural_key)
-    if not classes:
-        raise DataError(f"{folder}: holds no class folders; expected {folder.name}/CLASS/IMAGE")
-    extensions = get_img_extensions()
-    for name in classes:
-        files = (file for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
-        if not any(file.lower().endswith(extensions) for file in files):
-            kinds = " ".join(extensions)
-            raise DataError(
-                f"{folder / name}: a class folder without images ({kinds}); fill it or remove it everywhere"
-            )
 
 
 def build_dataset(config: Config, is_training: bool) -> Images:
@@ -251,28 +301,37 @@ def build_dataset(config: Config, is_training: bool) -> Images:
     """
     split = "train" if is_training else "val"
     name, where = config.DATA.DATASET, config.DATA.DATA_PATH
-    options = {}
-    if name in ("", "folder"):
-        where, name = _image_root(config, split), ""
-        if where.is_dir():
-            _check_class_folders(where)
-            options["search_split"] = False  # a class may be called "train"
-        else:
-            options["cache_tarinfo"] = False  # a pickle beside the data
-    try:
-        dataset = create_dataset(name, root=str(where), split=split, **options)
-    except (RuntimeError, OSError, AssertionError, ValueError) as error:
-        raise DataError(f"DATA.DATASET {name!r} in {where}: {error}") from error
+    if "/" not in name:  # timm's names of folders and archives
+        where = _image_root(config, split)
+    dataset = ImageFolder(where) if isinstance(where, Path) and where.is_dir() else _from_timm(name, where, split)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(f"DATA.DATASET {name!r}: streams its images; expected a data set with random access")
     classes = _class_names(dataset)
     if len(classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
             f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; "
-            f"set MODEL.NUM_CLASSES {len(classes)}"
+            f"to train on them, set MODEL.NUM_CLASSES {len(classes)}"
         )
     skip = is_training and config.DATA.ON_BAD_IMAGE == "skip"
     return Images(dataset, build_transform(config, is_training), classes, config.SEED, skip)
+
+
+def _from_timm(name: str, where: str | Path, split: str) -> Dataset:
+    """A data set that timm knows by name, or an archive, whose files are opened as all others are.
+
+    timm leaves to chance which of two classes comes first that differ in case or leading zeros only.
+    """
+    archive = isinstance(where, Path)
+    try:
+        options = {"cache_tarinfo": False} if archive else {}  # a pickle beside the data
+        dataset = create_dataset("" if archive else name, root=str(where), split=split, **options)
+    except Exception as error:  # each kind fails in its own way
+        raise DataError(f"DATA.DATASET {name!r} in {where}: {error}") from error
+    if archive and len({str(natural_key(name)[0]) for name in _class_names(dataset)}) < len(_class_names(dataset)):
+        raise DataError(f"{where}: holds classes whose names differ in case or zeros only; unpack it, or rename them")
+    if hasattr(dataset, "loader"):  # torchvision's
+        dataset.loader = open_rgb
+    return dataset
 
 
 def _class_names(dataset: Dataset) -> list[str]:
@@ -327,12 +386,32 @@ def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
 def _loader_options(config: Config, processes: Processes) -> dict:
     pin_memory = config.DATA.PIN_MEMORY and processes.device.type == "cuda"
     workers = config.DATA.NUM_WORKERS
+    if workers:
+        _allow_files(64 + 16 * workers, workers)
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
-    return options | dict(worker_init_fn=_leave_process_group)
+    timeout = 60 * config.RUNTIME.TIMEOUT if workers else 0
+    return options | dict(worker_init_fn=leave_process_group, timeout=timeout)
 
 
-def _leave_process_group(worker: int) -> None:
-    """torchrun signals the whole group; a loader's process that died of it would keep the run from saving."""
+def _allow_files(count: int, workers: int) -> None:
+    """Make room for the pipes and shared tensors of loaders; short of it, PyTorch's may wait for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < count:  # -1: there is no limit
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        except (OSError, ValueError) as error:
+            problem = f"DATA.NUM_WORKERS {workers}: needs {count} open files, of which this process may have {hard}"
+            raise DataError(f"{problem}; raise the limit (ulimit -n {count}), or lower the number") from error
+
+
+def leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun signal the whole group; a loader's process that died of it would keep the run from saving.
+
+    It must not outlive the run, either, however that ends.
+    """
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before, which PyTorch would not notice
+        os._exit(1)
     os.setsid()
 
 

@@ -1,11 +1,17 @@
 """Processes, devices and signals: a CPU, one GPU, or N processes under torchrun, through one interface."""
 
+import ctypes
+import fcntl
+import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,31 +19,63 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError
+from logs import writing
+
+_logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status of a run that saved and stopped because it was asked to; sysexits calls it "try again"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOCK = "run.lock"
+T = TypeVar("T")
 
 
 class Preempted(Exception):
     """A signal asked the run to stop; its state is saved."""
 
 
+class StopAsked(BaseException):
+    """Training cannot go on, as a process was asked to stop; no `except Exception` on the way shall take it for its."""
+
+
 @dataclass
 class StopRequest:
-    """The name of the signal that asked this process to stop, empty as long as none did."""
+    """Whether this process was asked to stop.
+
+    Attributes:
+        signal: name of the one that asked, empty as long as none did.
+        waiting: whether a signal shall interrupt what this process is doing.
+    """
 
     signal: str = ""
+    waiting: bool = False
+
+    def next_of(self, batches: Iterator[T]) -> T | None:
+        """The next batch; None once this process is asked to stop, also while it waits for data that may never come."""
+        try:
+            try:
+                self.waiting = True
+                return None if self.signal else next(batches)
+            finally:
+                self.waiting = False
+        except StopAsked:
+            return None
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the signals that ask to stop, instead of dying of them."""
+    """Note the signals that ask to stop, instead of dying of them; a second Ctrl-C ends the process at once."""
     request = StopRequest()
 
     def note(number: int, frame: object) -> None:
+        if request.signal and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         request.signal = signal.Signals(number).name
+        if request.waiting:
+            raise StopAsked
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as in `nohup ... &`
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield request
     finally:
@@ -83,16 +121,44 @@ class Processes:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
         return bool(found)
 
-    def check_same(self, value: int, remedy: str) -> None:
-        """Raise ConfigError on processes whose value is not that of all."""
-        total = self.sum(torch.tensor(value, device=self.device)).item()
-        if total != value * self.world_size:
-            raise ConfigError(f"process {self.rank} stands at update {value}, others elsewhere: {remedy}")
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of every process, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step, without communication, that fails on all processes if it does on one; the first such says why."""
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        failed = [rank for rank, has_failed in enumerate(self.gather(error is not None)) if has_failed]
+        if failed:
+            if self.hosts:
+                dist.destroy_process_group()  # as all leave, none waits for another
+            raise error if failed[0] == self.rank else SystemExit(1)
+
+    def check_same(self, value: Any, remedy: str) -> None:
+        """Raise ConfigError unless the update that was reached is the same on all processes."""
+        values = self.gather(value)
+        with self.together():
+            if len(set(values)) > 1:
+                raise ConfigError(f"the processes stand at updates {values}: {remedy}")
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients of all but the last of accumulated batches need no averaging over the processes."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have Linux send this process a signal as soon as that which started it has died, however it did."""
+    with suppress(AttributeError):  # other systems
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
@@ -103,6 +169,8 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         minutes: a process that waits longer for the others fails instead of hanging for ever.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun
+        end_with_parent(signal.SIGTERM)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -126,3 +194,49 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     yield Processes(dist.get_rank(), world_size, where, hosts)
     dist.destroy_process_group()  # not after an error, when others may wait in a collective until torchrun ends them
+
+
+@contextmanager
+def sole_writer(folder: Path, processes: Processes) -> Iterator[None]:
+    """Keep other trainings out of a run's folder. The first process holds the lock, which dies with it.
+
+    Raises:
+        ConfigError: another training holds it, or the folder cannot be written.
+    """
+    lock = None
+    with processes.together():
+        if processes.is_main:
+            with writing(folder):
+                lock = _lock(folder)
+    try:
+        yield
+    finally:
+        if lock:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # before another may have it
+            lock.close()
+
+
+def _lock(folder: Path) -> TextIO:
+    """The open and locked file, which names this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(folder / LOCK, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which is one host's own on some NFS
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            remedy = "name another run with --tag, or wait until it has ended"
+            raise ConfigError(f"{folder}: {holder} trains there; {remedy}") from None
+        except OSError as error:
+            _logger.warning(f"{folder}: cannot be locked ({error.strerror}); see to it that nothing else trains there")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                break
+        file.close()  # it was the lock of a run that has just ended
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

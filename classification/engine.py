@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from config import Config
 from data import build_mixup, seed_everything
-from distributed import Processes, no_sync
+from distributed import Processes, StopAsked, StopRequest, no_sync
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.dtm import captured_offsets, offset_statistics
 from logs import RunLog, peak_memory
 from optim import Schedule
-from resume import TrainState
+from resume import Saver, TrainState
 
 _logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Trainer:
     loader: DataLoader
     schedule: Schedule
     log: RunLog
+    stop: StopRequest
     mixup: Mixup | None = field(init=False)
     criterion: nn.Module = field(init=False)
     amp_dtype: torch.dtype | None = field(init=False)
@@ -119,17 +120,18 @@ class Trainer:
         self.poison = torch.ones((), device=device)
         self.failure = torch.full((3,), -1.0, dtype=torch.float64, device=device)
 
-    def train_epoch(self, after_update: Callable[[], None]) -> dict[str, float]:
+    def train_epoch(self, saver: Saver) -> dict[str, float]:
         """Train to the end of the current epoch, from wherever in it the state stands.
 
         Args:
-            after_update: called after each update; may save, after :meth:`check_finite`.
+            saver: told of each update, and of a stop.
 
         Returns:
             Mean loss, over all processes, and mean gradient norm of the updates that were run.
 
         Raises:
             NonFiniteError: a loss or gradient was not finite; the state is that before this update.
+            Preempted: a process was asked to stop; the state is saved.
         """
         state, config = self.state, self.config
         epoch, first = divmod(state.update, state.updates_per_epoch)
@@ -139,8 +141,11 @@ class Trainer:
         batches = iter(self.loader)
         timer, began, timed = AverageMeter(), time.perf_counter(), first
         for i in progress(range(first, state.updates_per_epoch), self.processes.is_main, desc=f"epoch {epoch}"):
-            self.run_update(batches)
-            after_update()
+            try:
+                self.run_update(batches)
+            except StopAsked:
+                saver.leave()
+            saver.after_update()
             if (i + 1) % config.PRINT_FREQ == 0 or i + 1 == state.updates_per_epoch:
                 self.check_finite()
                 timer.update((time.perf_counter() - began) / (i + 1 - timed), i + 1 - timed)
@@ -162,13 +167,17 @@ class Trainer:
         Raises:
             NonFiniteError: at once where the trainer waits, else from :meth:`check_finite`. An overflow that fp16's
                 loss scaling handles is none.
+            StopAsked: on all processes, where one is to stop; nothing was applied.
         """
         state, model = self.state, self.state.model
         self.schedule.set(state.update)
         accumulation = len(self.loader.batch_sampler.own_groups)
         loss = torch.zeros((), device=self.processes.device)
         for i, group in enumerate(self.loader.batch_sampler.own_groups):
-            images, targets = next(batches)
+            batch = self.stop.next_of(batches)
+            if self.processes.any(batch is None):  # asked before all others, one that waits for data could never tell
+                raise StopAsked
+            images, targets = batch
             images = to_device(images, self.processes.device, self.config)
             targets = targets.to(self.processes.device, non_blocking=True)
             seed_everything("mixup and drop path", self.config.SEED, state.update, group)
@@ -195,9 +204,10 @@ class Trainer:
 
     def _take_note(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and poisons
-        the coming losses if not."""
+        the coming losses if not. A gradient that overflowed under fp16's loss scaling passes."""
         finite_norm = norm.isfinite()
-        finite = loss.isfinite() & (finite_norm | self.state.scaler.is_enabled())
+        scale = self.state.scaler.scale(torch.ones_like(norm))  # 1 where none is in force
+        finite = loss.isfinite() & (finite_norm | (scale > SMALLEST_SCALE))
         finite = self.processes.sum((~finite).float()) == 0
         found = torch.stack((loss, norm)).double()
         count = torch.ones_like(found[0])
@@ -217,12 +227,9 @@ class Trainer:
             NonFiniteError: names the first such update.
         """
         update, loss, norm = self.failure.tolist()
-        scaler = self.state.scaler
         if update >= 0:
             self.state.update = int(update)  # what came after it was not applied, either
             raise self._diagnose(loss, norm)
-        if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
-            raise self._diagnose(*self.sums[4:].tolist())
 
     def _diagnose(self, loss: float, norm: float) -> NonFiniteError:
         """Where to look for the cause of a loss or gradient that is not finite in the coming update."""
@@ -236,7 +243,8 @@ class Trainer:
         message = (
             f"loss {loss}, gradient norm {norm} in epoch {epoch}, update {update}; this was not applied. Look at "
             f"its {len(files)} images ({', '.join(files[:3])}, ...), at the learning rates "
-            f"({', '.join(f'{rate:.3g}' for rate in rates.values())}), or try RUNTIME.AMP_DTYPE off"
+            f"({', '.join(f'{rate:.3g}' for rate in rates.values())}), or try RUNTIME.AMP_DTYPE off "
+            "(changed settings need TRAIN.RESUME_CHANGED true)"
         )
         details = {"update": state.update, "files": files, "loss": str(loss), "grad_norm": str(norm), "lr": rates}
         return NonFiniteError(message, details)

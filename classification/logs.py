@@ -3,16 +3,27 @@
 import json
 import logging
 import math
+import os
 import resource
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from config import ConfigError
+
 
 def setup_logging(rank: int, folder: Path | None = None) -> None:
-    """Send log records to the console (first process only) and to `folder/log_rank{rank}.txt`."""
+    """Send log records to the console (first process only) and to `folder/log_rank{rank}.txt`.
+
+    What cannot be written to either, as nobody reads it or the disk is full, is lost without a word.
+    """
+    logging.raiseExceptions = False
     handlers: list[logging.Handler] = [logging.NullHandler()]  # or warnings without a handler go to the console
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
@@ -21,6 +32,23 @@ def setup_logging(rank: int, folder: Path | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%m-%d %H:%M:%S", handlers=handlers, force=True
     )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the operating system has against writing to a run's folder into one line."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
+        raise ConfigError(f"{problem}; make room there, or name another place with --output") from error
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Replace a file's text at once, so that a kill leaves the old or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -39,32 +67,55 @@ def _epoch(line: str) -> float:
         return math.inf
 
 
+def _order_events(folder: Path) -> None:
+    """Give TensorBoard's files names that come before the next one's, which begins with the time: it reads them in the
+    order of their names, and after a clock was set back would take the oldest points for the last."""
+    name = "events.out.tfevents.{:010d}"
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if files and files[-1].name >= name.format(int(time.time())):
+        for number, file in enumerate(files):
+            file.rename(file.with_name(f"{name.format(number)}.{file.name.split('.', 4)[-1]}"))
+
+
+def _report_other_than_disk(failed: threading.ExceptHookArgs) -> None:
+    """For threads: what TensorBoard's cannot write is an error of the next call."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
 class RunLog:
     """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent.
 
     A run that continues at an epoch and update takes back what an interrupted one had written beyond them.
+
+    Raises:
+        ConfigError: where the disk is full or read-only, here and in all methods.
     """
 
     def __init__(self, folder: Path | None, epoch: int = 0, update: int = 0):
         self.folder = folder
         self.writer = None
         if folder:
-            self.writer = SummaryWriter(str(folder), purge_step=update + 1)
-            path = folder / "log.jsonl"
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if _epoch(line) < epoch))
+            threading.excepthook = _report_other_than_disk
+            with writing(folder):
+                _order_events(folder)
+                self.writer = SummaryWriter(str(folder), purge_step=update + 1)
+                path = folder / "log.jsonl"
+                lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+                rewrite(path, "".join(line for line in lines if _epoch(line) < epoch))
 
     def scalars(self, values: dict[str, float], update: int) -> None:
         """Write scalars under their tags at an update of the run."""
         if self.writer:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, update)
+            with writing(self.folder):
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, update)
 
     def epoch(self, record: dict[str, float], update: int) -> None:
         """Append an epoch's record to `log.jsonl` and TensorBoard."""
         if self.folder:
-            with open(self.folder / "log.jsonl", "a") as file:
+            self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
+            with writing(self.folder), open(self.folder / "log.jsonl", "a") as file:
                 finite = {tag: value if math.isfinite(value) else None for tag, value in record.items()}
                 file.write(json.dumps(finite) + "\n")
-            self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
-            self.writer.flush()
+                self.writer.flush()

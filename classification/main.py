@@ -3,22 +3,27 @@
 import argparse
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+if __name__ == "__main__":
+    import interrupts  # noqa: F401, before what takes long to import
+
 try:
-    import lit_backbone  # noqa: F401, registers the models
+    from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
-import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,11 +34,11 @@ from data import (
     build_train_loader,
     build_val_loader,
     check_same_classes,
-    one_line,
+    end_loaders,
+    loader_failure,
     sample_images,
-    seed_everything,
 )
-from distributed import PREEMPTED, Preempted, Processes, StopRequest, join_processes, stop_requests
+from distributed import PREEMPTED, Preempted, Processes, StopRequest, join_processes, sole_writer, stop_requests
 from engine import (
     NonFiniteError,
     Trainer,
@@ -44,17 +49,23 @@ from engine import (
     print_accuracy,
     to_device,
 )
-from lit_backbone import CheckpointError
-from logs import RunLog, setup_logging
+from logs import RunLog, rewrite, setup_logging, writing
+from model import as_trained, build_model, model_of
 from optim import Schedule, build_optimizer
-from resume import Saver, TrainState, find_own, load_weights, restore_checkpoint
+from recipe import check_processes, describe_recipe
+from resume import Saver, TrainState, describe_end, find_own, restore_checkpoint
 
 _logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the run, e.g. configs/lit-s.yaml")
+    parser.add_argument(
+        "--cfg",
+        required=True,
+        metavar="FILE",
+        help="YAML file of the run, e.g. configs/lit-s.yaml, or config.yaml of one to continue",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint named by --resume")
     mode.add_argument("--throughput", action="store_true", help="measure images per second of inference")
@@ -69,49 +80,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_model(config: Config, device: torch.device) -> nn.Module:
-    """The configured model, its weights drawn from the seed alone."""
-    seed_everything("weights", config.SEED)
-    keywords = dict(config.MODEL.LIT)
-    if timm.models.is_model_in_modules(config.MODEL.NAME, ["lit"]):
-        keywords["img_size"] = config.DATA.IMG_SIZE
-    model = timm.create_model(
-        config.MODEL.NAME,
-        num_classes=config.MODEL.NUM_CLASSES,
-        drop_rate=config.MODEL.DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        **keywords,
-    )
-    model.to(device)
-    if config.RUNTIME.COMPILE:
-        model.compile()
-    return model
-
-
 def run_throughput(config: Config, processes: Processes) -> None:
     speed = measure_throughput(build_model(config, processes.device), config, processes)
     _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per process at batch size {config.DATA.BATCH_SIZE}")
 
 
-def run_evaluation(config: Config, processes: Processes) -> None:
-    if not config.MODEL.RESUME:
+def run_evaluation(config: Config, processes: Processes, load: Callable[..., Config]) -> None:
+    path = config.MODEL.RESUME
+    if not path:
         raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
+    content = read_checkpoint(path)
+    config = as_trained(config, content, load)
     loader = build_val_loader(config, processes)
-    model = build_model(config, processes.device)
-    load_weights(config.MODEL.RESUME, model, new_head=False)
+    model = model_of(content, path, config, processes.device, loader.dataset.dataset.classes)
     stats = evaluate(model, loader, config, processes)
     if processes.is_main:
         print_accuracy(stats)
 
 
 def run_training(config: Config, processes: Processes, folder: Path, stop: StopRequest) -> None:
-    accumulation = accumulation_steps(config, processes.world_size)
-    train_loader, val_loader = build_train_loader(config, processes), build_val_loader(config, processes)
-    check_same_classes(train_loader.dataset, val_loader.dataset.dataset)
-    checkpoint = find_checkpoint(config, folder)
+    with processes.together():
+        accumulation_steps(config, processes.world_size)  # or an error
+        loaders = build_train_loader(config, processes), build_val_loader(config, processes)
+        images = {"train": loaders[0].dataset, "val": loaders[1].dataset.dataset}
+        check_same_classes(*images.values())
+        recipe = describe_recipe(config, images)
+    check_processes(recipe, images, processes)
+    with sole_writer(folder, processes):
+        with processes.together(), writing(folder):
+            checkpoint = find_checkpoint(config, folder) if processes.is_main else ""
+        checkpoint = processes.gather(checkpoint)[0]
+        if checkpoint and (end := describe_end(checkpoint, config)):
+            _logger.info(end)
+        else:
+            train(config, processes, folder, stop, *loaders, recipe, checkpoint)
+
+
+def train(
+    config: Config,
+    processes: Processes,
+    folder: Path,
+    stop: StopRequest,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    recipe: dict[str, str],
+    checkpoint: str,
+) -> None:
+    """Train to the last epoch, from a checkpoint if one is named; writes the run's folder."""
+    classes = train_loader.dataset.classes
+    with processes.together(), writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        setup_logging(processes.rank, folder)
     model = build_model(config, processes.device)
     if config.MODEL.PRETRAINED and not checkpoint:
-        load_weights(config.MODEL.PRETRAINED, model, new_head=True)
+        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model, classes=classes))
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     updates_per_epoch = train_loader.batch_sampler.updates
@@ -123,25 +145,29 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
         ema=ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None,
         updates_per_epoch=updates_per_epoch,
         world_size=processes.world_size,
+        recipe=recipe,
     )
+    if state.ema and config.RUNTIME.COMPILE:
+        state.ema.module.compile()  # a copy is not compiled
     schedule = Schedule(state.optimizer, config, updates_per_epoch)
-    folder.mkdir(parents=True, exist_ok=True)
-    setup_logging(processes.rank, folder)
-    if checkpoint:
-        restore_checkpoint(checkpoint, state, config)
+    with processes.together():
+        if checkpoint:
+            restore_checkpoint(checkpoint, state, config, classes)
     processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
     if checkpoint:
         _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
-    if processes.is_main:
-        describe_run(config, processes, state, accumulation, folder)
-    log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
-    trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log)
-    saver = Saver(config, processes, state, folder, train_loader.dataset.classes, stop, trainer.check_finite)
+    with processes.together():
+        if processes.is_main:
+            with writing(folder):
+                describe_run(config, processes, state, folder)
+        log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
+    trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log, stop)
+    saver = Saver(config, processes, state, folder, classes, stop, trainer.check_finite)
     probe = to_device(sample_images(val_loader), processes.device, config) if processes.is_main else None
     try:
         with logging_redirect_tqdm() if processes.is_main else nullcontext():
             while state.epoch < config.TRAIN.EPOCHS:
-                record = {"epoch": state.epoch} | trainer.train_epoch(after_update=saver.after_update)
+                record = {"epoch": state.epoch} | trainer.train_epoch(saver)
                 saver.sync_statistics()
                 record |= validate(state, val_loader, probe, config, processes)
                 log.epoch(record, state.update)
@@ -182,9 +208,9 @@ def find_checkpoint(config: Config, folder: Path) -> str:
     return str(own)
 
 
-def describe_run(config: Config, processes: Processes, state: TrainState, accumulation: int, folder: Path) -> None:
+def describe_run(config: Config, processes: Processes, state: TrainState, folder: Path) -> None:
     """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
-    (folder / "config.yaml").write_text(dump(config))
+    rewrite(folder / "config.yaml", dump(config))
     start = {
         "command": shlex.join(sys.argv),
         "started": datetime.now().isoformat(timespec="seconds"),
@@ -200,37 +226,52 @@ def describe_run(config: Config, processes: Processes, state: TrainState, accumu
     dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
     _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
     _logger.info(
-        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x {accumulation} accumulated = "
+        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
+        f"{accumulation_steps(config, processes.world_size)} accumulated = "
         f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
         f"learning rate {config.learning_rates[0]:.3g}"
     )
+
+
+def locate_run(cfg: str) -> tuple[str, list[str]]:
+    """Name of the run that a file configures, and options that come before the command's.
+
+    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
+    """
+    folder = Path(os.path.abspath(cfg)).parent
+    if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
+        return Path(cfg).stem, []
+    own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
+    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "eval", "throughput", "opts")}
     try:
-        config = load_config(args.cfg, args.opts, **shortcuts)
+        name, own = locate_run(args.cfg)
+        training = not (args.eval or args.throughput)
+        load = partial(load_config, args.cfg, [*own, *args.opts], training=training, **shortcuts)
+        config = load()
         with join_processes(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT) as processes:
             setup_logging(processes.rank)
             if args.throughput:
                 run_throughput(config, processes)
             elif args.eval:
-                run_evaluation(config, processes)
+                run_evaluation(config, processes, load)
             else:
                 with stop_requests() as stop:
-                    run_training(config, processes, Path(config.OUTPUT) / Path(args.cfg).stem / config.TAG, stop)
+                    run_training(config, processes, Path(config.OUTPUT) / name / config.TAG, stop)
     except Preempted as goodbye:
         _logger.warning(goodbye)
+        end_loaders()
         sys.exit(PREEMPTED)
     except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
-        message = one_line(error) if isinstance(error, DataError) else str(error)
-        sys.exit(f"error: {message}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        remedy = "often for want of memory: lower DATA.NUM_WORKERS"
-        sys.exit(f"error: a data loader's process was killed ({one_line(error)}), {remedy}")
+        sys.exit(f"error: {error}")
+    except (RuntimeError, OSError) as error:
+        if message := loader_failure(error):
+            sys.exit(f"error: {message}")
+        raise
 
 
 if __name__ == "__main__":

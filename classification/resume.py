@@ -8,24 +8,32 @@ import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
+from annotated_types import Predicate
+from pydantic import Field
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from config import Config
+from config import Config, differences, settings
 from distributed import Preempted, Processes, StopRequest
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, seal, weights_of
+from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, other_classes, seal
+from lit_backbone.text import printable
+from model import Records, stored_config, stored_records
+from recipe import check_unchanged
 
 _logger = logging.getLogger(__name__)
 
+Weights = Annotated[dict[str, torch.Tensor], Field(min_length=1)]
+
 LATEST, PREVIOUS, BEST, FAILED = "latest.pth", "previous.pth", "best.pth", "failed.pth"
+DAMAGED = "latest.pth.damaged"
 
 
 @dataclass
@@ -43,6 +51,7 @@ class TrainState:
     world_size: int = 1  # processes that train
     update: int = 0  # updates done, over the whole run
     best: float = -math.inf  # highest validation accuracy so far, in percent
+    recipe: dict[str, str] = field(default_factory=dict)  # of the run, see `recipe.py`
 
     @property
     def epoch(self) -> int:
@@ -55,8 +64,9 @@ class Saver:
     """When a run's `latest.pth` and `best.pth` are written; only the first process writes.
 
     Attributes:
-        stop: whether this process was asked to stop; all of them stop together.
+        stop: tells which signal asked to stop.
         check: called before the state is saved within an epoch; raises if it is not worth it.
+        saved: the update that is in `latest.pth`, as far as this run has written it.
     """
 
     config: Config
@@ -66,6 +76,7 @@ class Saver:
     classes: list[str]
     stop: StopRequest
     check: Callable[[], None]
+    saved: int = -1
 
     def sync_statistics(self) -> None:
         """Average BatchNorm's statistics over the processes, so that all evaluate and any one saves the same model."""
@@ -75,40 +86,36 @@ class Saver:
                     distribute_bn(model, self.processes.world_size, reduce=True)
 
     def after_update(self) -> None:
-        """Within an epoch, save every SAVE_STEPS updates, and before stopping; its end is saved once it is evaluated.
-
-        Raises:
-            Preempted: a process was asked to stop; the state is saved.
-        """
+        """Within an epoch, save every SAVE_STEPS updates; the epoch's end is saved once it is evaluated."""
         steps, state = self.config.TRAIN.SAVE_STEPS, self.state
-        stop = self._must_stop()
-        if (stop or steps and state.update % steps == 0) and state.update % state.updates_per_epoch:
-            self.check()
-            self.sync_statistics()
-            self._save(LATEST)
-            if stop:
-                self._leave()
+        if steps and state.update % steps == 0 and state.update % state.updates_per_epoch:
+            self._check_and_save()
 
     def after_epoch(self, accuracy: float) -> None:
-        """Save every SAVE_FREQ epochs, after the last and before stopping; and a new best `accuracy`, in percent.
-
-        Raises:
-            Preempted: a process was asked to stop and this is not the last epoch; the state is saved.
-        """
+        """Save every SAVE_FREQ epochs and after the last; and a new best `accuracy`, in percent."""
         state = self.state
         improved = accuracy > state.best
         state.best = max(state.best, accuracy)
         if improved:
             self._save(BEST)
-        last, stop = state.epoch == self.config.TRAIN.EPOCHS, self._must_stop()
-        if state.epoch % self.config.SAVE_FREQ == 0 or last or stop:
+        if state.epoch % self.config.SAVE_FREQ == 0 or state.epoch == self.config.TRAIN.EPOCHS:
             self._save(LATEST)
-        if stop and not last:
-            self._leave()
+
+    def leave(self) -> NoReturn:
+        """Save what was done, unless it is, and end the run; to be called on all processes.
+
+        Raises:
+            Preempted: always.
+        """
+        if self.saved != self.state.update:
+            self._check_and_save()
+        by = self.stop.signal or "a signal to another process"
+        message = f"stopped by {by} at update {self.state.update}, saved in {self.folder}"
+        raise Preempted(f"{message}; the same command continues there")
 
     def after_failure(self, details: dict[str, Any]) -> str:
         """Save the state before an update that was not finite, and `details` of it; returns how to run it again."""
-        replay = ["python", "main.py", "--cfg", self.folder / "config.yaml", "--tag", "replay"]
+        replay = ["python", "main.py", "--cfg", self.folder / "config.yaml", "--tag", f"{self.folder.name}-replay"]
         replay += ["--opts", "TRAIN.AUTO_RESUME", "false", "--resume", self.folder / FAILED]
         details = details | {"replay": shlex.join(map(str, replay)), "config": self.config.model_dump(mode="json")}
         if self.processes.is_main:
@@ -122,18 +129,17 @@ class Saver:
         self.processes.any(False)  # torchrun ends all when one leaves
         return details["replay"]
 
-    def _must_stop(self) -> bool:
-        return self.processes.any(bool(self.stop.signal))
-
-    def _leave(self) -> NoReturn:
-        self.processes.any(False)  # wait until the first process has saved: torchrun ends all when one leaves
-        by = self.stop.signal or "a signal to another process"
-        message = f"stopped by {by} at update {self.state.update}, saved in {self.folder}"
-        raise Preempted(f"{message}; the same command continues there")
+    def _check_and_save(self) -> None:
+        self.check()
+        self.sync_statistics()
+        self._save(LATEST)
 
     def _save(self, name: str) -> None:
-        if self.processes.is_main:
-            save_checkpoint(self.folder / name, self.state, self.config, self.classes)
+        with self.processes.together():  # none leaves before the first has saved: torchrun ends all when one does
+            if self.processes.is_main:
+                save_checkpoint(self.folder / name, self.state, self.config, self.classes)
+        if name == LATEST:
+            self.saved = self.state.update
 
 
 def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list[str]) -> None:
@@ -149,6 +155,7 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
         "best": state.best,
         "config": config.model_dump(mode="json"),
         "classes": classes,
+        "recipe": state.recipe,
     }
     write_atomically(path, content, path.with_name(PREVIOUS) if path.name == LATEST else None)
 
@@ -164,7 +171,7 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     Raises:
         CheckpointError: the file cannot be written; the old one is intact.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that a killed run leaves at most one
+    temporary = _unfinished(path)
     try:
         torch.save(content, temporary)
         seal(temporary)
@@ -185,6 +192,11 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
             temporary.unlink()
 
 
+def _unfinished(path: Path) -> Path:
+    """Where a file is written; always the same, so that a killed run leaves at most one."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def _to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -195,85 +207,121 @@ def _to_disk(path: Path) -> None:
 
 
 def find_own(folder: Path) -> Path | None:
-    """The latest sound checkpoint of a run, None if it has none yet.
+    """The latest sound checkpoint of a run, None if it has none yet; on the first process only.
+
+    A damaged `latest.pth` is put aside, where it cannot take the place of the one before it; what was about to take its
+    own when the run was killed does, if it is whole.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    errors = []
-    for path in (folder / LATEST, folder / PREVIOUS):
-        if path.exists():
-            try:
-                check_integrity(path, archive=True)
-            except CheckpointError as error:
-                errors.append(error)
-                _logger.warning(str(error))
-                continue
-            if errors:
-                _logger.warning(f"{path} is continued instead")
-            return path
-    if errors:
-        raise CheckpointError(f"{errors[0]}, or remove {LATEST} and {PREVIOUS} to start anew")
-    return None
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    sound = next(filter(_is_sound, (latest, _unfinished(latest), previous)), None)
+    if sound is None:
+        for path in (latest, previous):
+            if path.exists():
+                remedy = f"replace it by a sound copy, or remove {LATEST} and {PREVIOUS} to start anew"
+                raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; {remedy}")
+        return None
+    if sound != latest and latest.exists():
+        os.replace(latest, latest.with_name(DAMAGED))
+        _logger.warning(f"{latest}: damaged, put aside as {DAMAGED}; {sound} is continued instead")
+    if sound == _unfinished(latest):
+        os.replace(sound, latest)
+        return latest
+    return sound
 
 
-def restore_checkpoint(path: str | Path, state: TrainState, config: Config) -> None:
+def _is_sound(path: Path) -> bool:
+    """Whether a file is there, and as it was written."""
+    try:
+        check_integrity(path, archive=True)
+    except (CheckpointError, FileNotFoundError):
+        return False
+    return True
+
+
+class RunRecords(Records):
+    """All that :func:`save_checkpoint` writes."""
+
+    model: Weights
+    model_ema: Weights | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Annotated[int | float, Field(ge=0)]]
+    updates_per_epoch: Annotated[int, Field(ge=1, lt=2**53)]
+    world_size: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+    update: Annotated[int, Field(ge=0, lt=2**53)]
+    best: Annotated[float, Predicate(lambda percent: percent <= 100)]  # which NaN is not
+    recipe: dict[str, str] | None = None
+
+
+def read_run(content: dict[str, Any], path: str | Path) -> tuple[RunRecords, Config]:
+    """Records and configuration of a run's checkpoint.
+
+    Raises:
+        CheckpointError: one of them is missing, or not as it is written.
+    """
+    return stored_records(content, path, RunRecords), stored_config(content, path)
+
+
+def describe_end(path: str | Path, config: Config) -> str:
+    """What to say of a checkpoint that has no epoch of a configuration left to train; nothing of others."""
+    content = read_checkpoint(path)
+    if "updates_per_epoch" not in content:
+        return ""
+    records, stored = read_run(content, path)
+    epochs = records.update // records.updates_per_epoch
+    if epochs < config.TRAIN.EPOCHS:
+        return ""
+    changes = differences(settings(stored.model_dump(mode="json")), settings(config.model_dump(mode="json")))
+    ignored = "".join(f", {key} {new} (not {old}) has no effect" for key, old, new in changes)
+    remedy = f"--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS {epochs + 1} or more go on, --tag NAME begins a new run"
+    return printable(f"{path}: finished already, after {epochs} epochs{ignored}; {remedy}")
+
+
+def restore_checkpoint(path: str | Path, state: TrainState, config: Config, classes: list[str]) -> None:
     """Continue from a checkpoint written by :func:`save_checkpoint`.
 
     Raises:
-        CheckpointError: the file cannot be read, is another model's, or was not written by this trainer.
+        CheckpointError: the file cannot be read, is another model's, knows other classes than the data, was not written
+            by this trainer, or by a run with other settings or files and TRAIN.RESUME_CHANGED is false.
     """
     content = read_checkpoint(path)
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
-    if content["updates_per_epoch"] != state.updates_per_epoch:
+    run, _ = read_run(content, path)
+    misfit = other_classes(content, classes)
+    if misfit and not config.TRAIN.RESUME_CHANGED:
+        remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"
+        if len(content["classes"]) == len(classes):
+            remedy += "; if they have only been renamed, go on with --opts TRAIN.RESUME_CHANGED true"
+        raise CheckpointError(f"{path}: {misfit}; {remedy}")
+    if run.updates_per_epoch != state.updates_per_epoch:
         raise CheckpointError(
-            f"{path}: its epochs have {content['updates_per_epoch']} updates, this run's {state.updates_per_epoch}; "
+            f"{path}: its epochs have {run.updates_per_epoch} updates, this run's {state.updates_per_epoch}; "
             "resume with the same data set and TRAIN.GLOBAL_BATCH"
         )
     own = state.model.state_dict()
-    if any(value.shape != own[key].shape for key, value in content["model"].items() if "pos_" in key and key in own):
+    if any(value.shape != own[key].shape for key, value in run.model.items() if "pos_" in key and key in own):
         raise CheckpointError(f"{path}: is for another DATA.IMG_SIZE; start from its weights with --pretrained instead")
-    weights = fit_state_dict(content["model"], state.model, path, new_head=False)
-    average = content["model_ema"] or content["model"]  # a run that switches EMA on starts it here
+    weights = fit_state_dict(run.model, state.model, path, new_head=False)
+    average = run.model_ema or run.model  # a run that switches EMA on starts it here
     average = fit_state_dict(average, state.model, path, new_head=False) if state.ema else None
-    check_optimizer_state(content["optimizer"], state.optimizer, path)
+    check_optimizer_state(run.optimizer, state.optimizer, path)
+    if run.scaler and state.scaler.is_enabled() and run.scaler.keys() != state.scaler.state_dict().keys():
+        raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")
+    check_unchanged(path, run.recipe, state.recipe, config.TRAIN.RESUME_CHANGED)
     state.model.load_state_dict(weights)
     if state.ema:
         state.ema.module.load_state_dict(average)
-    for saved, group in zip(content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+    for saved, group in zip(run.optimizer["param_groups"], state.optimizer.param_groups, strict=True):
         saved.update({key: value for key, value in group.items() if key != "params"})  # this run's weight decay, betas
-    state.optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"]:  # empty where the checkpoint's run scaled no losses
-        state.scaler.load_state_dict(content["scaler"])
-    state.update, state.best = content["update"], content["best"]
-    for key, old, new in _differences(content["config"], config.model_dump(mode="json")):
-        _logger.warning(f"{path} was written with {key} {old}, this run has {new}")
-    if content.get("world_size", state.world_size) != state.world_size:
+    state.optimizer.load_state_dict(run.optimizer)
+    if run.scaler:  # empty where the checkpoint's run scaled no losses
+        state.scaler.load_state_dict(run.scaler)
+    state.update, state.best = run.update, run.best
+    if run.world_size not in (None, state.world_size):
         _logger.warning(
-            f"{path} was written by a run of {content['world_size']} processes, this one has {state.world_size}: "
+            f"{path} was written by a run of {run.world_size} processes, this one has {state.world_size}: "
             "global batch, order and augmentation of the images stay, the random numbers of mixup and drop path do not"
         )
-
-
-def load_weights(path: str | Path, model: nn.Module, *, new_head: bool) -> None:
-    """Give `model` the weights that a checkpoint is judged by: the moving average of a run that keeps one.
-
-    Raises:
-        CheckpointError: the file cannot be read or is another model's; without `new_head`, another head's.
-    """
-    content = read_checkpoint(path)
-    written_here = "updates_per_epoch" in content  # the authors published accuracies of the weights themselves
-    model.load_state_dict(weights_of(content, path, model, use_ema=written_here, new_head=new_head))
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) of every setting that differs, apart from those that only say where things are."""
-    found = []
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b and key not in ("RESUME", "PRETRAINED", "OUTPUT", "TAG", "BASE", "DATA_PATH"):
-            found.append((prefix + key, a, b))
-    return found

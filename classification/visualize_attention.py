@@ -7,6 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    import interrupts  # noqa: F401, before what takes long to import
+
 try:
     import lit_backbone  # noqa: F401, registers the models
 except ModuleNotFoundError as error:
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import DataError, one_line
 from engine import progress
 from lit_backbone import LIT, CheckpointError
+from lit_backbone.images import DataError, find_images
+from lit_backbone.text import printable
 from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
-from predict import add_model_arguments, check_model_arguments, find_images, image_loader, load_model
+from model import add_model_arguments, check_model_arguments, load_model
+from predict import image_loader
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels
 PAPER_SIDES = (56, 28, 14, 7)
@@ -83,16 +88,15 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, config, _, transform = load_model(args, device)
-        paths = find_images(str(Path(args.data_path, "val")))[: args.num_images]
+        paths = find_images([str(Path(args.data_path, "val"))])[: args.num_images]
         queries = choose_tokens(args.tokens, model.map_sizes(config.DATA.IMG_SIZE, len(model.stages)))
         maps = average_attention(model, image_loader(paths, transform), queries, device)
         for stage, stage_maps in maps.items():
             draw(stage_maps, queries[stage], args.output / f"stage-{stage + 1}")
-    except DataError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.output}: stages {', '.join(str(stage + 1) for stage in maps)}, averaged over {len(paths)} images")
+    stages = ", ".join(str(stage + 1) for stage in maps)
+    print(f"{printable(args.output)}: stages {stages}, averaged over {len(paths)} images")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    import interrupts  # noqa: F401, before what takes long to import
+
 try:
     import lit_backbone  # noqa: F401, registers the models
 except ModuleNotFoundError as error:
@@ -17,10 +20,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.functional import normalize, to_pil_image
 
-from data import DataError, one_line
 from lit_backbone import CheckpointError
+from lit_backbone.images import DataError, open_rgb
+from lit_backbone.text import printable
 from lit_backbone.visualize import NoOffsetsError, add_offset_arguments, write_offsets
-from predict import ImageFiles, add_model_arguments, check_model_arguments, load_model
+from model import add_model_arguments, check_model_arguments, load_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,12 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         classifier = load_model(args, device)
-        x, _ = ImageFiles([str(args.vis_image)], classifier.transform)[0]
+        x = classifier.transform(open_rgb(args.vis_image))
         folder, flags = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
-        print(write_offsets(classifier.model, x.to(device), to_picture(x), folder, **flags))
-    except DataError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except (CheckpointError, NoOffsetsError, OSError) as error:
+        print(printable(write_offsets(classifier.model, x.to(device), to_picture(x), folder, **flags)))
+    except (CheckpointError, DataError, NoOffsetsError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

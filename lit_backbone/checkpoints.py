@@ -12,29 +12,32 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import sha256
-from itertools import chain, product
+from itertools import chain, zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .layers import displacements, resize_table
+from .text import printable
 
 _logger = logging.getLogger(__name__)
 
 TABLE_MODES = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}  # how each kind of position table is resized
-WRAPPERS = ("model", "state_dict")  # keys under which trainers store their weights
-EMA_WRAPPERS = ("model_ema", "state_dict_ema")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or is not one of this model; the message is one line that names the file."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 # Released checkpoints pickle their training configuration beside the weights. PyTorch's restricted unpickler builds it
@@ -86,7 +89,9 @@ def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         key = _renamed(released)
         if key.endswith("relative_position_index"):
             continue
-        if key.endswith("rel_pos_bias") and value.ndim == 2 and _is_square(value.shape[0]):
+        if not value.numel():
+            out[key] = value  # is no table of any size
+        elif key.endswith("rel_pos_bias") and value.ndim == 2 and _is_square(value.shape[0]):
             side = math.isqrt(value.shape[0])
             value = value.t().reshape(1, -1, side, side)  # (side^2, heads) -> (1, heads, side, side)
         elif key.endswith("pos_embed") and key != released and value.ndim == 3:
@@ -156,13 +161,17 @@ def resize_position_tables(state_dict: dict[str, Tensor], model: nn.Module) -> d
     """The state dict, in this package's layout, with position tables interpolated to the sizes `model` has."""
     out = dict(state_dict)
     for name, table in model.state_dict().items():
-        mode = TABLE_MODES.get(name.rpartition(".")[2])
-        if mode and name in out and out[name].ndim == 4:
-            out[name] = resize_table(out[name], table.shape[2], table.shape[3], mode=mode)
+        mode, found = TABLE_MODES.get(name.rpartition(".")[2]), out.get(name)
+        if mode and found is not None and found.ndim == 4 and found.shape[:2] == table.shape[:2] and found.numel():
+            out[name] = resize_table(found, table.shape[2], table.shape[3], mode=mode)
     return out
 
 
 # ---- files
+
+MAX_TEXT = 1000  # characters of a name
+DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 SEAL_LENGTH = 64  # hexadecimal digits of SHA-256
 _SEAL_SIZE = SEAL_LENGTH.to_bytes(2, "little")  # stands before it: a zip archive's comment, with its length, is its end
@@ -214,14 +223,19 @@ def _members_are_sound(file: BinaryIO) -> bool:
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read all of a `.pth` or `.safetensors` file, to the CPU or another device, without running any code it may hold.
 
+    Its tensors are dense arrays of plain numbers; its lists and dictionaries may still hold themselves.
+
     Raises:
         CheckpointError: the file is missing, damaged, no checkpoint at all, or pickles anything but plain data.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
+    size = path.stat().st_size
     check_integrity(path)
     try:
+        if zipfile.is_zipfile(path) and sum(member.file_size for member in zipfile.ZipFile(path).filelist) > size:
+            raise ValueError  # not as torch.save writes it; could be unpacked to any size
         if path.suffix == ".safetensors":
             content = load_file(path, device=str(device))
         else:
@@ -234,32 +248,97 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
         raise CheckpointError(f"{path}: {reason}; expected a .pth or .safetensors file of weights") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of weights")
+    if odd := _oddity(content):
+        raise CheckpointError(f"{path}: holds {odd}; expected plain data and dense tensors of real numbers")
     return content
 
 
-def unwrap_state_dict(content: dict[str, Any], *, use_ema: bool = False) -> dict[str, Tensor]:
-    """The weights inside a checkpoint's content, without wrapping key (`model`, ...) or `module.` prefix."""
-    names = (EMA_WRAPPERS + WRAPPERS) if use_ema else (WRAPPERS + EMA_WRAPPERS)
-    wrapped = next((content[name] for name in names if isinstance(content.get(name), dict)), content)
+def _oddity(content: Any) -> str:
+    """In words, what in a file's content nobody can be expected to handle; empty if there is nothing."""
+    stack, seen = [("", content)], set()  # a list may stand at many places, and in itself
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, Tensor) and (kind := _odd_kind(value)):
+            return f"{name}, a tensor {kind}"
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        entries = value.items() if isinstance(value, dict) else ((name, entry) for entry in value)
+        for key, entry in entries:
+            if isinstance(key, str) and len(key) > MAX_TEXT:
+                return f"a name of more than {MAX_TEXT} characters"
+            stack.append((key if isinstance(key, str) else name, entry))
+    return ""
+
+
+def _odd_kind(tensor: Tensor) -> str:
+    """In words, what sets a tensor apart from a dense array of real numbers."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"of class {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES:
+        return f"of layout {tensor.layout} and type {tensor.dtype} on {tensor.device}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"of shape {tuple(tensor.shape)} that is more than is stored of it"
+    return ""
+
+
+def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that count in a checkpoint's content: their moving average where the run kept one.
+
+    timm's trainer stores it as `state_dict_ema`, ours as `model_ema`, mmengine's as `state_dict` itself. In files of
+    others, `model_ema` beside `model` does not count: with this convention, DeiT's, the authors published accuracies of
+    the weights themselves. Wrapping key (`model`, ...) and `module.` prefix are taken off.
+    """
+    names = ["state_dict_ema", "model", "state_dict", "model_ema"]
+    if "updates_per_epoch" in content:  # written by this package's trainer
+        names.insert(0, "model_ema")
+    wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), content)
     weights = {key: value for key, value in wrapped.items() if isinstance(key, str) and isinstance(value, Tensor)}
     return clean_state_dict(weights)
 
 
+def stored_meta(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells about its classes: their names as `classes`, in detection and segmentation `palette`."""
+    stored = content  # ours; below are mmcv 1's and mmengine's
+    for key in ("meta", "dataset_meta"):
+        stored = stored[key] if isinstance(stored.get(key), dict) and stored[key] else stored
+    keys = ("classes", "palette", "CLASSES", "PALETTE")
+    return {key.lower(): stored[key] for key in keys if isinstance(stored.get(key), (list, tuple))}
+
+
+def stored_classes(content: dict[str, Any]) -> list[str]:
+    """Names of a checkpoint's classes in their order, whoever wrote it; none where it names none."""
+    classes = stored_meta(content).get("classes", ())
+    return list(classes) if all(isinstance(name, str) for name in classes) else []
+
+
+def other_classes(content: dict[str, Any], classes: Sequence[str]) -> str:
+    """In words, how a checkpoint's classes differ from `classes`; empty where they do not, or either are not named."""
+    known, wanted = stored_classes(content), list(classes)
+    if not known or not wanted or known == wanted:
+        return ""
+    odd = zip(*(pair for pair in zip_longest(known, wanted) if pair[0] != pair[1]))
+    odd = [name_some([name for name in names if name is not None]) for names in odd]
+    theirs, ours = (f"{len(a)} with {b}" if b else f"{len(a)}" for a, b in zip((known, wanted), odd))
+    return f"its classes are not those of the data: {theirs} against {ours}"
+
+
 def load_checkpoint(
-    path: str | PathLike[str], model: nn.Module | None = None, *, use_ema: bool = False, new_head: bool = True
+    path: str | PathLike[str], model: nn.Module | None = None, *, classes: Sequence[str] = (), new_head: bool = True
 ) -> dict[str, Tensor]:
-    """Read a checkpoint's weights as a state dict in this package's layout.
+    """Read a checkpoint's weights, their moving average where it has one, as a state dict in this package's layout.
 
     Args:
         path: a `.pth` or `.safetensors` file: bare weights, or wrapped by a trainer; released layout or ours.
         model: if given, the result is made to load strictly into it: see :func:`fit_state_dict`.
-        use_ema: prefer the moving average of the weights where the file holds one.
+        classes: names of the classes that `model` is for, to be compared with those in the file, if it names any.
         new_head: whether a head for other classes is replaced by that of `model` or is an error.
 
     Raises:
         CheckpointError: the file cannot be read safely, holds no weights, or does not fit `model`.
     """
-    return weights_of(read_checkpoint(path), path, model, use_ema=use_ema, new_head=new_head)
+    return weights_of(read_checkpoint(path), path, model, classes=classes, new_head=new_head)
 
 
 def weights_of(
@@ -267,17 +346,19 @@ def weights_of(
     path: str | PathLike[str],
     model: nn.Module | None = None,
     *,
-    use_ema: bool = False,
+    classes: Sequence[str] = (),
     new_head: bool = True,
 ) -> dict[str, Tensor]:
     """:func:`load_checkpoint` for the content of a file that has been read already."""
-    state_dict = unwrap_state_dict(content, use_ema=use_ema)
+    state_dict = unwrap_state_dict(content)
     # other timm models have names like the released ones
     if model is None or not state_dict.keys() <= model.state_dict().keys():
         state_dict = convert_released(state_dict)
     if not state_dict:
         raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")
-    return state_dict if model is None else fit_state_dict(state_dict, model, path, new_head=new_head)
+    if model is None:
+        return state_dict
+    return fit_state_dict(state_dict, model, path, new_head=new_head, misfit=other_classes(content, classes))
 
 
 def fit_state_dict(
@@ -286,22 +367,30 @@ def fit_state_dict(
     path: str | PathLike[str],
     *,
     new_head: bool = True,
+    misfit: str = "",
     name: str | None = None,
 ) -> dict[str, Tensor]:
     """A state dict, in this package's layout, made to load strictly into `model`.
 
-    Position tables are resized to the model's. With `new_head`, a head for another number of classes is replaced by the
+    Position tables are resized to the model's, the first convolution is adapted to its input channels as timm does it.
+    With `new_head`, a head for another number of classes, or for others as `misfit` says in words, is replaced by the
     model's own, with a warning; without, it is an error. `name` is what messages call the model.
 
     Raises:
         CheckpointError: the state dict, read from `path`, is another model's; names some of the keys.
     """
-    own = model.state_dict()
-    classes, own_classes = (len(state.get("head.weight", ())) for state in (state_dict, own))
-    state_dict = resize_position_tables(state_dict, model)
-    if classes != own_classes:
-        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
-        state_dict |= {key: value for key, value in own.items() if key.startswith("head.")}
+    own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
+    state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), own, _names(cfg.get("first_conv")), path)
+    heads = tuple(f"{head}." for head in _names(cfg.get("classifier") or "head"))
+    classes, own_classes = (_length(state.get(f"{heads[0]}weight")) for state in (state_dict, own))
+    if classes != own_classes and not misfit:
+        misfit = f"its head has {classes or 'no'} classes, the model {own_classes}"
+        remedy = "set the model's number of classes to the checkpoint's"
+    else:
+        remedy = "use data of its classes, in their order"
+    if misfit:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(heads)}
+        state_dict |= {key: value for key, value in own.items() if key.startswith(heads)}
     problems = {
         "keys missing": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
         "keys unexpected": [key for key in state_dict if key not in own],
@@ -309,13 +398,37 @@ def fit_state_dict(
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what} ({name_some(keys)})" for what, keys in problems.items() if keys)
-        name = name or getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+        name = name or cfg.get("architecture", type(model).__name__)
         raise CheckpointError(f"{path}: not a checkpoint of {name}: {found}")
-    if classes != own_classes and own_classes > 0:  # a model without a head needs none
-        message = f"{path}: its head has {classes or 'no'} classes, the model {own_classes}"
+    if misfit and own_classes > 0:  # a model without a head needs none
         if not new_head:
-            raise CheckpointError(f"{message}; set the model's number of classes to the checkpoint's")
-        _logger.warning(f"{message}; the head is initialised anew")
+            raise CheckpointError(f"{path}: {misfit}; {remedy}")
+        _logger.warning(f"{path}: {misfit}; the head is initialised anew")
+    if odd := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+        remedy = "use a checkpoint from before the training failed"
+        raise CheckpointError(f"{path}: {len(odd)} weights are not finite ({name_some(odd)}); {remedy}")
+    return state_dict
+
+
+def _length(tensor: Tensor | None) -> int:
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 0
+
+
+def _names(names: str | Sequence[str] | None) -> Sequence[str]:
+    """What timm calls the modules of one kind, most often a single one."""
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def _adapt_first_convs(
+    state_dict: dict[str, Tensor], own: dict[str, Tensor], names: Sequence[str], path: str | PathLike[str]
+) -> dict[str, Tensor]:
+    """The state dict with the convolutions `names` adapted to the input channels that they have in `own`."""
+    for key in (f"{name}.weight" for name in names):
+        shape, own_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, own))
+        if len(shape) == len(own_shape) == 4 and shape != own_shape == (shape[0], own_shape[1], *shape[2:]):
+            adapted = adapt_input_conv(own_shape[1], state_dict[key], base_chans=shape[1])
+            state_dict = state_dict | {key: adapted}
+            _logger.warning(f"{path}: {key} is for {shape[1]} input channels, adapted to the model's {own_shape[1]}")
     return state_dict
 
 
@@ -330,24 +443,45 @@ def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str
 
 
 def _misfit(state: dict[str, Any], optimizer: Optimizer) -> str:
-    groups = state.get("param_groups", [])
-    saved, own = ([len(group["params"]) for group in of] for of in (groups, optimizer.param_groups))
+    groups, moments = (state.get(key) if isinstance(state, dict) else None for key in ("param_groups", "state"))
+    if not isinstance(groups, list) or not isinstance(moments, dict):
+        return "it is none of PyTorch's"
+    if not all(isinstance(entry, dict) for entry in (*groups, *moments.values())):
+        return "it is none of PyTorch's"
+    numbers = [group.get("params") for group in groups]
+    if not all(isinstance(of, list) and all(isinstance(number, int) for number in of) for of in numbers):
+        return "it is none of PyTorch's"
+    saved, own = [len(of) for of in numbers], [len(group["params"]) for group in optimizer.param_groups]
     if saved != own:
-        return f"its groups have {saved} parameters, this run's {own}"
+        return f"its groups have {name_some(list(map(str, saved)))} parameters, this run's {own}"
     if any((key in group) != (key in optimizer.defaults) for group in groups for key in ("betas", "momentum")):
         return f"it is not one of {type(optimizer).__name__}"
-    indices = chain.from_iterable(group["params"] for group in groups)
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for (index, parameter), name in product(zip(indices, parameters), ("exp_avg", "exp_avg_sq", "momentum_buffer")):
-        value = state["state"].get(index, {}).get(name)  # other entries may have shapes of their own
-        if value is not None and value.shape != parameter.shape:
-            return f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+    needed = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
+    for number, parameter in zip(chain.from_iterable(numbers), parameters):
+        of_one = moments.get(number, {})
+        if of_one and (missing := needed - of_one.keys()):
+            return f"{', '.join(sorted(missing))} missing for a parameter {tuple(parameter.shape)}"
+        for name, value in of_one.items():
+            if reason := _misfit_of_moment(name, value, parameter):
+                return f"{printable(name, 100)} {reason} for a parameter {tuple(parameter.shape)}"
     return ""
+
+
+def _misfit_of_moment(name: str, value: Any, parameter: Tensor) -> str:
+    shapes = {"step": torch.Size(), **dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), parameter.shape)}
+    if value is None or (isinstance(value, (int, float)) and not shapes.get(name)):
+        return ""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}"
+    if value.shape != shapes.get(name, value.shape):  # other entries may have shapes of their own
+        return str(tuple(value.shape))
+    return "" if value.isfinite().all() else "is not finite"
 
 
 def name_some(keys: list[str]) -> str:
     """The first few of many names, for a message."""
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(printable(key, 100) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -10,15 +10,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, register_notrace_function, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.weak import WeakTensorKeyDictionary
 
 # tokens of a map from which on a GPU looks its bias up in the kernel: for 12 heads, that is 100 MB in bfloat16;
 # timm's switch, TIMM_FUSED_ATTN=0 or set_fused_attn(False), keeps the bias a tensor
 FLEX_TOKENS = 2048
 
 HAS_TRITON = find_spec("triton") is not None
-REMEMBERED = 2**22  # entries of the largest bias that evaluation keeps: for 12 heads, of 24 x 24 tokens
-_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the last (key, bias) of each table
 
 
 def is_exporting() -> bool:
@@ -52,14 +49,15 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
         `(1, heads, N, N)` with `N = height * width`: query token, then key token, both in row-major order.
     """
     table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
-    y = torch.arange(height, device=table.device)
-    x = torch.arange(width, device=table.device)
-    dy = y[:, None] - y + height - 1  # (H query, H key)
-    dx = x[:, None] - x + width - 1  # (W query, W key)
-    index = dy[:, None, :, None] * (2 * width - 1) + dx[None, :, None, :]  # (H, W, H, W)
-    # not table.flatten(2)[..., index]: its backward is several times slower on a CPU
-    bias = table.flatten(2).index_select(2, index.flatten())  # (1, heads, L) -> (1, heads, N * N)
-    return bias.unflatten(2, (height * width, height * width))  # -> (1, heads, N, N)
+    tokens = height * width
+    if torch.compiler.is_compiling() or is_exporting():  # windows would be compiled anew for each size
+        query, key = displacements(height, width, table.device)
+        # not table.flatten(2)[..., index]: its backward is several times slower on a CPU
+        bias = table.flatten(2).index_select(2, (query[:, None] - key).flatten())  # (1, heads, L) -> (1, heads, N * N)
+        return bias.unflatten(2, (tokens, tokens))  # -> (1, heads, N, N)
+    # the table's window at a query token holds its biases from the last key token to the first
+    windows = table.unfold(2, height, 1).unfold(3, width, 1)  # -> (1, heads, H, W, H, W), a view
+    return windows.reshape(1, -1, tokens, tokens).flip(3)  # -> (1, heads, N, N)
 
 
 def displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -111,29 +109,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         and q.dtype != torch.float64
     ):
         return flex_attention_with_bias(q, k, v, table, height, width)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_remembered_bias(table, q.dtype, height, width))
-
-
-def _remembered_bias(table: Tensor, dtype: torch.dtype, height: int, width: int) -> Tensor:
-    """As :func:`relative_position_bias`; in evaluation, that of a small map is kept until the table changes.
-
-    A change through `.data` is not seen before the next training step, which forgets the bias.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or is_exporting()
-        or table.shape[1] * (height * width) ** 2 > REMEMBERED
-        or type(table) not in (Tensor, nn.Parameter)  # a fake one
-        or table.is_inference()  # which counts no changes
-    ):
-        return relative_position_bias(table.to(dtype), height, width)
-    if torch.is_grad_enabled():
-        _biases.pop(table, None)  # who trains may change a table behind the back of its version
-        return relative_position_bias(table.to(dtype), height, width)
-    key = (table._version, table.device, dtype, height, width)
-    if _biases.get(table, (None,))[0] != key:
-        _biases[table] = key, relative_position_bias(table.to(dtype), height, width)
-    return _biases[table][1]
+    bias = relative_position_bias(table.to(q.dtype), height, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 @register_notrace_function

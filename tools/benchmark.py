@@ -344,10 +344,8 @@ def bench_input(bench: Bench) -> None:
     from sklearn.datasets import load_sample_images
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "classification"))  # its scripts are no package
-    from timm.data import ImageDataset
-
     from config import load_config
-    from data import Images, SampleKey, build_transform
+    from data import ImageFolder, Images, SampleKey, build_transform
 
     config = load_config(Path(__file__).parents[1] / "classification/configs/lit-s.yaml")
     with tempfile.TemporaryDirectory() as folder:
@@ -356,7 +354,7 @@ def bench_input(bench: Bench) -> None:
                 path = Path(folder, str(i), f"{turn}.jpg")
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(photograph).rotate(90 * turn).resize(PHOTO_SIZE).save(path, quality=95)
-        dataset = Images(ImageDataset(folder), build_transform(config, is_training=True), [], seed=0)
+        dataset = Images(ImageFolder(folder), build_transform(config, is_training=True), [], seed=0)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as a data loader's worker
         epoch = [SampleKey(0, position, position % len(dataset)) for position in range(32)]

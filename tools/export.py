@@ -12,8 +12,7 @@
 Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels (torch-export: 64 x 64, for
 PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
 `(B, C, H / s, W / s)` for s = 4, 8, 16, 32, as timm's features_only gives them (the class token of LIT-Ti takes part).
-Where training kept a moving average of the weights, that is what is written. onnx needs the packages onnx and
-onnxscript: `bash setup_env.sh --dev` installs them.
+onnx needs the packages onnx and onnxscript: `bash setup_env.sh --dev` installs them.
 """
 
 import argparse
@@ -35,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "classification")]  # its script
 from data import evaluation_input  # noqa: E402
 from lit_backbone import LIT, CheckpointError  # noqa: E402
 from lit_backbone.checkpoints import to_released  # noqa: E402
-from predict import Classifier, load_classifier  # noqa: E402
+from model import Classifier, load_classifier  # noqa: E402
 
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
 

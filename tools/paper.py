@@ -200,9 +200,7 @@ def measure(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def _build(name: str) -> nn.Module:
-    config = load_config(ROOT / f"classification/configs/paper/{name}.yaml")
-    keywords = dict(config.MODEL.LIT, num_classes=config.MODEL.NUM_CLASSES, img_size=config.DATA.IMG_SIZE)
-    return timm.create_model(config.MODEL.NAME, **keywords)
+    return timm.create_model(**load_config(ROOT / f"classification/configs/paper/{name}.yaml").model_keywords)
 
 
 def summary(values: list[float]) -> str:

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts in this folder: finds the environment and starts main.py, one process per GPU.
+# On several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and, if 29500 is taken, PORT set.
 # Relative paths, in arguments as in configurations, count from the folder that a script is called in.
 classification=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$classification/../tools/launch.sh"
@@ -19,7 +20,7 @@ run() {
     fi
     find_python
     if [[ -z $gpus ]]; then gpus=$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)'); fi
-    if ((gpus == 1)); then
+    if ((gpus == 1 && ${NNODES:-1} == 1)); then
         exec "$python" "$classification/main.py" --cfg "$config" "$@"
     fi
     launch "$gpus" "$classification/main.py" --cfg "$config" "$@"

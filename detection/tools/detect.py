@@ -3,7 +3,8 @@
 import sys
 
 try:
-    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.images import find_images, printable
+    from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
     from lit_backbone.visualize import enlargement
 except ImportError as error:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--score-thr", type=float, default=0.3, metavar="P", help="least score to draw (%(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors():
-        pictures = find_pictures(args.images)
+        pictures = find_images(args.images)
         model = load_model(args.config, args.checkpoint, args.device)
         visualizer = DetLocalVisualizer()
         visualizer.dataset_meta = model.dataset_meta
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
             image, found = enlarge(image, found, factor=enlargement(*image.shape[:2]))
             sample = DetDataSample(pred_instances=found)
             visualizer.add_datasample(picture, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
-            tqdm.write(f"{picture}: {len(found)} detections, drawn in {output}")  # past the progress bar
+            tqdm.write(printable(f"{picture}: {len(found)} detections, drawn in {output}"))  # past the progress bar
 
 
 def enlarge(image: np.ndarray, instances: InstanceData, factor: int) -> tuple[np.ndarray, InstanceData]:

@@ -7,8 +7,9 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints import CheckpointError, fit_state_dict, weights_of
+from ..checkpoints import CheckpointError, fit_state_dict, unwrap_state_dict, weights_of
 from ..lit import ARCHS, LIT
+from .hooks import DataError
 from .loading import load_file
 
 # What a classifier's checkpoint holds, and its dense use does not; its last norm does not become an output norm.
@@ -104,6 +105,11 @@ class LITBackbone(LIT):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Raises DataError where the input is too small for its last map to have a token."""
+        height, width = x.shape[2:]
+        if min(height, width) < (least := self.feature_info[len(self.stages) - 1]["reduction"]):
+            remedy = "resize the images to more, in the data's pipeline or by hand"
+            raise DataError(f"{height} x {width} pixels: LIT needs {least} x {least} or more; {remedy}")
         maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
         outputs = []
         for i, y in zip(self.out_indices, maps, strict=True):
@@ -114,7 +120,7 @@ class LITBackbone(LIT):
 
 
 def _below(prefix: str, content: dict[str, Any], path: str) -> dict[str, Tensor]:
-    weights = content.get("state_dict", content)
+    weights = unwrap_state_dict(content)
     below = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if not below:
         raise CheckpointError(f"{path}: no key begins with {prefix!r}, the prefix that init_cfg names")

@@ -13,6 +13,8 @@ from timm.utils import distribute_bn
 from torch import nn
 from tqdm import tqdm
 
+from ..images import DataError
+
 
 @HOOKS.register_module()
 class AverageBuffersHook(Hook):
@@ -44,10 +46,6 @@ def _average(runner: Runner) -> None:
     if get_world_size() > 1:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         distribute_bn(model, get_world_size(), reduce=True)
-
-
-class DataError(RuntimeError):
-    """A data set is not as its annotations or its config say; the message is one line."""
 
 
 @HOOKS.register_module()

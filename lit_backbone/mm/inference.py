@@ -1,10 +1,10 @@
 """A trained detector or segmentor, ready to be applied to pictures; what the tools that draw share."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,16 @@ import torch
 from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from PIL import Image, ImageOps
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoints import CheckpointError, stored_meta
+from ..images import DataError, find_images, open_rgb, printable
 from ..visualize import NoOffsetsError, add_offset_arguments, write_offsets
-from .hooks import DataError
-from .loading import fit_weights, load_file, stored_classes
+from .hooks import check_heads
+from .loading import fit_weights, load_file
+from .runner import read_config
 
 SMALLEST = 32  # pixels of an image's side
 
@@ -32,8 +34,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours or the original's")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="(%(default)s)")
+    parser.add_argument("--device", type=_usable_device, default=device, help="(%(default)s)")
     return parser
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: not usable here; use cpu, or cuda where there is a GPU") from error
+    return torch.device(name)
 
 
 def load_model(config: str | Config, checkpoint: str, device: str | torch.device) -> nn.Module:
@@ -43,38 +53,27 @@ def load_model(config: str | Config, checkpoint: str, device: str | torch.device
     classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read safely, or is another model's.
+        CheckpointError: the checkpoint cannot be read safely, or is another model's or that of other classes.
+        DataError: the config cannot be read.
     """
-    cfg = Config.fromfile(config) if isinstance(config, str) else config
-    init_default_scope(cfg.default_scope)
+    cfg = read_config(config, "model", "test_dataloader") if isinstance(config, str) else config
+    init_default_scope(cfg.get("default_scope", "mmengine"))
     cfg.model.backbone.init_cfg = None  # the checkpoint brings all weights
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     content = load_file(checkpoint)
     model.load_state_dict(fit_weights(content, model, checkpoint))
     model.cfg = cfg
-    model.dataset_meta = _dataset_meta(cfg) | stored_classes(content)
+    model.dataset_meta = _dataset_meta(cfg) | stored_meta(content)
+    if model.dataset_meta.get("classes"):
+        try:
+            check_heads(model, SimpleNamespace(metainfo=model.dataset_meta))
+        except DataError as error:
+            raise CheckpointError(f"{checkpoint}: {error}") from error
     return model.to(device).eval()
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     return dict(DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo)
-
-
-def find_pictures(paths: list[str]) -> list[str]:
-    """The files themselves, and all pictures in and below the folders, in natural order.
-
-    Raises:
-        DataError: a path is neither, or a folder holds none.
-    """
-    pictures = []
-    for path in paths:
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file or folder")
-        found = [path] if os.path.isfile(path) else [file for file, _ in find_images_and_targets(path)[0]]
-        if not found:
-            raise DataError(f"{path}: holds no pictures")
-        pictures += found
-    return pictures
 
 
 def read_rgb(path: str) -> np.ndarray:
@@ -83,11 +82,7 @@ def read_rgb(path: str) -> np.ndarray:
     Raises:
         DataError: the file is no picture.
     """
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: no readable picture ({error})") from error
+    return np.array(open_rgb(path, upright=True))
 
 
 def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
@@ -112,7 +107,7 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     parser = build_parser(description)
     add_offset_arguments(parser)
     args = parser.parse_args(argv)
-    pictures = find_pictures(args.images)
+    pictures = find_images(args.images)
     if args.html and len(pictures) > 1:
         raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
     model = load_model(args.config, args.checkpoint, args.device)
@@ -126,7 +121,7 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
             line = write_offsets(model.backbone, x, Image.fromarray(image), output.with_suffix(""), **flags)
         except NoOffsetsError as error:
             raise DataError(f"{args.config}: {error}") from error
-        tqdm.write(line)
+        tqdm.write(printable(line))
 
 
 def normalize(model: nn.Module, image: np.ndarray) -> Tensor:

@@ -2,19 +2,35 @@
 
 import logging
 import os
+import re
+import shutil
+from collections.abc import Collection
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from struct import unpack
+from typing import Annotated, Any
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
-import numpy as np
 import torch
 from filelock import FileLock
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from timm.models._hub import download_cached_file, get_cache_dir
+from pydantic import (
+    BaseModel,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..checkpoints import (
     CheckpointError,
@@ -29,64 +45,125 @@ ADDRESSES = ("http://", "https://")
 # Every scheme that mmengine knows; those beside files and http(s) would reach its own, unsafe reader.
 SCHEMES = ["", *ADDRESSES, "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://", "modelzoo://", "torchvision://"]
 SCHEMES += ["open-mmlab://", "openmmlab://", "mmcls://"]
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # a file's SHA-256, as PyTorch and OpenMMLab name it
 
 
-def _statistic(owner: type, name: str) -> Any:
-    """Stands in for `getattr`, by which a pickled HistoryBuffer names its methods `min`, `max`, `mean`, `current`."""
-    if owner is HistoryBuffer and name in ("min", "max", "mean", "current"):
-        return vars(HistoryBuffer)[name]
-    # worded as PyTorch's refusals are, by which `read_checkpoint` knows them
-    raise UnpicklingError(f"GLOBAL builtins.getattr of {name!r}: only statistics of a HistoryBuffer may be read")
+# ---- what mmengine's checkpoints hold beside tensors and plain data, and what is taken of it
 
 
-# What mmengine's own checkpoints hold beside tensors and plain data: numbers and arrays of numpy, logged histories.
-torch.serialization.add_safe_globals(
-    [
-        HistoryBuffer,
-        (_statistic, "builtins.getattr"),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in ("bool", "i1", "u1", "i2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")},
-        (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
-        (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    ]
-)
+class _Unread:
+    """Stands in for what no run needs, arrays and logged histories: takes any arguments and state, and keeps none."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _NumberType:
+    """Stands in for numpy's dtype."""
+
+    def __init__(self, kind: Any, *_: Any):
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(kind: Any, data: Any) -> bool | int | float:
+    """Stands in for numpy's scalars: the best score so far may be one."""
+    return unpack(kind.order + NUMBER_KINDS[kind.kind], data)[0]
+
+
+NUMBER_KINDS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+NUMBER_KINDS |= {"f2": "e", "f4": "f", "f8": "d"}
+STAND_INS: list[Any] = [(_NumberType, "numpy.dtype"), (_Unread, "numpy.ndarray")]
+for _module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2's and numpy 1's
+    STAND_INS += [(_number, f"{_module}.scalar"), (_Unread, f"{_module}._reconstruct")]
+for _name in ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr"):  # by which it names its statistics
+    STAND_INS.append((_Unread, _name))
+
+Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Name = Annotated[StrictStr, Field(max_length=200)]
+Value = Annotated[StrictInt, Field(ge=0, le=255)]
+HOOKS_KEYS = ("best_score", "best_ckpt", "keep_ckpt_ids")  # with several metrics, the first two end in their names
+
+
+class DatasetMeta(BaseModel):
+    classes: tuple[Name, ...] | None = None
+    palette: list[tuple[Value, Value, Value]] | None = None
+
+    @field_validator("palette", mode="before")
+    @classmethod
+    def _leave_out(cls, palette: Any, info: ValidationInfo) -> Any:
+        """A palette that is no list of a colour for each class; mmdetection also takes names and single colours."""
+        return palette if isinstance(palette, list) and len(palette) >= len(info.data.get("classes") or ()) else None
+
+
+class Meta(BaseModel):
+    epoch: Count | None = None
+    iter: Count | None = None
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] | None = None
+    dataset_meta: DatasetMeta | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, meta: Any) -> Any:
+        """Classes as mmcv 1 stored them."""
+        if not isinstance(meta, dict) or meta.get("dataset_meta"):
+            return meta
+        return meta | {"dataset_meta": {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE")}}
+
+
+class RuntimeInfo(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, StrictFloat | StrictStr]
+    best_score: StrictFloat | None = None
+    best_ckpt: StrictStr | None = None
+    keep_ckpt_ids: list[Count] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _select(cls, info: Any) -> Any:
+        return {key: info[key] for key in info if str(key).startswith(HOOKS_KEYS)} if isinstance(info, dict) else info
+
+
+class MessageHub(BaseModel):
+    runtime_info: RuntimeInfo
+
+
+class Records(BaseModel):
+    """What a run needs of mmengine's records; among the rest are texts of configs, which mmengine would run."""
+
+    meta: Meta | None = None
+    message_hub: MessageHub | None = None
 
 
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint, from a file or an http(s) address, without running any code that it may hold.
 
-    A download is kept where PyTorch keeps its own (`TORCH_HOME`), and made once per machine. The text of a config is
-    left out, which mmengine would run.
+    A download is kept where PyTorch keeps its own (`TORCH_HOME`), and made once per machine. Of `meta` and
+    `message_hub` there is what a run needs, as :class:`Records` has it: no configs, and no history of losses.
 
     Args:
         path: file or address.
         map_location: device of the tensors, None for the CPU.
 
     Raises:
-        CheckpointError: it cannot be had, or holds more than plain data; the message is one line that names it.
+        CheckpointError: it cannot be had, holds more than plain data, or records of another kind than mmengine's; the
+            message is one line that names it.
     """
     path = _download(path) if path.startswith(ADDRESSES) else os.path.expanduser(path)
-    return _without_configs(read_checkpoint(path, map_location or "cpu"))
-
-
-def _without_configs(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint less the text of its config, which mmengine would run as Python to resume or to infer."""
-    content = dict(content)
-    if isinstance(meta := content.get("meta"), dict):
-        content["meta"] = {key: value for key, value in meta.items() if key not in ("config", "cfg")}
-    if isinstance(hub := content.get("message_hub"), dict) and isinstance(info := hub.get("runtime_info"), dict):
-        content["message_hub"] = hub | {"runtime_info": {key: value for key, value in info.items() if key != "cfg"}}
-    return content
-
-
-def stored_classes(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of mmengine or of mmcv 1 tells about its classes: `classes` and `palette`, where it does."""
-    meta = content.get("meta") or {}
-    stored = meta.get("dataset_meta") or {key: meta[key] for key in ("CLASSES", "PALETTE") if meta.get(key)}
-    return {key.lower(): value for key, value in stored.items()}
+    with torch.serialization.safe_globals(STAND_INS):
+        content = read_checkpoint(path, map_location or "cpu")
+    try:
+        taken = Records.model_validate(content).model_dump(exclude_none=True)
+    except ValidationError as error:
+        place, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise CheckpointError(f"{path}: {place!r:.200} is not as mmengine writes it ({reason})") from error
+    if hub := taken.get("message_hub"):
+        taken["message_hub"] = hub | dict(log_scalars={}, resumed_keys=dict.fromkeys(hub["runtime_info"], True))
+    return {key: value for key, value in content.items() if key not in Records.model_fields} | taken
 
 
 def load_from_safe(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -98,23 +175,47 @@ CheckpointLoader.register_scheme(SCHEMES, load_from_safe, force=True)
 
 
 def _download(address: str) -> str:
-    name = f"{sha256(address.encode()).hexdigest()[:8]}-{Path(urlparse(address).path).name}"  # many are a latest.pth
+    name = Path(urlparse(address).path).name
+    path = Path(get_cache_dir(), f"{sha256(address.encode()).hexdigest()[:8]}-{name}")  # many are a latest.pth
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        with FileLock(os.path.join(get_cache_dir(), f"{name}.lock")):  # one process downloads, the others find the file
-            return download_cached_file((address, name), check_hash=False, progress=True)
-    except OSError as reason:  # no network, no such file, a full disk
+        with FileLock(f"{path}.lock"):  # one process downloads, the others find the file
+            if not path.exists():
+                print_log(f"downloading {address} to {path.parent}")
+                try:
+                    _fetch(address, partial, HASH_IN_NAME.search(name))
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+    except (OSError, HTTPException) as reason:  # no network, no such file, a connection cut short, a full disk
         remedy = "download it where there is a network, and name the file instead of the address"
         raise CheckpointError(f"{address}: cannot be downloaded ({reason}); {remedy}") from reason
+    return str(path)
+
+
+def _fetch(address: str, path: Path, stated: re.Match | None) -> None:
+    """Download to a file; raises OSError where not all comes that was announced, or not what the name has stated."""
+    with (
+        urlopen(Request(address, headers={"User-Agent": "lit_backbone"}), timeout=60) as source,
+        path.open("wb") as file,
+    ):
+        announced = source.length
+        with tqdm.wrapattr(file, "write", total=announced, unit="B", unit_scale=True, disable=None) as target:
+            shutil.copyfileobj(source, target)
+        if announced not in (None, file.tell()):
+            raise OSError(f"cut short, {file.tell()} of {announced} bytes came")
+    if stated and not sha256(path.read_bytes()).hexdigest().startswith(stated[1]):
+        raise OSError(f"its SHA-256 does not begin with {stated[1]}, as its name says")
 
 
 def fit_weights(
-    checkpoint: dict[str, Any], model: nn.Module, path: str, *, new_head: bool = False
+    checkpoint: dict[str, Any], model: nn.Module, path: str, *, new_head: bool = False, anew: Collection[str] = ()
 ) -> dict[str, Tensor]:
     """The weights of a detector's or segmentor's checkpoint, made to load strictly into `model`.
 
     Its `backbone` may be in the released layout, with position tables of another size. With `new_head`, what differs
-    outside the backbone, such as a head for other classes, stays as `model` has it, with a warning; without, it is an
-    error.
+    outside the backbone, such as a head for other classes, stays as `model` has it, with a warning, and so do the keys
+    in `anew`; without, it is an error.
 
     Raises:
         CheckpointError: the checkpoint, read from `path`, is another model's; names some of the keys.
@@ -123,7 +224,8 @@ def fit_weights(
     load_released_layout(model.backbone, state_dict, "backbone.")
     if new_head:
         own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-        differing = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
+        fits = {key for key in own.keys() & state_dict.keys() if state_dict[key].shape == own[key].shape} - set(anew)
+        differing = [key for key in own if key not in fits]
         differing += [key for key in state_dict if key not in own and not key.startswith("backbone.")]
         if differing:
             print_log(f"{path}: {name_some(differing)} do not fit and stay as initialised", level=logging.WARNING)

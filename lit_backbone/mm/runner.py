@@ -1,9 +1,12 @@
 """What the training and test tools of detection and segmentation share: mmdet 3's command line, on GPUs as on a CPU."""
 
 import argparse
+import atexit
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import BaseLoop, Runner
-from torch import nn
+from mmengine.registry import MODELS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.utils import apply_to
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, check_optimizer_state, name_some
+from ..checkpoints import CheckpointError, check_optimizer_state, other_classes
 from .hooks import DataError
-from .loading import fit_weights, load_file, stored_classes
+from .loading import fit_weights, load_file
 
 
 class StrictRunner(Runner):
@@ -40,9 +45,10 @@ class StrictRunner(Runner):
             raise DataError(f"{source}: no image with annotations for the config's categories; {remedy}") from error
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """As mmengine's; without a GPU, for which alone PyTorch has SyncBN, it becomes BN."""
+        """As mmengine's, with float32 arithmetic; without a GPU, for which alone PyTorch has SyncBN, it becomes BN."""
         if not torch.cuda.is_available():
             model = revert_sync_batchnorm(model)
+        keep_float32(model)
         return super().wrap_model(model_wrapper_cfg, model)
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
@@ -57,27 +63,87 @@ class StrictRunner(Runner):
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        if not self.new_head:
-            self._check_classes(filename, checkpoint)
-        weights = fit_weights(checkpoint, model, filename, new_head=self.new_head)
+        anew = ()
+        if misfit := other_classes(checkpoint, self._classes()):
+            if not self.new_head:
+                raise CheckpointError(f"{filename}: {misfit}; give the data sets those by metainfo.classes")
+            anew = class_dependent(self.cfg.model, model)
+            self.logger.warning(f"{filename}: {misfit}; what depends on them starts anew")
+        weights = fit_weights(checkpoint, model, filename, new_head=self.new_head, anew=anew)
         if self._resume:
             if "optimizer" not in checkpoint:
                 remedy = "start from them with --cfg-options load_from=FILE instead"
                 raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
+            # the classes have been compared; of the rest, which mmengine compares too, not all is read
+            checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
         model.load_state_dict(weights)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
 
-    def _check_classes(self, filename: str, checkpoint: dict[str, Any]) -> None:
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """As mmengine's.
+
+        Raises:
+            CheckpointError: also where what the checkpoint holds beside weights is no run's, or that of a longer one.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+            for key, value in self.message_hub.runtime_info.items():
+                if key.startswith("best_ckpt"):  # which mmengine deletes when it has a better one
+                    name = Path(value).name
+                    own = name.startswith("best_") and name.endswith(".pth")
+                    self.message_hub.update_info(key, str(Path(self.work_dir, name)) if own else "")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            remedy = "start from its weights with --cfg-options load_from=FILE instead"
+            raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
+        if isinstance(self.train_loop, IterBasedTrainLoop) and self.iter > self.max_iters:  # it would skip data so long
+            raise CheckpointError(f"{filename}: is at iteration {self.iter}, and this run ends at {self.max_iters}")
+
+    def _classes(self) -> list[str]:
+        """Names of the data's classes."""
         training = isinstance(self._train_loop, BaseLoop)  # else still a config
         dataset = (self.train_dataloader if training else self.test_dataloader).dataset
-        known = list(stored_classes(checkpoint).get("classes", ()))
-        wanted = list(getattr(dataset, "metainfo", {}).get("classes", ()))
-        if known and wanted and known != wanted:
-            names = " and ".join(f"{len(names)} ({name_some(names)})" for names in (known, wanted))
-            raise CheckpointError(f"{filename}: its classes are not those of the data: {names}")
+        return list(getattr(dataset, "metainfo", {}).get("classes", ()))
+
+
+def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
+    """Keys of the weights that are for classes: those of another shape in the config's model with one class more."""
+
+    def one_more(node: Any) -> Any:
+        if isinstance(node, dict):
+            return ConfigDict({key: x + 1 if key == "num_classes" else one_more(x) for key, x in node.items()})
+        return type(node)(map(one_more, node)) if isinstance(node, (list, tuple)) else node
+
+    with torch.device("meta"):
+        other = MODELS.build(one_more(config)).state_dict()
+    return [key for key, value in model.state_dict().items() if value.shape != other[key].shape]
+
+
+# ---- mixed precision
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Run losses, the arithmetic of boxes and RoIAlign in float32, also under autocast, as mmdetection 2 did.
+
+    Layers of the heads, which produce what goes into it, stay in mixed precision.
+    """
+    for module in model.modules():
+        names = ["loss_by_feat", "loss_and_target", "predict_by_feat"]
+        names += ["forward"] * hasattr(module, "roi_layers")  # RoIAlign
+        for name in filter(partial(hasattr, module), names):
+            setattr(module, name, partial(_in_float32, getattr(module, name)))  # a partial is copied with its module
+
+
+def _in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = apply_to((args, kwargs), _is_half, Tensor.float)
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        return function(*args, **kwargs)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 # ---- the tools
@@ -92,7 +158,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help=help)
     args = parser.parse_args(argv)
     with one_line_errors():
-        cfg = load_config(args)
+        cfg = load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper")
         if args.amp:
             cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
         if args.auto_scale_lr:
@@ -127,7 +193,7 @@ def test(
     parser.add_argument("--tta", action="store_true", help="average over test-time augmentations")
     args = parser.parse_args(argv)
     with one_line_errors():
-        cfg = load_config(args)
+        cfg = load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
         cfg.load_from, cfg.resume = args.checkpoint, False  # a run that was resumed says so in its config
         prepare(cfg, args)
         if args.tta:
@@ -145,13 +211,32 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config that a command line names, with its overrides."""
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+def load_config(args: argparse.Namespace, *needed: str) -> Config:
+    """The config that a command line names, with its overrides; see :func:`read_config`."""
+    cfg = read_config(args.config, *needed, **args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir or not cfg.get("work_dir"):
         cfg.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem))
+    return cfg
+
+
+def read_config(path: str, *needed: str, **overrides: Any) -> Config:
+    """A config file, which is Python and runs, with values of some keys replaced.
+
+    Raises:
+        DataError: it fails, or lacks one of the `needed` keys.
+        FileNotFoundError: there is no such file, or none that it names.
+    """
+    try:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(overrides)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a program can fail in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{path}: no config that can be read ({reason:.300})") from error
+    if missing := [key for key in needed if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
+        raise DataError(f"{path}: defines no {', '.join(missing)}; start from one of those in configs/lit")
     return cfg
 
 
@@ -163,7 +248,7 @@ def build_runner(cfg: Config) -> StrictRunner:
 
 
 def _adapt_to_cpu(cfg: Config) -> None:
-    if cfg.optim_wrapper.type == "AmpOptimWrapper":
+    if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
         print_log("no GPU: training in float32 in place of mixed precision")
         cfg.optim_wrapper.type = "OptimWrapper"
         for key in ("loss_scale", "dtype", "use_fsdp"):
@@ -196,3 +281,7 @@ def one_line_errors() -> Iterator[None]:
     if torch.distributed.is_initialized():  # not after an error, when others may wait until torchrun ends them
         torch.distributed.barrier()  # nobody leaves while another one still talks
         torch.distributed.destroy_process_group()
+        # the interpreter's own end aborts now and then, when threads of a process group are still there
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)

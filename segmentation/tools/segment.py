@@ -3,7 +3,8 @@
 import sys
 
 try:
-    from lit_backbone.mm.inference import build_parser, find_pictures, load_model, outputs, read_rgb
+    from lit_backbone.images import DataError, find_images, printable
+    from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
     from lit_backbone.visualize import enlargement
 except ImportError as error:
@@ -22,16 +23,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--opacity", type=float, default=0.6, metavar="A", help="of the colours, 0 to 1 (%(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors():
-        pictures = find_pictures(args.images)
+        pictures = find_images(args.images)
         model = load_model(args.config, args.checkpoint, args.device)
         names, palette = (model.dataset_meta[key] for key in ("classes", "palette"))
         for picture, output in outputs(pictures, args.out_dir):
             image = read_rgb(picture)
-            result = inference_model(model, image[..., ::-1])  # (H, W, 3), BGR as mmcv reads files
+            try:
+                result = inference_model(model, image[..., ::-1])  # (H, W, 3), BGR as mmcv reads files
+            except DataError as error:
+                raise DataError(f"{picture}: {error}") from error
             classes = result.pred_sem_seg.data[0].cpu().numpy()  # (H, W)
             draw_overlay(image, classes, names, np.array(palette, np.uint8), args.opacity).save(output)
             found = len(np.unique(classes))
-            tqdm.write(f"{picture}: {found} classes, drawn in {output}")  # past the progress bar
+            tqdm.write(printable(f"{picture}: {found} classes, drawn in {output}"))  # past the progress bar
 
 
 def draw_overlay(

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from timm.data.mixup import Mixup, rand_bbox_minmax
 
 import config as config_module
-from config import Config, ConfigError, Section, accumulation_steps, dump, load_config
+from config import Config, ConfigError, Lit, Section, accumulation_steps, dump, load_config
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.layers import AttentionBlock
 
@@ -80,8 +80,8 @@ MISTAKES = [
     ("TRAIN.OPTIMIZER", "adamw", None, "expected a section of keys, got 'adamw'"),
     ("MODEL.LIT", "[depths]", None, "expected a section of keys, got ['depths']"),
     ("AUG.SCALE", "0.5", None, "expected a list, got 0.5"),
-    ("AUG.SCALE", "[0.5]", None, "expected two values, got [0.5]"),
-    ("AUG.SCALE", "[0.1, 0.5, 0.7]", None, "expected two values, got [0.1, 0.5, 0.7]"),
+    ("AUG.SCALE", "[0.5]", None, "expected more values, got [0.5] ([low, high] area"),
+    ("AUG.SCALE", "[0.1, 0.5, 0.7]", None, "expected fewer values, got [0.1, 0.5, 0.7]"),
     ("DATA.IMG_SIZE", "large", None, "expected a list, got 'large' (pixels, one integer or [height, width]"),
     ("DATA.IMG_SIZE", "[224, true]", None, "expected a valid integer, got True"),
     # out of range
@@ -94,7 +94,7 @@ MISTAKES = [
     ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]", None, "expected less than 1, got 1.0"),
     ("TRAIN.OPTIMIZER.NAME", "sgd", None, "expected 'adamw', got 'sgd'"),
     ("AUG.SCALE", "[1.0, 0.08]", None, "expected [low, high], got [1.0, 0.08]"),
-    ("AUG.AUTO_AUGMENT", "randaug", None, "expected the name of a policy, got 'randaug' (a timm policy, e.g. rand-m9"),
+    ("AUG.AUTO_AUGMENT", "randaug", None, "expected other text, got 'randaug' (a timm policy, e.g. rand-m9"),
     ("RUNTIME.AMP_DTYPE", "float16", None, "expected 'bf16', 'fp16' or 'off', got 'float16'"),
     # keys of the original that are gone
     ("AMP_OPT_LEVEL", "O1", None, "is now RUNTIME.AMP_DTYPE"),
@@ -112,9 +112,9 @@ MISTAKES = [
     # the model and its keywords
     ("MODEL.NAME", "lit-small", None, "timm knows no model 'lit-small'; choose from lit_b, lit_m, lit_s, lit_ti"),
     ("MODEL.NAME", "LIT-Ti", None, "timm knows no model 'LIT-Ti'; did you mean lit_ti?"),
-    ("MODEL.LIT.EMBED_DIM", "96", None, "no keyword of LIT's constructor; did you mean embed_dims?"),
-    ("MODEL.LIT.NUM_HEADS", "4", None, "no keyword of LIT's constructor; did you mean num_heads?"),
-    ("MODEL.LIT.HAS_MSA", "[0, 0, 1, 1]", None, "no keyword of LIT's constructor; choose from img_size,"),
+    ("MODEL.LIT.EMBED_DIM", "96", None, "unknown key; did you mean MODEL.LIT.embed_dims?"),
+    ("MODEL.LIT.NUM_HEADS", "4", None, "unknown key; did you mean MODEL.LIT.num_heads?"),
+    ("MODEL.LIT.HAS_MSA", "[0, 0, 1, 1]", None, "unknown key; did you mean MODEL.LIT.depths?"),
     ("MODEL.LIT.num_classes", "10", None, "is set by MODEL.NUM_CLASSES"),
     ("MODEL.LIT.img_size", "64", None, "is set by DATA.IMG_SIZE"),
     ("MODEL.LIT.drop_rate", "0.1", None, "is set by MODEL.DROP_RATE"),
@@ -122,13 +122,42 @@ MISTAKES = [
     # impossible combinations
     ("TRAIN.EPOCHS", "20", "TRAIN.WARMUP_EPOCHS", "20 must be less than TRAIN.EPOCHS, which is 20"),
     ("TRAIN.WARMUP_EPOCHS", "300", None, "300 must be less than TRAIN.EPOCHS, which is 300"),
-    ("MODEL.LIT.merging", "dtmm", "MODEL.LIT", "makes no model: merging='dtmm': use 'dtm', 'conv' or 'conv_bn'"),
-    ("MODEL.LIT.depths", "[2, 2, 2]", "MODEL.LIT", "must name as many stages each"),
+    ("MODEL.LIT.merging", "dtmm", None, "expected 'dtm', 'conv' or 'conv_bn', got 'dtmm'"),
+    ("MODEL.LIT.depths", "[2, 2, 2]", None, "expected more values, got [2, 2, 2] (blocks of each stage)"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT", "7 heads do not divide 384 channels"),
-    ("MODEL.LIT.depths", "hello", "MODEL.LIT", "makes no model"),
+    ("MODEL.LIT.depths", "hello", None, "expected a list, got 'hello'"),
+    ("MODEL.LIT.pretrained", "true", None, "unknown key"),
+    ("MODEL.LIT.class_token", "true", "MODEL.LIT", "makes no model: class_token=True: it has no place on the map"),
+    # values that no machine has room for
+    ("MODEL.LIT.depths", "1000000", None, "expected less than or equal to 64, got 1000000"),
+    ("MODEL.LIT.embed_dims", "[4096, 4096, 4096, 4096]", "MODEL.LIT", "heads do not divide"),
+    (
+        "MODEL.LIT",
+        "{embed_dims: 4096, num_heads: 8, depths: 64}",
+        None,
+        "makes a model of 4.3e+10 parameters; at most",
+    ),
+    ("DATA.IMG_SIZE", "64000", None, "expected less than or equal to 2048, got 64000"),
+    ("MODEL.NUM_CLASSES", "1000000000", None, "expected less than or equal to 100000, got 1000000000"),
+    ("DATA.BATCH_SIZE", "9" * 4000, None, "expected less than or equal to 1000000, got 9999"),
+    ("TRAIN.BASE_LR", "9" * 4000, None, "BASE_LR"),
+    # names of folders that lie elsewhere
+    ("TAG", "../../x", None, "expected other text, got '../../x' (name of the run, a folder within OUTPUT; holds no /"),
+    ("TAG", "/tmp", None, "expected other text, got '/tmp'"),
+    ("TAG", "..", None, "expected other text, got '..'"),
+    ("MODEL.NAME", "hf-hub:timm/resnet18.a1_in1k", None, "timm knows no model 'hf-hub:timm/resnet18.a1_in1k'"),
     ("MODEL.LIT.in_chans", "1", None, "images are read as RGB"),
     ("AUG.AUTO_AUGMENT", "rand-zz9", None, "timm knows no policy 'rand-zz9'"),
     ("TRAIN.GLOBAL_BATCH", "999", None, "mixup and cutmix pair images, but 999 is odd; use 1000"),
+    (
+        "MODEL",
+        "{NAME: vgg11, NUM_CLASSES: 2}",
+        "MODEL.NAME",
+        "makes no model: VGG.__init__() got an unexpected",
+    ),
+    ("MODEL", "{NAME: resnet18, LIT: {depths: 1}}", "MODEL.LIT", "has no meaning for resnet18, which is no LIT"),
+    ("MODEL.NAME", "lit_s.no:such", None, "makes no model: "),
+    ("DATA", "{BATCH_SIZE: 1, IMG_SIZE: 32}", "DATA.BATCH_SIZE", "BatchNorm has nothing to average over in one image"),
     ("AUG.CUTMIX_MINMAX", "[0.3, 0.3]", None, "[0.3, 0.3] leaves no box to draw in an image of 224 pixels"),
 ]
 
@@ -166,6 +195,10 @@ def test_several_mistakes_are_all_reported_one_line_each(write):
         ("only words", "expected sections such as DATA and TRAIN at the top level, got str"),
         ("", "expected sections such as DATA and TRAIN at the top level, got an empty file"),
         ("BASE: lit-s.yaml", "BASE: expected a list of YAML files, got 'lit-s.yaml'"),
+        ("DATA: {NUM_WORKERS: " + "9" * 5000 + "}", "not YAML: Exceeds the limit (4300 digits)"),
+        ("TAG: &a [*a]", "not YAML: line 1: *a is an alias; write out what it stands for"),
+        ("DATA: &a {DATA: *a}", "not YAML: line 1: *a is an alias"),
+        ("[" * 5000, "not YAML: maximum recursion depth exceeded"),
         ("BASE: [1]", "BASE: expected a list of YAML files, got [1]"),
     ],
 )
@@ -215,15 +248,15 @@ def test_files_inherit_in_order_and_relative_to_themselves(write, tmp_path):
         "SEED": 3,
         "TAG": "mine",
         "MODEL.LIT.norm_eps": 1e-6,
-        "MODEL.LIT.depths": [1, 1, 1, 1],
+        "MODEL.LIT.depths": (1, 1, 1, 1),
     }
 
 
 def test_a_mistake_is_charged_to_the_file_that_made_it(write):
-    a = write("{TRAIN: {EPOCHS: abc}, MODEL: {LIT: {depth: 1}}}", "a.yaml")
+    a = write("{TRAIN: {EPOCHS: 30}, MODEL: {LIT: {merging: conv, embed_dims: 97}}}", "a.yaml")
     b = write("{BASE: [a.yaml], SEED: 1}", "b.yaml")
-    assert complaint(b).startswith(f"{a}: TRAIN.EPOCHS: ")
-    assert complaint(b, ["TRAIN.EPOCHS", "50"]).startswith(f"{a}: MODEL.LIT.depth: ")
+    assert complaint(b).startswith(f"{a}: MODEL.LIT: ")
+    assert complaint(b, ["TRAIN.EPOCHS", "abc"]).startswith("--opts: TRAIN.EPOCHS: ")
     c = write("{BASE: [b.yaml], TRAIN: {EPOCHS: 0}}", "c.yaml")
     assert complaint(c).startswith(f"{c}: TRAIN.EPOCHS: ")
 
@@ -327,6 +360,7 @@ LIT_S = {
     "TRAIN.MIN_LR": 0.000005,
     "TRAIN.CLIP_GRAD": 5.0,
     "TRAIN.AUTO_RESUME": True,
+    "TRAIN.RESUME_CHANGED": False,
     "TRAIN.USE_CHECKPOINT": False,
     "TRAIN.SAVE_STEPS": 0,
     "TRAIN.EMA": 0.0,
@@ -408,7 +442,7 @@ def test_learning_rates_follow_the_global_batch():
 
 def test_the_digits_model_is_a_small_lit():
     config = load_config(CONFIGS / "lit-digits.yaml")
-    model = timm.create_model(config.MODEL.NAME, img_size=config.DATA.IMG_SIZE, num_classes=10, **config.MODEL.LIT)
+    model = timm.create_model(**config.model_keywords)
     assert config.MODEL.NUM_CLASSES == 10 and config.AUG.HFLIP == 0
     assert model(torch.zeros(2, 3, *config.DATA.IMG_SIZE)).shape == (2, 10)
     assert sum(parameter.numel() for parameter in model.parameters()) < 5e6
@@ -495,9 +529,9 @@ def test_ablations_differ_from_their_recipe_in_the_model_alone(name):
     recipe = load_config(CONFIGS / ("lit-s.yaml" if name.startswith("lit-s") else "lit-ti.yaml"))
     same = {"MODEL": recipe.MODEL, "BASE": recipe.BASE}
     assert config.model_copy(update=same) == recipe
-    assert config.MODEL.model_copy(update={"NAME": recipe.MODEL.NAME, "LIT": {}}) == recipe.MODEL
+    assert config.MODEL.model_copy(update={"NAME": recipe.MODEL.NAME, "LIT": Lit()}) == recipe.MODEL
     with torch.device("meta"):
-        model = timm.create_model(config.MODEL.NAME, **config.MODEL.LIT)
+        model = timm.create_model(**config.model_keywords)
     blocks = [stage.blocks[0] for stage in model.stages]
     assert [isinstance(block, AttentionBlock) for block in blocks] == [code == "1" for code in attention]
     assert isinstance(model.stages[1].merge, DeformableTokenMerging) == (merging == "dtm")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,8 @@ from data import build_val_loader
 from distributed import Processes
 from engine import to_device
 from lit_backbone import lit, load_checkpoint, read_checkpoint
-from resume import BEST, LATEST
+from model import build_model
+from resume import BEST, FAILED, LATEST, Saver
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
 
@@ -75,10 +77,10 @@ def test_a_run_leaves_what_is_promised(tiny_cfg, folder):
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
 
 
-def accuracy_by_hand(cfg: Path, checkpoint: Path, use_ema: bool = False) -> float:
+def accuracy_by_hand(cfg: Path, checkpoint: Path) -> float:
     config = load_config(cfg)
-    model = main.build_model(config, torch.device("cpu")).eval()
-    model.load_state_dict(load_checkpoint(checkpoint, use_ema=use_ema))
+    model = build_model(config, torch.device("cpu")).eval()
+    model.load_state_dict(load_checkpoint(checkpoint))
     images = build_val_loader(config, Processes(0, 1, torch.device("cpu"))).dataset.dataset
     with torch.no_grad():
         hits = [model(image[None]).argmax().item() == target for image, target in map(images.__getitem__, range(12))]
@@ -104,7 +106,7 @@ def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
     main.main(["--cfg", str(cfg)])
     capsys.readouterr()
     main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
-    accuracy = accuracy_by_hand(cfg, folder / LATEST, use_ema=True)
+    accuracy = accuracy_by_hand(cfg, folder / LATEST)
     assert f" * Acc@1 {accuracy:.3f} " in capsys.readouterr().out
     content = read_checkpoint(folder / LATEST)
     assert not torch.equal(content["model"]["head.weight"], content["model_ema"]["head.weight"])
@@ -114,7 +116,7 @@ def test_the_average_counts_whatever_the_evaluating_configuration_says(tiny_cfg,
     main.main(["--cfg", str(tiny_cfg(TRAIN={"EMA": 0.999}))])
     capsys.readouterr()
     main.main(["--cfg", str(tiny_cfg()), "--eval", "--resume", str(folder / LATEST), "--batch-size", "5"])
-    assert f" * Acc@1 {accuracy_by_hand(tiny_cfg(), folder / LATEST, use_ema=True):.3f} " in capsys.readouterr().out
+    assert f" * Acc@1 {accuracy_by_hand(tiny_cfg(), folder / LATEST):.3f} " in capsys.readouterr().out
 
 
 def test_a_finished_run_says_that_it_ignores_new_weights(tiny_cfg, folder, capsys):
@@ -123,35 +125,123 @@ def test_a_finished_run_says_that_it_ignores_new_weights(tiny_cfg, folder, capsy
     main.main(["--cfg", str(tiny_cfg()), "--pretrained", "other.pth"])
     out = capsys.readouterr().out
     assert f"{folder / LATEST} exists and is continued, not other.pth; name another run with --tag" in out
-    assert "finished 2 epochs" in out
+    assert "finished already, after 2 epochs" in out
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_cfg, folder, capsys):
+    """Whatever the command asks for, but for more epochs as the message says."""
+    main.main(["--cfg", str(tiny_cfg())])
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    capsys.readouterr()
+    for options in ([], ["TRAIN.BASE_LR", "0.1", "TRAIN.GLOBAL_BATCH", "4"], ["MODEL.LIT.depths", "[1, 1, 1, 2]"]):
+        main.main(["--cfg", str(tiny_cfg()), *(["--opts", *options] if options else [])])
+        out = capsys.readouterr().out
+        assert f"{folder / LATEST}: finished already, after 2 epochs" in out and "--tag NAME" in out
+        assert all(f", {key} " in out for key in options[::2]) and out.count("has no effect") == len(options) // 2
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    remedy = re.search("(--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS 3) or more go on", out)[1]
+    main.main(["--cfg", str(tiny_cfg()), *remedy.split()])
+    assert "finished 3 epochs" in capsys.readouterr().out and read_checkpoint(folder / LATEST)["update"] == 12
+
+
+def test_the_configuration_that_a_run_leaves_continues_it(tiny_cfg, folder, tmp_path, monkeypatch):
+    """From any folder, unless the command names another run; a file of one's own may have the same name."""
+    monkeypatch.chdir(tmp_path)
+    longer = ["--opts", "TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS"]
+    main.main(["--cfg", str(tiny_cfg(OUTPUT="output"))])
+    main.main(["--cfg", str(folder.relative_to(tmp_path) / "config.yaml"), *longer, "3"])
+    monkeypatch.chdir(folder)
+    main.main(["--cfg", "config.yaml", *longer, "4"])
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [start["update"] for start in starts] == [0, 8, 12]
+    main.main(["--cfg", "config.yaml", "--tag", "1", "--opts", "TRAIN.EPOCHS", "2"])
+    main.main(["--cfg", "config.yaml", "--opts", "TAG", '"1"'])
+    main.main(["--cfg", "config.yaml", "--output", str(tmp_path / "new")])
+    shutil.copy("config.yaml", tmp_path)
+    main.main(["--cfg", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "own")])
+    runs = ["new/tiny/default", "output/tiny/1", "output/tiny/default", "own/config/default"]
+    assert sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(LATEST)) == runs
+    assert read_checkpoint(tmp_path / "output/tiny/1" / LATEST)["update"] == 16  # continued for the epochs in the file
 
 
 def test_throughput_needs_no_data(tiny_cfg):
-    timed = run("--cfg", tiny_cfg(), "--throughput", "--data-path", "/no/such/place")
+    cfg = tiny_cfg(TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # nor a schedule that trains
+    timed = run("--cfg", cfg, "--throughput", "--data-path", "/no/such/place")
     assert timed.returncode == 0 and re.search(
         r"lit_s: [1-9][0-9.]* images/s per process at batch size 4", timed.stdout
     )
 
 
-def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, folder, image_folder, tmp_path, capsys):
-    main.main(["--cfg", str(tiny_cfg())])
+def link_classes(image_folder: Path, root: Path, **folders: str) -> Path:
+    """A data set of images that are there already, by the new name of each class."""
     for split in ("train", "val"):
-        (tmp_path / "two" / split).mkdir(parents=True)
-        for name in ("ant", "cat"):
-            (tmp_path / "two" / split / name).symlink_to(image_folder / split / name)
-    fine_tuned = tiny_cfg(
-        "fine", DATA={"IMG_SIZE": [64, 96], "DATA_PATH": str(tmp_path / "two")}, MODEL={"NUM_CLASSES": 2}
-    )
+        (root / split).mkdir(parents=True)
+        for new, old in folders.items():
+            (root / split / new).symlink_to(image_folder / split / old)
+    return root
+
+
+def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, folder, image_folder, tmp_path):
+    main.main(["--cfg", str(tiny_cfg())])
+    two = link_classes(image_folder, tmp_path / "two", ant="ant", cat="cat")
+    fine_tuned = tiny_cfg("fine", DATA={"IMG_SIZE": [64, 96], "DATA_PATH": str(two)}, MODEL={"NUM_CLASSES": 2})
     main.main(["--cfg", str(fine_tuned), "--pretrained", str(folder / LATEST), "--opts", "TRAIN.BASE_LR", "1e-9"])
-    assert (
-        f"{folder / LATEST}: its head has 3 classes, the model 2; the head is initialised anew"
-        in capsys.readouterr().out
-    )
+    message = "its classes are not those of the data: 3 with bee, cat against 2 with cat; the head is initialised anew"
+    log = tmp_path / "output" / "fine" / "default" / "log_rank0.txt"
+    assert f"{folder / LATEST}: {message}" in log.read_text()
     before = read_checkpoint(folder / LATEST)["model"]
-    after = read_checkpoint(tmp_path / "output" / "fine" / "default" / LATEST)["model"]
+    after = read_checkpoint(log.with_name(LATEST))["model"]
     assert after["head.weight"].shape == (2, 32) and after["stages.2.blocks.0.attn.rel_pos_bias"].shape == (1, 3, 7, 11)
     weight = "stages.2.blocks.0.mlp.fc1.weight"
     assert torch.allclose(before[weight], after[weight], atol=1e-6)
+
+
+def test_two_of_three_classes_are_renamed(tiny_cfg, folder, image_folder, tmp_path, capsys):
+    """Refused where the head goes on being used, and as many classes get a new head; a file without names passes."""
+    main.main(["--cfg", str(tiny_cfg(TRAIN={"EPOCHS": 2}))])
+    renamed = link_classes(image_folder, tmp_path / "renamed", ant="ant", cow="bee", wasp="cat")
+    other, problem = ["--cfg", tiny_cfg(), "--data-path", renamed], "3 with bee, cat against 3 with cow, wasp"
+    latest = str(folder / LATEST)
+    before = (folder / LATEST).read_bytes()
+    assert_fails(capsys, [*other, "--eval", "--resume", latest], f"{latest}: its classes", problem)
+    assert_fails(capsys, [*other, "--opts", "TRAIN.EPOCHS", "3"], f"{latest}: its classes", problem, "--tag NAME")
+    assert (folder / LATEST).read_bytes() == before
+    main.main([*map(str, other), "--tag", "new", "--pretrained", latest, "--opts", "TRAIN.BASE_LR", "1e-9"])
+    assert f"{problem}; the head is initialised anew" in (folder.parent / "new" / "log_rank0.txt").read_text()
+    old, new = (read_checkpoint(path / LATEST)["model"] for path in (folder, folder.parent / "new"))
+    drawn = build_model(load_config(tiny_cfg()), torch.device("cpu")).head.weight
+    assert torch.allclose(new["head.weight"], drawn, atol=1e-6) and not torch.allclose(old["head.weight"], drawn)
+
+    torch.save(old, tmp_path / "bare.pth")
+    capsys.readouterr()
+    main.main([*map(str, other), "--eval", "--resume", str(tmp_path / "bare.pth")])
+    assert "Acc@1" in capsys.readouterr().out
+
+
+def test_a_checkpoint_brings_its_model_and_input(tiny_cfg, folder, tmp_path, capsys):
+    """Trained at 96 x 160, evaluated with a recipe for 224 x 224, which could not train."""
+    cfg = tiny_cfg(DATA={"IMG_SIZE": [96, 160], "INTERPOLATION": "bilinear"}, TEST={"CROP": False})
+    main.main(["--cfg", str(cfg)])
+    record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    recipe = {"DATA": {"IMG_SIZE": 224}, "MODEL": {"NUM_CLASSES": 9, "LIT": {"merging": "conv"}}}
+    recipe |= {"TRAIN": {"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7}}
+    command = ["--cfg", str(tiny_cfg("recipe", **recipe)), "--eval", "--resume", str(folder / LATEST)]
+    main.main(command)
+    out = capsys.readouterr().out
+    assert f" * Acc@1 {record['val/acc1']:.3f} " in out and f"loss {record['val/loss']:.3f}\n" in out
+    for line in (
+        f"DATA.IMG_SIZE is [96, 160], as {folder / LATEST} was trained with, not [224, 224]",
+        f"DATA.INTERPOLATION is bilinear, as {folder / LATEST} was trained with, not bicubic",
+        f"MODEL.NUM_CLASSES is 3, as {folder / LATEST} was trained with, not 9",
+        f"MODEL.LIT.merging is None, as {folder / LATEST} was trained with, not conv",
+        f"TEST.CROP is False, as {folder / LATEST} was trained with, not True",
+    ):
+        assert line in out
+    main.main([*command, "--opts", "DATA.IMG_SIZE", "64", "TEST.CROP", "false"])
+    out = capsys.readouterr().out
+    assert f"DATA.IMG_SIZE is [64, 64], as an option says; {folder / LATEST} was trained with [96, 160]" in out
+    assert "TEST.CROP" not in out and f"loss {record['val/loss']:.3f}\n" not in out
 
 
 def losses(folder: Path) -> list[float]:
@@ -186,6 +276,30 @@ def test_compiled_training(tiny_cfg, folder):
     assert plain == pytest.approx(other, rel=1e-2)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_a_compiled_run_evaluates_is_compiled(tiny_cfg, monkeypatch, ema):
+    """With a backend that only notes whether compiled code runs in training or in evaluation."""
+    training = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        return lambda *args: training.add(torch.is_grad_enabled()) or graph(*args)
+
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=backend))
+    main.main(
+        [
+            "--cfg",
+            str(tiny_cfg(TRAIN={"EMA": ema, "WARMUP_EPOCHS": 0})),
+            "--opts",
+            "TRAIN.EPOCHS",
+            "1",
+            "RUNTIME.COMPILE",
+            "true",
+        ]
+    )
+    assert training == {True, False}
+
+
 @pytest.mark.parametrize("criterion", [{"MIXUP": 0.0, "CUTMIX": 0.0}, {"MIXUP": 0.0, "CUTMIX": 1.0}])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_every_criterion_learns(tiny_cfg, folder, criterion, smoothing):
@@ -209,7 +323,7 @@ def test_two_processes_are_two_accumulated_batches(tiny_cfg, folder):
     assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in pair.stdout
     a, b = (read_checkpoint(folder.parent / tag / LATEST) for tag in ("alone", "pair"))
     assert a["update"] == b["update"] == 8
-    initial = main.build_model(load_config(cfg), torch.device("cpu"))
+    initial = build_model(load_config(cfg), torch.device("cpu"))
     assert (a["model"]["head.weight"] - initial.head.weight).abs().max() > 0.01  # the runs went somewhere
     for name, _ in initial.named_parameters():
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-4, msg=name)
@@ -293,6 +407,31 @@ def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg, folder, monkeypatch):
     assert {int(state["step"]) for state in left["optimizer"]["state"].values()} == {8 - int(halved)}
 
 
+@pytest.mark.parametrize("attended", [True, False])
+def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, capsys, monkeypatch, request, attended):
+    """The loss stays finite, and the scale is 1 when the third update overflows: this one is named, none is applied."""
+    if not attended:
+        request.getfixturevalue("unattended")
+    before, run_update = [], engine.Trainer.run_update
+
+    def break_the_third(trainer: engine.Trainer, batches) -> None:
+        if trainer.state.update == 2:
+            trainer.criterion = lambda logits, targets: (logits - logits.detach()).square().sum().sqrt()
+            before.extend(parameter.detach().clone() for parameter in trainer.state.model.parameters())
+        run_update(trainer, batches)
+
+    monkeypatch.setattr(engine.Trainer, "run_update", break_the_third)
+    monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
+    options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
+    assert_fails(capsys, ["--cfg", tiny_cfg(), *options], "loss 0.0, gradient norm nan in epoch 0, update 2;")
+    assert json.loads((folder / "failed.json").read_text())["update"] == 2
+    left = read_checkpoint(folder / FAILED)
+    assert left["update"] == 2
+    model = main.build_model(load_config(tiny_cfg()), torch.device("cpu"))
+    for (name, _), value in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(left["model"][name], value), name
+
+
 class Reads(TorchFunctionMode):
     """Counts by whom values of tensors are read, for which a GPU must have come to its end."""
 
@@ -317,10 +456,10 @@ def test_the_host_waits_only_where_it_prints(tiny_cfg, monkeypatch):
     train_epoch = engine.Trainer.train_epoch
     reads = []
 
-    def watched(trainer: engine.Trainer, after_update) -> dict[str, float]:
+    def watched(trainer: engine.Trainer, saver: Saver) -> dict[str, float]:
         with Reads() as found:
             reads.append(found.found)
-            return train_epoch(trainer, after_update)
+            return train_epoch(trainer, saver)
 
     monkeypatch.setattr(engine.Trainer, "train_epoch", watched)
     main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "2", "TRAIN.SAVE_STEPS", "0"])

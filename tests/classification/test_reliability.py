@@ -11,7 +11,9 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,10 +30,10 @@ import main
 import resume
 from config import load_config
 from data import DataError, SampleKey, build_dataset
-from distributed import PREEMPTED
+from distributed import PREEMPTED, sole_writer, stop_requests
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_integrity, seal
-from resume import FAILED, LATEST, PREVIOUS, write_atomically
+from resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
 from tests.damage import damaged
 
 CLASSIFICATION = Path(main.__file__).parent
@@ -44,12 +46,13 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "output" / "tiny"
 
 
-def start(*args: str | Path, processes: int = 0, restarts: int = 0, **options) -> subprocess.Popen:
-    """`python main.py ARGS`, or torchrun with so many processes, in a session of its own."""
+def start(*args: str | Path, script="main.py", processes: int = 0, restarts: int = 0, **options) -> subprocess.Popen:
+    """`python SCRIPT ARGS`, or torchrun with so many processes, in a session of its own, where Ctrl-C is heard."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = [*launcher, f"--max-restarts={restarts}"] if processes else []
-    command = list(map(str, [sys.executable, *launcher, CLASSIFICATION / "main.py", *args]))
+    command = list(map(str, [sys.executable, *launcher, CLASSIFICATION / script, *args]))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) | options
     return subprocess.Popen(command, start_new_session=True, **pipes, **options)
 
 
@@ -71,13 +74,13 @@ def after_an_epoch(folder: Path, process: subprocess.Popen) -> None:
     wait_for(lambda: log.exists() and log.stat().st_size, process)
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The processes that it started, not theirs."""
-    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+def children(pid: int) -> list[int]:
+    """The processes that one started, not theirs."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def trainers(process: subprocess.Popen) -> list[int]:
-    return [pid for pid in children(process) if "main.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [pid for pid in children(process.pid) if "main.py" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def assert_same_end(a: Path, b: Path) -> None:
@@ -95,14 +98,17 @@ def assert_same_end(a: Path, b: Path) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGUSR1))]
+)
 def test_a_signal_saves_and_ends_the_run(tiny_cfg, output, number):
     """With the documented status; the same command goes on, to the end that it would have had."""
     cfg = tiny_cfg(TRAIN={"EPOCHS": 20, "SAVE_STEPS": 0})
     run = start("--cfg", cfg, "--tag", "stopped", "--opts", "SAVE_FREQ", "1000", "DATA.NUM_WORKERS", "2")
     after_an_epoch(output / "stopped", run)
-    os.kill(run.pid, number)
-    finish(run, f"stopped by {number.name} at update", str(output / "stopped"), status=PREEMPTED)
+    os.killpg(run.pid, number)
+    printed = finish(run, f"stopped by {number.name} at update", str(output / "stopped"), status=PREEMPTED)
+    assert "Traceback" not in printed and printed.splitlines()[-1].endswith("; the same command continues there")
     stopped = read_checkpoint(output / "stopped" / LATEST)["update"]
     assert 4 <= stopped < 80
     for tag in ("stopped", "whole"):
@@ -124,14 +130,143 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny_cfg, output):
     assert_same_end(output / "stopped" / LATEST, output / "whole" / LATEST)
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once(capfd):
+    def press_twice() -> None:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGINT)
+            print(stop.signal, flush=True)
+            signal.raise_signal(signal.SIGINT)
+
+    child = multiprocessing.get_context("fork").Process(target=press_twice)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGINT and tuple(capfd.readouterr()) == ("SIGINT\n", "")
+
+
+@pytest.mark.parametrize("script", ["main.py", "predict.py"])
+def test_ctrl_c_elsewhere_is_one_line(own_folder, tiny_cfg, output, script):
+    """While processes load images, of which there are enough for some seconds."""
+    main.main(["--cfg", str(tiny_cfg()), "--data-path", str(own_folder)])
+    for i in range(5000):
+        (own_folder / "val" / "ant" / f"{i}-again.jpg").symlink_to("0.jpg")
+    args = ["--cfg", tiny_cfg(), "--data-path", own_folder, "--eval", "--resume", output / "default" / LATEST]
+    if script == "predict.py":
+        args = [own_folder / "val", "--json", "--checkpoint", output / "default" / LATEST]
+    else:
+        args += ["--opts", "DATA.NUM_WORKERS", "2"]
+    run = start(*args, script=script)
+    wait_for(lambda: children(run.pid) and all(os.getsid(pid) == pid for pid in children(run.pid)), run)
+    os.killpg(run.pid, signal.SIGINT)
+    printed = finish(run, status=-signal.SIGINT)
+    assert [line for line in printed.splitlines() if not line.startswith("{")] == ["interrupted"]
+
+
+@pytest.fixture
+def large_folder(own_folder) -> Path:
+    """Enough training images for an epoch of some seconds."""
+    for i in range(4000):
+        (own_folder / "train" / "ant" / f"{i}-again.jpg").symlink_to("0.jpg")
+    return own_folder
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_is_heard_while_data_hang(large_folder, tiny_cfg, output, processes):
+    """The loader's process is stopped; where there are two trainers, the other one only hears of it."""
+    cfg = tiny_cfg(**SAVING, DATA={"NUM_WORKERS": 1, "BATCH_SIZE": 4, "IMG_SIZE": 32})
+    run = start("--cfg", cfg, "--data-path", large_folder, processes=processes)
+    wait_for((output / "default" / PREVIOUS).exists, run)
+    trainer = trainers(run)[1] if processes else run.pid
+    (loader,) = children(trainer)
+    os.kill(loader, signal.SIGSTOP)
+    saved = read_checkpoint(output / "default" / LATEST)["update"]
+    os.kill(trainer, signal.SIGTERM)
+    printed = finish(run, "stopped by ", f"saved in {output / 'default'}", status=1 if processes else PREEMPTED)
+    assert 'main.py", line' not in printed
+    assert saved <= read_checkpoint(output / "default" / LATEST)["update"] < saved + 100
+
+
+def test_no_process_outlives_torchrun(large_folder, tiny_cfg, output):
+    """Nor do the loaders'; the trainers save first. That their pipe ends shows that nobody is left to write to it."""
+    cfg = tiny_cfg(**SAVING, DATA={"NUM_WORKERS": 1, "BATCH_SIZE": 4, "IMG_SIZE": 32})
+    run = start("--cfg", cfg, "--data-path", large_folder, processes=2)
+    wait_for((output / "default" / PREVIOUS).exists, run)
+    assert all(map(children, trainers(run)))
+    run.kill()
+    printed = finish(run, "stopped by SIGTERM at update", status=-signal.SIGKILL)
+    assert printed.count("stopped by") == 1 and 'main.py", line' not in printed
+
+
 @pytest.mark.slow
-def test_torchrun_hands_the_end_of_its_time_on(tiny_cfg, output):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_hands_the_end_of_its_time_on(tiny_cfg, output, number):
     cfg = tiny_cfg(TRAIN={"EPOCHS": 1000, "SAVE_STEPS": 0}, DATA={"NUM_WORKERS": 1})
     run = start("--cfg", cfg, "--tag", "stopped", "--opts", "SAVE_FREQ", "1000", processes=2)
     after_an_epoch(output / "stopped", run)
-    run.terminate()
-    assert "stopped by SIGTERM" in finish(run, status=1)
+    run.send_signal(number)
+    printed = finish(run, f"stopped by {number.name}", status=1)
+    assert 'main.py", line' not in printed
     assert read_checkpoint(output / "stopped" / LATEST)["update"] >= 4
+
+
+# ---- two at a time
+
+
+def test_two_trainings_in_one_folder_are_refused(tiny_cfg, output):
+    """The second, of one process or two, leaves all as it is; the end of the first, however it comes, lets it in."""
+
+    def files() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in (output / "default").iterdir()}
+
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 1000}, SAVE_FREQ=1000)
+    run = start("--cfg", cfg)
+    wait_for((output / "default" / BEST).exists, run)
+    os.kill(run.pid, signal.SIGSTOP)
+    before = files()
+    for processes in (0, 2):
+        printed = finish(start("--cfg", cfg, processes=processes), status=1)
+        where = f"{output / 'default'}: process {run.pid} on {socket.gethostname()} trains there"
+        assert f"error: {where}; name another run with --tag, or wait until it has ended\n" in printed
+        assert printed.count("error: ") == 1 and 'main.py", line' not in printed and "SIGABRT" not in printed
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(output / "default" / BEST)])
+    main.main(["--cfg", str(cfg), "--tag", "other", "--opts", "TRAIN.EPOCHS", "2"])
+    assert files() == before
+    run.kill()
+    run.wait()
+    main.main(["--cfg", str(cfg), "--opts", "TRAIN.EPOCHS", "2", "TRAIN.RESUME_CHANGED", "true"])
+    assert read_checkpoint(output / "default" / LATEST)["update"] == UPDATES
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tiny_cfg, output, monkeypatch, capsys):
+    monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    main.main(["--cfg", str(tiny_cfg())])
+    assert f"{output / 'default'}: cannot be locked (No locks available)" in capsys.readouterr().out
+    assert read_checkpoint(output / "default" / LATEST)["update"] == UPDATES
+
+
+@pytest.mark.parametrize(
+    "options, difference",
+    [
+        (["SEED", "1"], "SEED is 1 on process 1, 0 on process 0;"),
+        ([], r"val/bee is 5 files \w+ on process 1, 4 files \w+ on process 0 \(bee/new.jpg is not the same\);"),
+    ],
+)
+def test_processes_that_would_train_differently_are_refused(
+    own_folder, tiny_cfg, output, tmp_path, options, difference
+):
+    """As on two nodes, each with data and command of its own."""
+    other = shutil.copytree(own_folder, tmp_path / "other")
+    if not options:
+        shutil.copy(other / "val" / "bee" / "1.jpg", other / "val" / "bee" / "new.jpg")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    commands = (["--data-path", own_folder], ["--data-path", other, "--opts", "DATA.NUM_WORKERS", "1", *options])
+    runs = [
+        start("--cfg", tiny_cfg(), *command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, command in enumerate(commands)
+    ]
+    first, second = (finish(run, status=1) for run in runs)
+    assert re.fullmatch(f"error: {difference} give all processes the same configuration and the same data\n", first)
+    assert second == "" and not output.exists()
 
 
 # ---- kills
@@ -215,9 +350,32 @@ def test_torchrun_starts_again_after_a_process_died(tiny_cfg, output):
 def test_a_killed_loader_process_is_an_error(tiny_cfg, output):
     run = start("--cfg", tiny_cfg(TRAIN={"EPOCHS": 1000}), "--opts", "DATA.NUM_WORKERS", "1")
     after_an_epoch(output / "default", run)
-    for pid in children(run):
+    for pid in children(run.pid):
         os.kill(pid, signal.SIGKILL)
     assert "error: a data loader's process was killed" in finish(run, "DATA.NUM_WORKERS", status=1)
+
+
+def test_a_stopped_loader_process_is_waited_for_no_longer_than_the_limit(tiny_cfg, output):
+    run = start("--cfg", tiny_cfg(TRAIN={"EPOCHS": 1000}, DATA={"NUM_WORKERS": 1}, RUNTIME={"TIMEOUT": 0.05}))
+    after_an_epoch(output / "default", run)
+    for pid in children(run.pid):
+        os.kill(pid, signal.SIGSTOP)
+    last = finish(run, status=1).splitlines()[-1]
+    assert last.startswith("error: no data came for RUNTIME.TIMEOUT minutes: see to") and "timed out after" in last
+
+
+def test_too_few_open_files_are_one_line(tiny_cfg, output):
+    """They are named before a loader's processes wait for each other for ever; the remedy given works."""
+    files = [24, 24]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, tuple(files))
+
+    arguments = ["--cfg", tiny_cfg(DATA={"NUM_WORKERS": 2})]
+    last = finish(start(*arguments, preexec_fn=limit), status=1).splitlines()[-1]
+    assert last.startswith("error: DATA.NUM_WORKERS 2: needs")
+    files[1] = int(re.search(r"ulimit -n (\d+)", last)[1])  # and what a shell leaves to the process itself
+    finish(start(*arguments, preexec_fn=limit), "finished 2 epochs")
 
 
 @pytest.mark.slow
@@ -247,6 +405,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_cfg, output, caps
     printed = capsys.readouterr().out
     assert f"{latest}: damaged" in printed and f"continuing {previous} at epoch 1, update 3" in printed
     assert_same_end(latest, output / "whole" / LATEST)
+    assert latest.with_name(DAMAGED).read_bytes() == content
 
     for path in (latest, previous):
         path.write_bytes(path.read_bytes()[:-100])
@@ -254,10 +413,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_cfg, output, caps
         main.main(["--cfg", str(tiny_cfg(**SAVING)), "--tag", "damaged"])
 
 
+@pytest.mark.parametrize("latest", ["damaged", "missing"])
+def test_a_whole_file_that_was_not_yet_renamed_is_continued(tiny_cfg, output, latest):
+    """Nor does what is damaged ever take the place of what is not."""
+    folder = output / "default"
+    main.main(["--cfg", str(tiny_cfg(**SAVING))])
+    whole, before = (folder / LATEST).read_bytes(), (folder / PREVIOUS).read_bytes()
+    (folder / f".{LATEST}.tmp").write_bytes(whole)
+    (folder / LATEST).write_bytes(whole[:-100])
+    if latest == "missing":
+        (folder / LATEST).unlink()
+    assert resume.find_own(folder) == folder / LATEST and (folder / LATEST).read_bytes() == whole
+    assert (folder / PREVIOUS).read_bytes() == before
+    assert (folder / DAMAGED).exists() == (latest == "damaged")
+
+    (folder / f".{LATEST}.tmp").write_bytes(whole[:-100])
+    (folder / LATEST).write_bytes(whole[:-200])
+    assert resume.find_own(folder) == folder / PREVIOUS and (folder / PREVIOUS).read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(tiny_cfg, output):
     """A limit on the size of files stands in for the disk: writing fails in the middle, in the kernel."""
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 40, "SAVE_STEPS": 1})
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 40, "SAVE_STEPS": 1, "RESUME_CHANGED": True})
     finish(start("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "2"))
     latest = output / "default" / LATEST
     content, size = latest.read_bytes(), latest.stat().st_size // 2
@@ -284,7 +462,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_full_or_read_only(small_disk):
+def test_a_disk_that_is_full_or_read_only(small_disk, tiny_cfg):
     path = small_disk / LATEST
     write_atomically(path, {"weight": torch.zeros(100)})
     before = path.read_bytes()
@@ -295,6 +473,59 @@ def test_a_disk_that_is_full_or_read_only(small_disk):
     with pytest.raises(CheckpointError, match=f"{os.strerror(errno.EROFS)}|ead-only"):
         write_atomically(path, {"weight": torch.zeros(1)})
     assert path.read_bytes() == before
+    with pytest.raises(SystemExit, match=rf"error: {small_disk}/tiny: cannot be written \(Read-only.*--output"):
+        main.main(["--cfg", str(tiny_cfg()), "--output", str(small_disk)])
+
+
+def test_a_disk_that_is_full_when_a_run_starts(tiny_cfg, output):
+    """Whatever it is that no longer finds room, one line says so, and with room the same command goes on."""
+
+    cfg = str(tiny_cfg(TRAIN={"SAVE_STEPS": 1}))
+    theirs, ours = multiprocessing.Pipe()
+
+    def train(size: int) -> None:
+        def limited(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            return sole_writer(*args)
+
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        main.sole_writer = limited
+        try:
+            main.main(["--cfg", cfg])
+        except BaseException as error:
+            theirs.send((type(error), str(error)))
+
+    refused = set()
+    for size in (0, 100, 1000, 3000):  # bytes that a file may have
+        child = multiprocessing.get_context("fork").Process(target=train, args=(size,))
+        child.start()
+        kind, message = ours.recv()
+        child.join()
+        assert kind is SystemExit and re.fullmatch(rf"error: {output}/\S+: cannot be written \(.*", message), message
+        refused.add(Path(message.split(": ")[1]).name)
+    assert refused == {"default", LATEST}
+    main.main(["--cfg", cfg])
+    assert read_checkpoint(output / "default" / LATEST)["update"] == UPDATES
+
+
+@pytest.mark.parametrize("closed", ["| head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)])
+def test_a_run_goes_on_when_nobody_reads_its_output(tiny_cfg, output, closed):
+    """Its log is in its folder. What is there for its output alone ends, as other programs do."""
+    shell = dict(shell=True, executable="bash", capture_output=True, text=True, timeout=300)
+
+    def tell(script: str, *args: str | Path) -> subprocess.CompletedProcess:
+        command = shlex.join(map(str, [sys.executable, CLASSIFICATION / script, *args]))
+        return subprocess.run(f"{command} {closed}; exit ${{PIPESTATUS[0]}}", **shell)
+
+    cfg, latest = tiny_cfg(), output / "default" / LATEST
+    trained = tell("main.py", "--cfg", cfg)
+    assert trained.returncode == 0 and trained.stderr == "" and trained.stdout.count("\n") == closed.count("head")
+    assert "finished 2 epochs" in latest.with_name("log_rank0.txt").read_text()
+    images = load_config(cfg).DATA.DATA_PATH
+    evaluation, prediction = ("--cfg", cfg, "--eval", "--resume", latest), (images, "--checkpoint", latest)
+    for told in (tell("main.py", *evaluation), tell("predict.py", *prediction)):
+        assert told.returncode in (0, 128 + signal.SIGPIPE) and told.stderr == "", told
 
 
 @pytest.mark.parametrize("sealed", [True, False], ids=["ours", "others"])
@@ -351,7 +582,7 @@ def test_one_command_runs_a_failed_update_again(tiny_cfg, output, monkeypatch):
     main.main(shlex.split(details["replay"])[2:])  # nothing is broken now, so that it runs to the end
     main.main(["--cfg", str(tiny_cfg()), "--tag", "whole"])
     replayed, whole = (
-        read_checkpoint(path)["model"] for path in (output.parent / "config/replay" / LATEST, output / "whole" / LATEST)
+        read_checkpoint(path)["model"] for path in (output / "default-replay" / LATEST, output / "whole" / LATEST)
     )
     statistics = ("running_mean", "running_var", "num_batches_tracked")  # the failed update has changed these
     assert all(torch.equal(replayed[name], value) for name, value in whole.items() if not name.endswith(statistics))

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from config import Config, load_config
 from engine import Trainer
 from lit_backbone import CheckpointError, read_checkpoint
+from logs import RunLog
+from model import build_model
 from resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+from tests.classification.conftest import CLASSES
 
 UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8
 EVERYTHING = {  # all that draws random numbers or carries state from update to update
@@ -125,6 +131,31 @@ def test_the_log_has_one_line_per_epoch(tiny_cfg, monkeypatch, tmp_path):
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
 
 
+def test_the_log_is_whole_until_its_successor_is(tmp_path, monkeypatch):
+    log, lines = tmp_path / "log.jsonl", '{"epoch": 0}\n{"epoch": 1}\n'
+    log.write_text(lines)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(Interrupted))
+        RunLog(tmp_path, epoch=1)
+    assert log.read_text() == lines
+    RunLog(tmp_path, epoch=1)
+    assert log.read_text() == '{"epoch": 0}\n'
+
+
+@pytest.mark.parametrize("clock", [-3600, 0, 3600])
+def test_tensorboard_shows_the_last_point_of_each_update(tmp_path, monkeypatch, clock):
+    """Also where the clock was set, by so many seconds, whenever the run went on."""
+    began = time.time()
+    for start, (first, last) in enumerate([(0, 6), (3, 5), (4, 8)]):
+        monkeypatch.setattr(time, "time", lambda now=began + start * clock: now)
+        log = RunLog(tmp_path, epoch=0, update=first)
+        for update in range(first + 1, last + 1):
+            log.scalars({"loss": 100 * start + update}, update)
+        log.writer.close()
+    points = [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
+    assert points == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
+
+
 def test_automatic_resume_can_be_off(tiny_cfg, monkeypatch):
     cfg = tiny_cfg()
     train(cfg, monkeypatch=monkeypatch)
@@ -156,7 +187,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def state_of(config: Config) -> TrainState:
-    model = main.build_model(config, torch.device("cpu"))
+    model = build_model(config, torch.device("cpu"))
     optimizer = main.build_optimizer(model, config)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, updates_per_epoch=4)
 
@@ -164,7 +195,7 @@ def state_of(config: Config) -> TrainState:
 def assert_refused(path: Path, config: Config, *parts: str) -> None:
     state = state_of(config)
     with pytest.raises(CheckpointError) as caught:
-        restore_checkpoint(path, state, config)
+        restore_checkpoint(path, state, config, list(CLASSES))
     message = str(caught.value)
     assert "\n" not in message and str(path) in message
     assert all(part in message for part in parts), message
@@ -234,8 +265,8 @@ def test_loss_scaling_is_restored(checkpoint, tiny_cfg, tmp_path, scaled_before)
     torch.save(read_checkpoint(checkpoint) | {"scaler": before.state_dict()}, tmp_path / "other.pth")
     config = load_config(tiny_cfg())
     state = state_of(config)
-    state.scaler = after
-    restore_checkpoint(tmp_path / "other.pth", state, config)
+    state.scaler, state.recipe = after, read_checkpoint(checkpoint)["recipe"]
+    restore_checkpoint(tmp_path / "other.pth", state, config, list(CLASSES))
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
 
 
@@ -244,19 +275,62 @@ def test_truncated_checkpoint(checkpoint, tiny_cfg, tmp_path):
     assert_refused(tmp_path / "half.pth", load_config(tiny_cfg()), "truncated")
 
 
-def test_a_changed_setting_is_reported(checkpoint, tiny_cfg, caplog):
-    config = load_config(tiny_cfg(), ["TRAIN.WEIGHT_DECAY", "0.3"])
-    state = state_of(config)
-    restore_checkpoint(checkpoint, state, config)
-    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.3, 0.0, 0.3]  # and is in force
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{checkpoint} was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3"
-    ]
+def drop_nothing(folder: Path) -> None:
+    """The same data."""
+
+
+def rename_an_image(folder: Path) -> None:
+    (folder / "train" / "bee" / "1.jpg").rename(folder / "train" / "bee" / "01.jpg")
+
+
+def rename_a_class(folder: Path) -> None:
+    for split in ("train", "val"):
+        (folder / split / "bee").rename(folder / split / "bug")
+
+
+@pytest.mark.parametrize(
+    "change, options, complaint, change_logged",
+    [
+        (drop_nothing, ["TRAIN.WEIGHT_DECAY", "0.3"], "was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3", ""),
+        (drop_nothing, ["SEED", "1", "AUG.HFLIP", "0"], r"HFLIP 0.5, this run has 0.0 \(and 1 more change", "SEED 0, "),
+        (drop_nothing, ["TRAIN.EPOCHS", "3"], "TRAIN.EPOCHS 2, this run has 3", ""),
+        (rename_an_image, [], r"train/bee 4 files \w+, this run has 4 files \w+", ""),
+        (rename_a_class, [], "its classes are not those of the data", "class 1 bee, this run has bug"),
+    ],
+)
+def test_a_run_that_is_not_the_same_goes_on_when_told_to(
+    own_folder, tiny_cfg, monkeypatch, tmp_path, change, options, complaint, change_logged
+):
+    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)})
+    assert train(cfg, stop_after=1, monkeypatch=monkeypatch)["update"] == 1
+    moved = own_folder.rename(tmp_path / "moved")
+    change(moved)
+    folder = tmp_path / "output" / "tiny" / "default"
+    free = ["DATA.DATA_PATH", str(moved), "DATA.NUM_WORKERS", "1", "PRINT_FREQ", "1"]  # settings without effect
+    with pytest.raises(SystemExit, match=complaint) as caught:
+        train(cfg, *free, *options, monkeypatch=monkeypatch)
+    assert "\n" not in str(caught.value) and str(folder / LATEST) in str(caught.value)
+    assert read_checkpoint(folder / LATEST)["update"] == 1
+    remedy = re.search("--opts (TRAIN.RESUME_CHANGED) (true)", str(caught.value)).groups()
+    left = train(cfg, *free, *options, *remedy, monkeypatch=monkeypatch)
+    assert left["update"] == 2 + ("TRAIN.EPOCHS" in options)
+    decay = 0.3 if "TRAIN.WEIGHT_DECAY" in options else 0.05
+    assert [group["weight_decay"] for group in left["optimizer"]["param_groups"]] == [decay, 0.0, decay]  # is in force
+    assert re.search(change_logged or complaint, (folder / "log_rank0.txt").read_text())
+    train(cfg, *free, *options, monkeypatch=monkeypatch)  # the same as before now
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(checkpoint, tiny_cfg, tmp_path, monkeypatch):
+    content = read_checkpoint(checkpoint)
+    del content["recipe"]
+    torch.save(content, checkpoint)
+    assert train(tiny_cfg(), "TRAIN.EPOCHS", "3", monkeypatch=monkeypatch)["update"] == 12
+    assert f"{checkpoint} does not say what it was trained with" in checkpoint.with_name("log_rank0.txt").read_text()
 
 
 def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
     config = load_config(tiny_cfg())
     state = state_of(config)
-    state.world_size = 2
-    restore_checkpoint(checkpoint, state, config)
+    state.world_size, state.recipe = 2, read_checkpoint(checkpoint)["recipe"]
+    restore_checkpoint(checkpoint, state, config, list(CLASSES))
     assert "was written by a run of 1 processes, this one has 2: global batch, order and augmentation" in caplog.text

@@ -1,7 +1,9 @@
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +69,21 @@ def test_training_with_two_processes(workplace):
     assert (workplace / "output/lit-s/two/latest.pth").is_file()
 
 
+def test_two_nodes_of_one_gpu_each_are_one_run(workplace):
+    """Both launchers on this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = dict(NNODES="2", MASTER_ADDR="localhost", PORT=str(free.getsockname()[1]))
+    command = ["bash", SCRIPTS / "lit-s.sh", "1", *TINY, *ONE_EPOCH, "--tag", "nodes"]
+    nodes = [begin(command, workplace, NODE_RANK=str(rank), **meeting) for rank in range(2)]
+    (first, errors), (second, others) = (node.communicate() for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], first + errors + second + others
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in first and second == ""
+    (start,) = (workplace / "output/lit-s/nodes/starts.jsonl").read_text().splitlines()
+    assert json.loads(start)["processes"] == 2
+    assert len((workplace / "output/lit-s/nodes/log.jsonl").read_text().splitlines()) == 1
+
+
 def test_evaluation_prints_the_published_lines_whatever_the_number_of_processes(trained, workplace):
     images = len(list((workplace / "data" / "val").rglob("*.jpg")))
     assert images % 3
@@ -91,8 +108,8 @@ def test_scripts_name_their_model(model, tmp_path):
     fake.write_text('#!/bin/sh\n[ "$1" = -I ] || echo "$@"\n')
     fake.chmod(0o755)
 
-    def told(script, *args):
-        done = shell(["bash", SCRIPTS / script, *args], tmp_path, fake.parent)
+    def told(script, *args, **variables):
+        done = shell(["bash", SCRIPTS / script, *args], tmp_path, fake.parent, **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
@@ -103,6 +120,10 @@ def test_scripts_name_their_model(model, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
     assert told(f"{model}.sh", "8") == [*torchrun, *start]
     assert told(f"{model}-eval.sh", "8", "a.pth") == [*torchrun, *start, "--eval", "--resume", "a.pth"]
+    nodes = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="node1")
+    torchrun[2:3] = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node1", "--master-port", "29500"]
+    for gpus in ("1", "8"):
+        assert told(f"{model}.sh", gpus, **nodes) == [*torchrun[:-1], gpus, *start]
 
 
 @pytest.mark.parametrize("args", [[], ["1"], ["--tag", "x"], ["1", "--tag", "x"]])

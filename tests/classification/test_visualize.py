@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import visualize_attention
 import visualize_offset
 from lit_backbone.visualize import sampling_chains
-from predict import load_classifier
+from model import load_classifier
 from tests.classification.conftest import TINY_LIT
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
@@ -105,7 +105,8 @@ def test_errors_of_visualize_offset(weights: dict[str, Path], tmp_path: Path, ca
     assert "none.jpg" in fails(*released, "none.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
     assert "text.jpg: no readable image" in fails(*released, tmp_path / "text.jpg")
-    assert "--img_size" in fails(*released, DEMO, "--img_size", 16)
+    for size in (16, 100_000):
+        assert f"from 32 to 2048, got [{size}]" in fails(*released, DEMO, "--img_size", size)
     assert "--at-most: expected 1 or more" in fails(*released, DEMO, "--at-most", 0)
     (tmp_path / "file").touch()
     assert "/file" in fails(*released, DEMO, "--output", tmp_path / "file")

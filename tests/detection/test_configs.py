@@ -1,18 +1,22 @@
 """The published detectors: sizes, released layouts, recipes; and that each of them trains and validates."""
 
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
+from mmengine.utils import apply_to
+from torch import Tensor, nn
 
 from lit_backbone.mm import load_file
-from lit_backbone.mm.runner import train
+from lit_backbone.mm.runner import StrictRunner, keep_float32, train
 from tests.dense import derive
-from tests.detection.conftest import PUBLISHED, classes_of_all_splits
+from tests.detection.conftest import DEMO, PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count
 
 # name of the figures: config, parameters, learning rate
@@ -90,3 +94,66 @@ def test_trains_and_validates(name: str, options: Any, tmp_path: Any) -> None:
     train("", [str(config), *options(model__backbone__init_cfg__checkpoint=None, **changes)])
     saved = load_file(str(tmp_path / "run" / "epoch_1.pth"))
     assert saved["meta"]["iter"] == 1 and saved["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
+
+
+def bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture(params=["retinanet", "mask_rcnn"])
+def plain(request: pytest.FixtureRequest) -> nn.Module:
+    """A small detector, as mmdetection computes it."""
+    cfg = Config.fromfile(DEMO / f"{request.param}_lit_digit_scenes.py")
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def test_mixed_precision_keeps_boxes_and_losses_in_float32(plain: nn.Module) -> None:
+    """What becomes of a head's outputs in bfloat16 is what float32 makes of them."""
+    wrapped = deepcopy(plain)
+    keep_float32(wrapped)
+    data = plain.data_preprocessor(demo_mm_inputs(2, [[3, 128, 160]] * 2, num_classes=10, with_mask=True), True)
+    metas = [sample.metainfo for sample in data["data_samples"]]
+    truths = [sample.gt_instances for sample in data["data_samples"]]
+    name = "rpn_head" if hasattr(plain, "roi_head") else "bbox_head"
+
+    model = deepcopy(wrapped)  # as a moving average of the weights is made, which must not call what it was made of
+    getattr(wrapped, name).prior_generator = None
+
+    def found(model: nn.Module, maps: Any) -> list[Tensor]:
+        found = getattr(model, name).predict_by_feat(*maps, batch_img_metas=metas)
+        return [tensor for image in found for tensor in (image.bboxes, image.scores)]
+
+    def losses(model: nn.Module, maps: Any) -> dict[str, list[Tensor]]:
+        torch.manual_seed(0)  # anchors are sampled
+        return getattr(model, name).loss_by_feat(*maps, deepcopy(truths), metas)
+
+    with bfloat16(), torch.no_grad():
+        features = [maps.bfloat16() for maps in plain.extract_feat(data["inputs"])]
+        outputs = getattr(plain, name)(features)
+    assert {maps.dtype for level in outputs for maps in level} == {torch.bfloat16}
+    exact = apply_to(outputs, torch.is_tensor, Tensor.float)
+    for compute in (found, losses):
+        expected = compute(plain, exact)
+        with bfloat16():
+            torch.testing.assert_close(compute(model, outputs), expected, rtol=0, atol=0)
+    if hasattr(plain, "roi_head"):
+        rois = torch.tensor([[0, 10.3, 20.6, 40.1, 90.7], [1, 90.2, 5.9, 150.8, 33.3]])
+        with bfloat16():
+            pooled = model.roi_head.bbox_roi_extractor(features, rois)
+        expected = plain.roi_head.bbox_roi_extractor([maps.float() for maps in features], rois)
+        torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
+
+
+def test_mixed_precision_trains_and_detects(plain: nn.Module, tmp_path: Path) -> None:
+    data = plain.data_preprocessor(demo_mm_inputs(2, [[3, 128, 160]] * 2, num_classes=10, with_mask=True), True)
+    model = StrictRunner(plain, str(tmp_path), experiment_name=tmp_path.name).model.cpu()
+    with bfloat16():
+        loss, values = model.parse_losses(model(**data, mode="loss"))
+    loss.backward()
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in values.values())
+    with bfloat16(), torch.no_grad():
+        found = model.eval()(**data, mode="predict")[0].pred_instances
+    assert len(found) and found.bboxes.dtype == torch.float32

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from demo.digit_scenes import write_scenes
+from lit_backbone.images import find_images
 from lit_backbone.mm import DataError, load_file, runner
-from lit_backbone.mm.inference import find_pictures
 from tests.dense import check_offset_tool, derive, error_of, output_of, run
 from tests.detection.conftest import DEMO, DETECTION, PUBLISHED, build_options, classes_of_all_splits
 
@@ -119,6 +119,18 @@ def test_fine_tuning_starts_a_head_for_other_classes_anew(
     assert "retina_cls.weight" in output.split("stay as initialised")[0]
 
 
+def test_fine_tuning_starts_a_head_for_as_many_other_classes_anew(
+    trained: Path, still_config: Path, options: Any, tmp_path: Path
+) -> None:
+    config = derive(tmp_path / "swapped.py", still_config, classes_of_all_splits(tuple("1023456789")))
+    still = dict(optim_wrapper__optimizer__lr=0.0, train_cfg__max_epochs=1)
+    output = train(config, *options("fine", load_from=trained / "epoch_2.pth", **still))
+    assert "its classes are not those of the data: 10 with 0, 1 against 10 with 1, 0; what depends on them" in output
+    before, after = weights(trained / "epoch_2.pth"), weights(tmp_path / "fine" / "epoch_1.pth")
+    changed = [key for key in before if key.startswith("bbox_head") and not torch.equal(before[key], after[key])]
+    assert changed == ["bbox_head.retina_cls.weight", "bbox_head.retina_cls.bias"]
+
+
 def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     for folder in ("a", "b"):
@@ -191,20 +203,23 @@ def test_runs_that_cannot_be_resumed(trained: Path, options: Any, tmp_path: Path
     content = torch.load(trained / "epoch_1.pth", weights_only=False)
     bare = {"state_dict": content["state_dict"], "meta": content["meta"]}
     assert "bare.pth: holds weights, not a run to resume" in resume_error("bare.pth", bare)
+    for key, value in dict(message_hub=None, meta={}, param_schedulers=[3, 4]).items():
+        assert "odd.pth: holds no run that can be resumed" in resume_error("odd.pth", content | {key: value})
+    assert "(it is none of PyTorch's)" in resume_error("odd.pth", content | {"optimizer": []})
     next(iter(content["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
     assert "foreign.pth: its optimiser state does not fit" in resume_error("foreign.pth", content)
 
 
 def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, message in [("none.jpg", "no such file"), ("empty", "no pictures")]:
+    for name, message in [("none.jpg", "no such file"), ("empty", "no images")]:
         with pytest.raises(DataError, match=f"{name}: .*{message}"):
-            find_pictures([str(tmp_path / name)])
+            find_images([str(tmp_path / name)])
     (tmp_path / "text.jpg").write_text("no picture")
     flags = ["--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn"]
     finished = run(sys.executable, TOOLS / "detect.py", tmp_path / "text.jpg", *flags)
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    assert "text.jpg: no readable picture" in finished.stderr.splitlines()[-1]
+    assert "text.jpg: no readable image" in finished.stderr.splitlines()[-1]
 
 
 # ---- what takes minutes

@@ -3,6 +3,7 @@ import copy
 import logging
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -165,17 +166,20 @@ def test_load_checkpoint_reads_safetensors(
     assert_same_state(model, expected)
 
 
-def test_load_checkpoint_prefers_the_average_on_demand(tmp_path: Path) -> None:
-    model = small_lit()
-    state = model.state_dict()
-    average = {key: value + 1 for key, value in state.items()}
-    for wrapper in ("model_ema", "state_dict_ema"):
-        torch.save({"model": state, wrapper: average}, tmp_path / "both.pth")
-        for use_ema, weights in ((False, state), (True, average)):
-            loaded = load_checkpoint(tmp_path / "both.pth", use_ema=use_ema)
-            torch.testing.assert_close(loaded, dict(weights), rtol=0, atol=0)
-    torch.save({"model": state}, tmp_path / "one.pth")
-    torch.testing.assert_close(load_checkpoint(tmp_path / "one.pth", use_ema=True), dict(state), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["model", "model_ema", "updates_per_epoch"], "model_ema"),  # this package's trainer
+        (["state_dict", "state_dict_ema"], "state_dict_ema"),  # timm's
+        (["model", "model_ema"], "model"),  # DeiT's and the authors'
+    ],
+)
+def test_the_average_counts_where_the_trainer_judges_by_it(tmp_path: Path, keys: list[str], expected: str) -> None:
+    content = {key: {"norm.weight": torch.full((2,), float(i))} for i, key in enumerate(keys)}
+    torch.save(content, tmp_path / "run.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "run.pth")["norm.weight"], content[expected]["norm.weight"])
+    torch.save(content | dict.fromkeys(keys[1:]), tmp_path / "run.pth")  # one that kept none
+    assert torch.equal(load_checkpoint(tmp_path / "run.pth")["norm.weight"], content[keys[0]]["norm.weight"])
 
 
 def test_configurations_beside_the_weights_are_plain_data(tmp_path: Path) -> None:
@@ -211,12 +215,23 @@ def write_truncated_safetensors(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def write_compressed(path: Path) -> None:
+    """What a zip archive can grow to has no bound."""
+    torch.save({"norm.weight": torch.zeros(10**5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 BAD_FILES = {
     "missing.pth": (lambda path: None, "no such file"),
     "directory.pth": (lambda path: path.mkdir(), "no such file"),
     "empty.pth": (lambda path: path.touch(), "unreadable"),
     "page.pth": (lambda path: path.write_text("<!DOCTYPE html>\n<title>Not found</title>\n"), "unreadable"),
     "truncated.pth": (write_truncated, "unreadable or truncated"),
+    "compressed.pth": (write_compressed, "unreadable or truncated"),
     "truncated.safetensors": (write_truncated_safetensors, "unreadable or truncated"),
     "text.safetensors": (lambda path: path.write_text("no tensors"), "unreadable"),
     "list.pth": (lambda path: torch.save([torch.ones(1)], path), "holds a list; expected a dictionary"),
@@ -290,11 +305,30 @@ def test_another_number_of_classes_gets_a_new_head(tmp_path: Path, caplog: pytes
     assert record.getMessage().startswith(f"{path}: ")
     assert "10 classes, the model 7" in record.getMessage()
     assert_same_state(model.head, dict(head))
+    torch.save({"model": model.state_dict(), "classes": list("abcdefg")}, tmp_path / "named.pth")
+    for classes, kept in (("abcdefg", True), ("gfedcba", False), ("", True)):  # the same number
+        other = small_lit(num_classes=7)
+        own = copy.deepcopy(other.head.state_dict())
+        other.load_state_dict(load_checkpoint(tmp_path / "named.pth", other, classes=classes))
+        assert_same_state(other.head, dict(head if kept else own))
     expected = {key: value for key, value in source.state_dict().items() if not key.startswith("head.")}
     body = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
     torch.testing.assert_close(body, expected, rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="10 classes, the model 7"):
         load_checkpoint(path, model, new_head=False)
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_other_input_channels(tmp_path: Path, in_chans: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rgb.pth"
+    torch.save(shrunk_model("lit_s").state_dict(), path)
+    by_timm = shrunk_model(
+        "lit_s", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), in_chans=in_chans, num_classes=1000
+    )
+    model = shrunk_model("lit_s", in_chans=in_chans)
+    model.load_state_dict(load_checkpoint(path, model))
+    assert_same_state(model, dict(by_timm.state_dict()))
+    assert f"3 input channels, adapted to the model's {in_chans}" in caplog.text
 
 
 def test_headless_models_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

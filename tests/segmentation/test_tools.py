@@ -14,9 +14,10 @@ from mmseg.apis import inference_model
 from PIL import Image
 
 from demo.digit_scenes import write_scenes
-from lit_backbone.mm import load_file, runner
-from lit_backbone.mm.inference import load_model
-from tests.dense import check_offset_tool, derive, error_of, output_of
+from lit_backbone import CheckpointError
+from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm.inference import build_parser, load_model
+from tests.dense import check_offset_tool, derive, error_of, output_of, run
 from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
 
 CONFIG = DEMO / "fpn_lit_digit_scenes.py"
@@ -69,6 +70,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     for key in whole:
         torch.testing.assert_close(again[key], whole[key], msg=key)
     assert not torch.equal(start["decode_head.conv_seg.weight"], whole["decode_head.conv_seg.weight"])
+
+
+def test_the_best_so_far_is_kept_over_a_resumption(trained: Path, options: Any, tmp_path: Path) -> None:
+    """Its score is, and its file is replaced by a better one's, but no other file that a checkpoint may name."""
+    content = torch.load(trained / "iter_1.pth", weights_only=False)
+    info, hub = dict(best_score=np.float64(-1), best_ckpt=str(tmp_path / "best_x.pth")), content["message_hub"]
+    torch.save(content | {"message_hub": hub | {"runtime_info": info}}, tmp_path / "iter_1.pth")
+    arguments = options(train_cfg__max_iters=2, default_hooks__checkpoint__save_best="mIoU")
+    Path(arguments[1]).mkdir()
+    for folder in (tmp_path, Path(arguments[1])):
+        (folder / "best_x.pth").touch()
+    output = train(CONFIG, *arguments, "--resume", tmp_path / "iter_1.pth")
+    assert "dataset metainfo from the resumed checkpoint is different" not in output
+    assert (tmp_path / "best_x.pth").exists()
+    assert [path.name for path in Path(arguments[1]).glob("best_*")] == ["best_mIoU_iter_2.pth"]
+    content["meta"]["iter"] = 10**9
+    torch.save(content, tmp_path / "far.pth")
+    message = error_of(runner.train, "", [str(CONFIG), *arguments, "--resume", str(tmp_path / "far.pth")])
+    assert "far.pth: is at iteration 1000000000, and this run ends at 2" in message
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--tta"], marks=pytest.mark.slow)], ids=["plain", "tta"])
@@ -141,6 +161,40 @@ def test_a_head_for_another_number_of_classes(options: Any) -> None:
     )
 
 
+def test_segment_names_a_picture_that_is_too_small(trained: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
+    command = [tmp_path / "small.png", "--config", CONFIG, "--checkpoint", trained / "iter_4.pth"]
+    finished = run(sys.executable, TOOLS / "segment.py", *command, "--out-dir", tmp_path / "drawn")
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "small.png: 20 x 40 pixels: LIT needs 32 x 32 or more" in finished.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+def test_devices_that_are_none(device: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        build_parser("").parse_args(["a.jpg", "--config", "c.py", "--checkpoint", "c.pth", "--device", device])
+    assert f"argument --device: {device}: not usable here; use cpu" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "defines no model, "),
+        ("model = 3", "defines no model, "),
+        ("model = dict(", "no config that can be read (SyntaxError: "),
+        ("1 / 0", "no config that can be read (ZeroDivisionError: division by zero)"),
+        ("_base_ = 'none.py'", "none.py"),
+    ],
+)
+def test_configs_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    assert message in error_of(runner.train, "", [str(path)])
+    assert message in error_of(runner.test, "", lambda cfg, args: None, [str(path), "none.pth"])
+    with pytest.raises((DataError, FileNotFoundError), match=re.escape(message)):
+        load_model(str(path), "none.pth", "cpu")
+
+
 def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
         return error_of(runner.test, "", lambda cfg, args: None, [str(config), str(checkpoint), *options(**changes)])
@@ -152,6 +206,11 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
     message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
     assert "iter_4.pth: not a checkpoint of EncoderDecoder with lit_s" in message
     assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
+    content = load_file(str(last))
+    content["meta"]["dataset_meta"] = dict(classes=["one"])
+    torch.save(content, tmp_path / "one.pth")
+    with pytest.raises(CheckpointError, match="one.pth: model.decode_head.num_classes=11: the data has 1 classes"):
+        load_model(str(CONFIG), str(tmp_path / "one.pth"), "cpu")
 
 
 # ---- what takes minutes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_backbone import load_checkpoint
 from lit_backbone.checkpoints import to_released
 from lit_backbone.lit import ARCHS
-from predict import load_classifier
+from model import load_classifier
 from tests.lit_backbone.small import small_lit
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mmengine.model import BaseModule
+from mmengine.hooks import EMAHook
+from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from lit_backbone import CheckpointError
@@ -152,6 +154,38 @@ def test_the_backbone_of_a_detector_is_used(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[key], value), key
     with pytest.raises(CheckpointError, match="no key begins with 'body.'"):
         pretrained(tmp_path / "d.pth", arch=ARCH, init=dict(prefix="body."))
+
+
+class Detector(BaseModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = small()
+
+    def forward(self, *inputs: Tensor, mode: str = "tensor") -> Any:
+        return {"loss": self.backbone(torch.stack(inputs))[-1].square().mean()}
+
+
+def test_the_average_of_a_detector_is_used(tmp_path: Path) -> None:
+    """mmengine's hook writes the moving average as the weights, and the weights elsewhere."""
+    runner = Runner(
+        Detector(),
+        str(tmp_path),
+        train_dataloader=dict(
+            dataset=list(image((4, 3, 64, 64), 1)), batch_size=2, sampler=dict(type="DefaultSampler")
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=2)),
+        custom_hooks=[dict(type="EMAHook", momentum=0.1)],
+    )
+    runner.train()
+    average = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model.module.backbone
+    init = dict(prefix="backbone.")
+    model = pretrained(tmp_path / "epoch_2.pth", arch=ARCH, img_size=64, out_norms=(1, 3), init=init)
+    for key, value in average.named_parameters():
+        assert torch.equal(model.state_dict()[key], value), key
+    key = "stages.0.blocks.0.mlp.fc1.weight"
+    assert not torch.equal(runner.model.backbone.state_dict()[key], average.state_dict()[key])
 
 
 def test_unused_weights_stop(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Image files: found in folders, opened and made RGB in one way, by training, evaluation and every tool."""
+
+import errno
+import heapq
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import get_img_extensions
+
+from .text import printable
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow goes by content, and would run Ghostscript
+MAX_RATIO = 200  # of an image's sides; resizing the shorter one to 256 pixels makes the longer one of 51,200
+
+
+class DataError(RuntimeError):
+    """Data that cannot be used; its text is one line that names the place and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__().rpartition("DataError: ")[2].strip())  # less the trace of a loader's process
+
+
+def natural_key(name: str) -> tuple[list[int | str], str]:
+    """Sorts names as timm does, 9 before 10 and in any case of letters, but never leaves two of them (A, a) tied."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The files themselves, and all images in and below the folders, each folder's in natural order.
+
+    Raises:
+        DataError: a path is neither, or a folder holds none or cannot be read.
+    """
+    images: list[str] = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+        found = images_below(path) if os.path.isdir(path) else [path]
+        if not found:
+            raise DataError(f"{path}: holds no images ({', '.join(get_img_extensions())})")
+        images += found
+    return images
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """All entries named like images, in natural order. A folder that links lead back to counts once, at its own place.
+
+    They need not be readable: what is no regular file is refused when it is opened, not left out without a word.
+    """
+    extensions, found, entered = get_img_extensions(), [], set()
+    folders = [(False, str(folder))]  # a heap, in which links come after all others
+    while folders:
+        _, here = heapq.heappop(folders)
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    is_link = entry.is_symlink()
+                    if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                        heapq.heappush(folders, (is_link, entry.path))
+                    elif entry.name.lower().endswith(extensions):
+                        found.append(entry.path)
+        except OSError as error:
+            raise DataError(f"{here}: a folder that cannot be read ({error.strerror})") from error
+    return sorted(found, key=natural_key)
+
+
+def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:
+    """A file's image, see :func:`decode_rgb`.
+
+    Raises:
+        DataError: the file is no image, or has none that can be used.
+    """
+    with naming(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe may take for ever
+            raise OSError("no regular file")
+        with open(path, "rb") as file:
+            return decode_rgb(file, upright)
+
+
+@contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Turns whatever decoders raise into a DataError that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # decoders fail in many ways
+        reason, remedy = str(error) or type(error).__name__, "repair or remove the file"
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}"
+        if is_shortage(error):
+            remedy = "raise the number of files that a process may open, ulimit -n"
+        raise DataError(f"{file}: no readable image ({reason[:200]}); {remedy}") from error
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether a file could not be opened because too many others are."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def decode_rgb(file: BinaryIO, upright: bool = False) -> Image.Image:
+    """The image in an open file, in RGB with 8 bits a channel.
+
+    Args:
+        file: at its start.
+        upright: whether to turn it as its EXIF data says, as mmcv does; the original's classification does not.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if max(image.size) > MAX_RATIO * min(image.size):
+            width, height = image.size
+            raise ValueError(f"{width} x {height} pixels, one side more than {MAX_RATIO} times as long as the other")
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, 8 bits a channel; decodes it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # Pillow clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a channel, of unknown range; convert it to 8 or 16")
+    return image.convert("RGB")
