@@ -59,7 +59,7 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py
 
 paper: env-mm ## train small LITs with more and less attention, with and without DTM, and compare; a few hours
-	"$(PYTHON)" tools/paper.py
+	"$(PYTHON)" -m tools.paper
 
 test: env-test lint ## check the style, then run the test suite
 	"$(PYTHON)" $(PYTEST)

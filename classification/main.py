@@ -14,10 +14,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-if __name__ == "__main__":
-    import interrupts  # noqa: F401, before what takes long to import
-
 try:
+    if __name__ == "__main__":
+        import lit_classification.interrupts  # noqa: F401, before what takes long to import
     from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
@@ -28,8 +27,8 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config import Config, ConfigError, accumulation_steps, dump, load_config
-from data import (
+from lit_classification.config import Config, ConfigError, accumulation_steps, dump, load_config
+from lit_classification.data import (
     DataError,
     build_train_loader,
     build_val_loader,
@@ -38,8 +37,16 @@ from data import (
     loader_failure,
     sample_images,
 )
-from distributed import PREEMPTED, Preempted, Processes, StopRequest, join_processes, sole_writer, stop_requests
-from engine import (
+from lit_classification.distributed import (
+    PREEMPTED,
+    Preempted,
+    Processes,
+    StopRequest,
+    join_processes,
+    sole_writer,
+    stop_requests,
+)
+from lit_classification.engine import (
     NonFiniteError,
     Trainer,
     amp_dtype,
@@ -49,11 +56,11 @@ from engine import (
     print_accuracy,
     to_device,
 )
-from logs import RunLog, rewrite, setup_logging, writing
-from model import as_trained, build_model, model_of
-from optim import Schedule, build_optimizer
-from recipe import check_processes, describe_recipe
-from resume import Saver, TrainState, describe_end, find_own, restore_checkpoint
+from lit_classification.logs import RunLog, rewrite, setup_logging, writing
+from lit_classification.model import as_trained, build_model, model_of
+from lit_classification.optim import Schedule, build_optimizer
+from lit_classification.recipe import check_processes, describe_recipe
+from lit_classification.resume import Saver, TrainState, describe_end, find_own, restore_checkpoint
 
 _logger = logging.getLogger(__name__)
 

@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-if __name__ == "__main__":
-    import interrupts  # noqa: F401, before what takes long to import
-
 try:
+    if __name__ == "__main__":
+        import lit_classification.interrupts  # noqa: F401, before what takes long to import
     from lit_backbone import CheckpointError
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
@@ -19,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import leave_process_group
-from engine import progress
 from lit_backbone.images import DataError, find_images, open_rgb
 from lit_backbone.text import printable
-from model import Classifier, load_classifier
+from lit_classification.data import leave_process_group
+from lit_classification.engine import progress
+from lit_classification.model import Classifier, load_classifier
 
 BATCH_SIZE = 32
 MAX_WORKERS = 8

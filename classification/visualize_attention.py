@@ -7,10 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    import interrupts  # noqa: F401, before what takes long to import
-
 try:
+    if __name__ == "__main__":
+        import lit_classification.interrupts  # noqa: F401, before what takes long to import
     import lit_backbone  # noqa: F401, registers the models
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine import progress
 from lit_backbone import LIT, CheckpointError
 from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable
 from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
-from model import add_model_arguments, check_model_arguments, load_model
+from lit_classification.engine import progress
+from lit_classification.model import add_model_arguments, check_model_arguments, load_model
 from predict import image_loader
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels

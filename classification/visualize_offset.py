@@ -7,10 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    import interrupts  # noqa: F401, before what takes long to import
-
 try:
+    if __name__ == "__main__":
+        import lit_classification.interrupts  # noqa: F401, before what takes long to import
     import lit_backbone  # noqa: F401, registers the models
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
@@ -24,7 +23,7 @@ from lit_backbone import CheckpointError
 from lit_backbone.images import DataError, open_rgb
 from lit_backbone.text import printable
 from lit_backbone.visualize import NoOffsetsError, add_offset_arguments, write_offsets
-from model import add_model_arguments, check_model_arguments, load_model
+from lit_classification.model import add_model_arguments, check_model_arguments, load_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from config import Config
 from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_backbone.images import DataError, open_rgb
-from model import build_model, load_classifier
+from lit_classification.config import Config
+from lit_classification.model import build_model, load_classifier
 
 pytestmark = pytest.mark.slow
 SECONDS = 60  # for checkpoints, and as long for images

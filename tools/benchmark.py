@@ -18,7 +18,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -343,9 +342,8 @@ def bench_input(bench: Bench) -> None:
     """Decoding and augmenting by the training recipe in one process, and how many of these a model keeps busy."""
     from sklearn.datasets import load_sample_images
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "classification"))  # its scripts are no package
-    from config import load_config
-    from data import ImageFolder, Images, SampleKey, build_transform
+    from lit_classification.config import load_config
+    from lit_classification.data import ImageFolder, Images, SampleKey, build_transform
 
     config = load_config(Path(__file__).parents[1] / "classification/configs/lit-s.yaml")
     with tempfile.TemporaryDirectory() as folder:

@@ -29,12 +29,10 @@ from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "classification")]  # its scripts are no package
-
-from data import evaluation_input  # noqa: E402
-from lit_backbone import LIT, CheckpointError  # noqa: E402
-from lit_backbone.checkpoints import to_released  # noqa: E402
-from model import Classifier, load_classifier  # noqa: E402
+from lit_backbone import LIT, CheckpointError
+from lit_backbone.checkpoints import to_released
+from lit_classification.data import evaluation_input
+from lit_classification.model import Classifier, load_classifier
 
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
 

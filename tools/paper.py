@@ -1,6 +1,6 @@
 """The paper's argument in miniature: what attention, DTM and pretraining are worth on digits, within a few hours.
 
-    python tools/paper.py        # or: make paper
+    python -m tools.paper        # or: make paper
 
 Trains a small LIT with attention in ever fewer stages, and with other mergings than DTM, on cluttered digits
 (demo/cluttered_digits.py); then a detector and a segmentor on scenes of digits (demo/digit_scenes.py), from that LIT's
@@ -23,21 +23,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import benchmark
 import timm
 import torch
-from benchmark import Bench, infer, multiply_adds
 from scipy.stats import ttest_ind
 from torch import nn
 from tqdm import tqdm
 
+from demo.cluttered_digits import write_images
+from demo.digit_scenes import write_scenes
+from lit_classification.config import load_config
+from tools import benchmark
+from tools.benchmark import Bench, infer, multiply_adds
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "classification")]
-
-from config import load_config  # noqa: E402
-from demo.cluttered_digits import write_images  # noqa: E402
-from demo.digit_scenes import write_scenes  # noqa: E402
-
 SEEDS = (0, 1, 2)
 LIT = "lit-0011"
 VARIANTS = {

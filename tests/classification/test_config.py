@@ -7,12 +7,11 @@ import torch
 from pydantic import ValidationError
 from timm.data.mixup import Mixup, rand_bbox_minmax
 
-import config as config_module
-from config import Config, ConfigError, Lit, Section, accumulation_steps, dump, load_config
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.layers import AttentionBlock
+from lit_classification.config import Config, ConfigError, Lit, Section, accumulation_steps, dump, load_config
 
-CONFIGS = Path(config_module.__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "classification" / "configs"
 RECIPES = ("lit-ti", "lit-s", "lit-m", "lit-b")
 
 

@@ -13,10 +13,10 @@ import main
 import predict
 import visualize_attention
 import visualize_offset
-from config import load_config
 from lit_backbone import read_checkpoint
-from model import build_model
-from resume import TrainState, save_checkpoint
+from lit_classification.config import load_config
+from lit_classification.model import build_model
+from lit_classification.resume import TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES
 from tests.crafted import CONFIGS, RUNS, WEIGHTS, become_a_resnet
 from tools import export

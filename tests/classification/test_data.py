@@ -15,8 +15,8 @@ import torchvision
 from PIL import Image
 from timm.data import create_transform
 
-from config import load_config
-from data import (
+from lit_classification.config import load_config
+from lit_classification.data import (
     DataError,
     SampleKey,
     TrainSampler,
@@ -26,7 +26,7 @@ from data import (
     check_same_classes,
     seed_everything,
 )
-from distributed import Processes
+from lit_classification.distributed import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

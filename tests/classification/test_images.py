@@ -17,9 +17,9 @@ from PIL import Image
 
 import predict
 import visualize_offset
-from config import load_config
-from data import ImageFolder, SampleKey, build_dataset
 from lit_backbone.images import MAX_RATIO, DataError, find_images, naming
+from lit_classification.config import load_config
+from lit_classification.data import ImageFolder, SampleKey, build_dataset
 
 Y, X = np.mgrid[:40, :48]
 GREY = (4 * Y + X).astype(np.uint8)  # (40, 48)
@@ -184,7 +184,7 @@ def test_links_are_followed_once(own_folder, tmp_path):
 
 ORDER = """
 import json, sys
-from data import ImageFolder
+from lit_classification.data import ImageFolder
 folder = ImageFolder(sys.argv[1])
 print(json.dumps([folder.classes, [[file[len(sys.argv[1]) + 1 :], label] for file, label in folder.samples]]))
 """

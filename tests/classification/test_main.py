@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
-import engine
 import main
-from config import Config, load_config
-from data import build_val_loader
-from distributed import Processes
-from engine import to_device
 from lit_backbone import lit, load_checkpoint, read_checkpoint
-from model import build_model
-from resume import BEST, FAILED, LATEST, Saver
+from lit_classification import engine
+from lit_classification.config import Config, load_config
+from lit_classification.data import build_val_loader
+from lit_classification.distributed import Processes
+from lit_classification.engine import to_device
+from lit_classification.model import build_model
+from lit_classification.resume import BEST, FAILED, LATEST, Saver
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
 

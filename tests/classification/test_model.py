@@ -20,12 +20,12 @@ import main
 import predict
 import visualize_attention
 import visualize_offset
-from config import load_config
-from data import build_val_loader
-from distributed import Processes
 from lit_backbone import load_checkpoint, read_checkpoint
-from model import build_model, load_classifier, load_model
-from resume import LATEST, TrainState, save_checkpoint
+from lit_classification.config import load_config
+from lit_classification.data import build_val_loader
+from lit_classification.distributed import Processes
+from lit_classification.model import build_model, load_classifier, load_model
+from lit_classification.resume import LATEST, TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES, TINY_LIT
 from tools import export
 

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from config import Config, load_config
 from lit_backbone.checkpoints import convert_released
-from optim import Schedule, build_optimizer, parameter_groups
+from lit_classification.config import Config, load_config
+from lit_classification.optim import Schedule, build_optimizer, parameter_groups
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"
 UPDATES_PER_EPOCH = 1251  # of ImageNet's 1,281,167 images in batches of 1024

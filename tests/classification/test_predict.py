@@ -13,10 +13,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import predict
-from config import Config
 from lit_backbone.checkpoints import convert_released
-from model import build_model, recognize, usual_classes
-from resume import TrainState, save_checkpoint
+from lit_classification.config import Config
+from lit_classification.model import build_model, recognize, usual_classes
+from lit_classification.resume import TrainState, save_checkpoint
 from tests.goldens.fill import fill
 
 VARIANTS = ("lit_ti", "lit_s", "lit_m", "lit_b", "pvt_small_full_msa")

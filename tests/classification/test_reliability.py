@@ -25,15 +25,14 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import main
-import resume
-from config import load_config
-from data import DataError, SampleKey, build_dataset
-from distributed import PREEMPTED, sole_writer, stop_requests
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_integrity, seal
-from resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
+from lit_classification import engine, resume
+from lit_classification.config import load_config
+from lit_classification.data import DataError, SampleKey, build_dataset
+from lit_classification.distributed import PREEMPTED, sole_writer, stop_requests
+from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
 from tests.damage import damaged
 
 CLASSIFICATION = Path(main.__file__).parent

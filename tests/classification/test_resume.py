@@ -11,12 +11,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from config import Config, load_config
-from engine import Trainer
 from lit_backbone import CheckpointError, read_checkpoint
-from logs import RunLog
-from model import build_model
-from resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+from lit_classification.config import Config, load_config
+from lit_classification.engine import Trainer
+from lit_classification.logs import RunLog
+from lit_classification.model import build_model
+from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
 from tests.classification.conftest import CLASSES
 
 UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8

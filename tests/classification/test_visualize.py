@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import visualize_attention
 import visualize_offset
 from lit_backbone.visualize import sampling_chains
-from model import load_classifier
+from lit_classification.model import load_classifier
 from tests.classification.conftest import TINY_LIT
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"

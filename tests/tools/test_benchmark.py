@@ -10,6 +10,8 @@ import timm
 import torch
 from torchvision.ops import deform_conv2d
 
+from tools import benchmark
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,9 +51,6 @@ def test_memory_is_what_a_call_holds_at_its_peak(results: tuple[str, Path]) -> N
 
 
 def test_the_original_way_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import benchmark
-
     calls = []
     monkeypatch.setattr(benchmark, "deform_conv2d", lambda *args, **kw: calls.append(1) or deform_conv2d(*args, **kw))
     bench = benchmark.Bench(benchmark.parse_args(["--device", "cpu"]))

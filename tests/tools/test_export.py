@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lit_backbone import load_checkpoint
 from lit_backbone.checkpoints import to_released
 from lit_backbone.lit import ARCHS
-from model import load_classifier
+from lit_classification.model import load_classifier
 from tests.lit_backbone.small import small_lit
+from tools.export import main, write_onnx
 
 ROOT = Path(__file__).parents[2]
 KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 2, 1], num_heads=[1, 2, 3, 4], mlp_ratios=2)
@@ -88,13 +89,8 @@ def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
 @torch.no_grad()
-def test_onnx_of_the_dense_backbone(
-    checkpoint: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_of_the_dense_backbone(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """That of detectors and segmentors: no class token, norms on the outputs, some stages only."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from export import write_onnx
-
     LITBackbone = pytest.importorskip("lit_backbone.mm").LITBackbone
 
     backbone = randomize(
@@ -183,11 +179,8 @@ def test_released_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
 def test_what_cannot_be_exported(
-    checkpoint: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    checkpoint: tuple[Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from export import main
-
     def export(*args: str | Path, status: int) -> str:
         with pytest.raises(SystemExit) as caught:
             main(list(map(str, args)))

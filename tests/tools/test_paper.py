@@ -8,16 +8,9 @@ import pytest
 from tqdm import tqdm
 
 from demo.digit_scenes import write_scenes
+from tools import paper
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import paper
-
-    return paper
 
 
 @pytest.fixture
@@ -26,7 +19,7 @@ def bar() -> Iterator[tqdm]:
         yield bar
 
 
-def test_every_training_is_planned_once(paper, tmp_path: Path) -> None:
+def test_every_training_is_planned_once(tmp_path: Path) -> None:
     classification, dense = paper.classification_runs(tmp_path), paper.dense_runs(tmp_path)
     runs = classification + dense
     assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs) == 3 * (7 + 2 * 2)
@@ -35,7 +28,7 @@ def test_every_training_is_planned_once(paper, tmp_path: Path) -> None:
     assert f"model.backbone.init_cfg.checkpoint={classifier.folder}/latest.pth" in pretrained.commands[0]
 
 
-def test_schedules_are_shorter_than_the_demos(paper) -> None:
+def test_schedules_are_shorter_than_the_demos() -> None:
     Config = pytest.importorskip("mmengine.config").Config
     for name, task in paper.DENSE.items():
         values = set()
@@ -55,7 +48,7 @@ def shorten(run, *options: str):
     return run._replace(commands=tuple((*command, *options) for command in run.commands))
 
 
-def small_classification(paper, data: Path, output: Path) -> list:
+def small_classification(data: Path, output: Path) -> list:
     """Trainings by the real trainer, for two epochs on a few images."""
     paper.write_images(data, train=70, val=10)
     options = ("DATA.DATA_PATH", str(data), "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2")
@@ -63,11 +56,11 @@ def small_classification(paper, data: Path, output: Path) -> list:
 
 
 @pytest.fixture
-def small_runs(paper, tmp_path: Path) -> list:
-    return small_classification(paper, tmp_path / "data", tmp_path / "out")[:2]
+def small_runs(tmp_path: Path) -> list:
+    return small_classification(tmp_path / "data", tmp_path / "out")[:2]
 
 
-def test_a_training_is_continued_and_read(paper, small_runs: list, bar: tqdm) -> None:
+def test_a_training_is_continued_and_read(small_runs: list, bar: tqdm) -> None:
     """Started again, it only reports."""
     run = small_runs[0]
     ((_, accuracy),) = paper.train_all([run], 1, bar)
@@ -78,7 +71,7 @@ def test_a_training_is_continued_and_read(paper, small_runs: list, bar: tqdm) ->
     assert "finished already" in run.printed.read_text()
 
 
-def test_trainings_end_with_the_comparison(paper, small_runs: list, bar: tqdm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_end_with_the_comparison(small_runs: list, bar: tqdm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after the first, it leaves no process behind; the second can be gone on with."""
     started = []
     start = paper.Run.start
@@ -93,7 +86,7 @@ def test_trainings_end_with_the_comparison(paper, small_runs: list, bar: tqdm, m
     assert [run for run, _ in paper.train_all([shorter], 1, bar)] == [shorter]
 
 
-def test_a_training_that_fails_stops_all(paper, small_runs: list, bar: tqdm) -> None:
+def test_a_training_that_fails_stops_all(small_runs: list, bar: tqdm) -> None:
     run = small_runs[0]
     broken = shorten(run, "TRAIN.NONE", "1")
     with pytest.raises(paper.TrainingError, match="(?s)lit-1111, seed 0: ended with status 1; .*error: .*NONE"):
@@ -102,7 +95,7 @@ def test_a_training_that_fails_stops_all(paper, small_runs: list, bar: tqdm) -> 
 
 
 @pytest.mark.slow
-def test_the_whole_comparison(paper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifiers, and segmentors from their weights, each a few steps long; a second time nothing is trained."""
     load_file = pytest.importorskip("lit_backbone.mm.loading").load_file
     scenes, output = tmp_path / "scenes", tmp_path / "out"
@@ -112,7 +105,7 @@ def test_the_whole_comparison(paper, tmp_path: Path, monkeypatch: pytest.MonkeyP
     task = paper.DENSE["segmentation"]._replace(schedule=("train_cfg.max_iters=1",), last="iter_1.pth")
     monkeypatch.setattr(paper, "DENSE", {"segmentation": task})
     options = [f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "test")]
-    classification = small_classification(paper, tmp_path / "digits", output)
+    classification = small_classification(tmp_path / "digits", output)
     dense = [shorten(run, "--cfg-options", *options) for run in paper.dense_runs(output)]
     monkeypatch.setattr(paper, "classification_runs", lambda _: classification)
     monkeypatch.setattr(paper, "dense_runs", lambda _: dense)
@@ -132,13 +125,13 @@ def test_the_whole_comparison(paper, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads((output / "results.json").read_text()) == done
 
 
-def test_differences_by_chance_are_not_resolved(paper) -> None:
+def test_differences_by_chance_are_not_resolved() -> None:
     assert paper.difference([90.0, 92.0, 91.0], [90.5, 91.5, 90.0]).startswith("+0.33 (not resolved")
     assert paper.difference([80.0, 80.2, 80.1], [90.0, 90.2, 90.3]).startswith("-10.07 (resolved")
     assert paper.summary([1.0, 2.0, 3.0]) == "2.00 ± 0.58"
 
 
-def test_tables_and_plot(paper, tmp_path: Path) -> None:
+def test_tables_and_plot(tmp_path: Path) -> None:
     runs = paper.classification_runs(tmp_path) + paper.dense_runs(tmp_path)
     found = {run.name: [90.0, 91.0, 92.5] for run in runs} | {"lit-0000": [50.0, 51.0, 52.0]}
     cost = dict(parameters=1_234_567, multiply_adds=9.04e6, images_per_s=3210.4)
@@ -149,7 +142,7 @@ def test_tables_and_plot(paper, tmp_path: Path) -> None:
     assert (tmp_path / "paper.png").stat().st_size > 10_000
 
 
-def test_variants_differ_in_the_model_alone(paper) -> None:
+def test_variants_differ_in_the_model_alone() -> None:
     configs = {path.stem: paper.load_config(path) for path in (ROOT / "classification/configs/paper").iterdir()}
     assert configs.keys() == paper.VARIANTS.keys()
     lit = configs[paper.LIT]
@@ -159,7 +152,7 @@ def test_variants_differ_in_the_model_alone(paper) -> None:
         assert config.MODEL.model_copy(update={"LIT": lit.MODEL.LIT}) == lit.MODEL and len(extra) == (config != lit)
 
 
-def test_models_cost_what_attention_costs(paper) -> None:
+def test_models_cost_what_attention_costs() -> None:
     costs = {name: paper.multiply_adds(lambda name=name: paper._build(name), (64, 64)) for name in paper.VARIANTS}
     stages = [f"lit-{code}" for code in ("0000", "0001", "0011", "0111", "1111")]
     assert [costs[name] for name in stages] == sorted(costs[name] for name in stages)

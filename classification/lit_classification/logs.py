@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from config import ConfigError
+from lit_classification.config import ConfigError
 
 
 def setup_logging(rank: int, folder: Path | None = None) -> None:

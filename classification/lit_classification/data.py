@@ -19,8 +19,6 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from config import Config
-from distributed import Processes, end_with_parent
 from lit_backbone.images import (
     DataError,
     decode_rgb,
@@ -32,6 +30,8 @@ from lit_backbone.images import (
     to_rgb,
 )
 from lit_backbone.text import printable
+from lit_classification.config import Config
+from lit_classification.distributed import Processes, end_with_parent
 
 _logger = logging.getLogger(__name__)
 

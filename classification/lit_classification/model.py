@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from config import SIDES, Config, ConfigError, checked, differences, settings
-from data import build_transform, seed_everything
 from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, convert_released, stored_classes, unwrap_state_dict, weights_of
+from lit_classification.config import SIDES, Config, ConfigError, checked, differences, settings
+from lit_classification.data import build_transform, seed_everything
 
 _logger = logging.getLogger(__name__)
 

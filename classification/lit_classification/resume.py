@@ -20,13 +20,13 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from config import Config, differences, settings
-from distributed import Preempted, Processes, StopRequest
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, other_classes, seal
 from lit_backbone.text import printable
-from model import Records, stored_config, stored_records
-from recipe import check_unchanged
+from lit_classification.config import Config, differences, settings
+from lit_classification.distributed import Preempted, Processes, StopRequest
+from lit_classification.model import Records, stored_config, stored_records
+from lit_classification.recipe import check_unchanged
 
 _logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError
-from logs import writing
+from lit_classification.config import ConfigError
+from lit_classification.logs import writing
 
 _logger = logging.getLogger(__name__)
 

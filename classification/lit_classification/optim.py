@@ -5,8 +5,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from config import Config
 from lit_backbone import DeformableTokenMerging
+from lit_classification.config import Config
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:

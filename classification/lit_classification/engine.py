@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Config
-from data import build_mixup, seed_everything
-from distributed import Processes, StopAsked, StopRequest, no_sync
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.dtm import captured_offsets, offset_statistics
-from logs import RunLog, peak_memory
-from optim import Schedule
-from resume import Saver, TrainState
+from lit_classification.config import Config
+from lit_classification.data import build_mixup, seed_everything
+from lit_classification.distributed import Processes, StopAsked, StopRequest, no_sync
+from lit_classification.logs import RunLog, peak_memory
+from lit_classification.optim import Schedule
+from lit_classification.resume import Saver, TrainState
 
 _logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
 
-from config import Config, ConfigError, differences, settings
-from data import Images
-from distributed import Processes
 from lit_backbone import CheckpointError
 from lit_backbone.text import printable
+from lit_classification.config import Config, ConfigError, differences, settings
+from lit_classification.data import Images
+from lit_classification.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
