@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, convert_released, stored_classes, unwrap_state_dict, weights_of
-from lit_classification.config import SIDES, Config, ConfigError, checked, differences, settings
-from lit_classification.data import build_transform, seed_everything
+from lit_classification.augmentation import build_transform
+from lit_classification.config import SIDES, Config, ConfigError, differences, settings
+from lit_classification.config_file import checked
+from lit_classification.sampler import seed_everything
 
 _logger = logging.getLogger(__name__)
 

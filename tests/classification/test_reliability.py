@@ -28,11 +28,14 @@ from PIL import Image
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_integrity, seal
-from lit_classification import engine, resume
-from lit_classification.config import load_config
-from lit_classification.data import DataError, SampleKey, build_dataset
-from lit_classification.distributed import PREEMPTED, sole_writer, stop_requests
+from lit_backbone.images import DataError
+from lit_classification import resume, training
+from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset
 from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
+from lit_classification.run_folder import sole_writer
+from lit_classification.sampler import SampleKey
+from lit_classification.signals import PREEMPTED, stop_requests
 from tests.damage import damaged
 
 CLASSIFICATION = Path(main.__file__).parent
@@ -327,7 +330,7 @@ def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(tiny_cfg, output
     for fault in generator.sample(FAULTS, len(FAULTS)):
         instant = generator.random() if fault else generator.uniform(0.3, 1) * seconds / 20
         killed += run_until_killed(cfg, "killed", fault, instant) == -signal.SIGKILL
-        if sound := resume.find_own(output / "killed"):
+        if sound := resume.find_resumable(output / "killed"):
             updates.append(read_checkpoint(sound)["update"])
     assert killed == len(FAULTS) == 20
     assert updates == sorted(updates) and updates[-1] > updates[0]  # nothing that was saved is lost
@@ -422,13 +425,13 @@ def test_a_whole_file_that_was_not_yet_renamed_is_continued(tiny_cfg, output, la
     (folder / LATEST).write_bytes(whole[:-100])
     if latest == "missing":
         (folder / LATEST).unlink()
-    assert resume.find_own(folder) == folder / LATEST and (folder / LATEST).read_bytes() == whole
+    assert resume.find_resumable(folder)[0] == str(folder / LATEST) and (folder / LATEST).read_bytes() == whole
     assert (folder / PREVIOUS).read_bytes() == before
     assert (folder / DAMAGED).exists() == (latest == "damaged")
 
     (folder / f".{LATEST}.tmp").write_bytes(whole[:-100])
     (folder / LATEST).write_bytes(whole[:-200])
-    assert resume.find_own(folder) == folder / PREVIOUS and (folder / PREVIOUS).read_bytes() == before
+    assert resume.find_resumable(folder)[0] == str(folder / PREVIOUS) and (folder / PREVIOUS).read_bytes() == before
 
 
 @pytest.mark.slow
@@ -562,7 +565,7 @@ def test_others_read_sealed_checkpoints(tmp_path):
 
 def test_one_command_runs_a_failed_update_again(tiny_cfg, output, monkeypatch):
     """Loss or gradient were not finite in the third update: its files and the state before it are kept."""
-    run_update = engine.Trainer.run_update
+    run_update = training.Trainer.run_update
 
     def break_the_third(trainer, batches) -> None:
         if trainer.state.update == 2:
@@ -570,7 +573,7 @@ def test_one_command_runs_a_failed_update_again(tiny_cfg, output, monkeypatch):
         run_update(trainer, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "run_update", break_the_third)
+        patch.setattr(training.Trainer, "run_update", break_the_third)
         with pytest.raises(SystemExit, match="epoch 0, update 2.*in one process again: python main.py --cfg"):
             main.main(["--cfg", str(tiny_cfg())])
     details = json.loads((output / "default" / "failed.json").read_text())
