@@ -13,6 +13,7 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 try:
     if __name__ == "__main__":
@@ -60,7 +61,7 @@ from lit_classification.logs import RunLog, rewrite, setup_logging, writing
 from lit_classification.model import as_trained, build_model, model_of
 from lit_classification.optim import Schedule, build_optimizer
 from lit_classification.recipe import check_processes, describe_recipe
-from lit_classification.resume import Saver, TrainState, describe_end, find_own, restore_checkpoint
+from lit_classification.resume import Saver, TrainState, describe_end, find_resumable, restore_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -115,12 +116,15 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
     check_processes(recipe, images, processes)
     with sole_writer(folder, processes):
         with processes.together(), writing(folder):
-            checkpoint = find_checkpoint(config, folder) if processes.is_main else ""
+            checkpoint, content = find_checkpoint(config, folder) if processes.is_main else ("", {})
         checkpoint = processes.gather(checkpoint)[0]
-        if checkpoint and (end := describe_end(checkpoint, config)):
+        with processes.together():
+            content = content or (read_checkpoint(checkpoint) if checkpoint else {})
+            end = describe_end(content, checkpoint, config)
+        if end:
             _logger.info(end)
         else:
-            train(config, processes, folder, stop, *loaders, recipe, checkpoint)
+            train(config, processes, folder, stop, *loaders, recipe, checkpoint, content)
 
 
 def train(
@@ -132,8 +136,9 @@ def train(
     val_loader: DataLoader,
     recipe: dict[str, str],
     checkpoint: str,
+    content: dict[str, Any],
 ) -> None:
-    """Train to the last epoch, from a checkpoint if one is named; writes the run's folder."""
+    """Train to the last epoch, from a checkpoint's content if there is one; writes the run's folder."""
     classes = train_loader.dataset.classes
     with processes.together(), writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,8 @@ def train(
     schedule = Schedule(state.optimizer, config, updates_per_epoch)
     with processes.together():
         if checkpoint:
-            restore_checkpoint(checkpoint, state, config, classes)
+            restore_checkpoint(content, checkpoint, state, config, classes)
+            content.clear()  # frees memory for the run
     processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
     if checkpoint:
         _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
@@ -205,14 +211,14 @@ def validate(
     return record
 
 
-def find_checkpoint(config: Config, folder: Path) -> str:
-    """The run's own latest checkpoint if it may be continued, else MODEL.RESUME."""
-    own = find_own(folder) if config.TRAIN.AUTO_RESUME else None
+def find_checkpoint(config: Config, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Path and content of the run's own latest checkpoint if it may be continued, else MODEL.RESUME, yet to be read."""
+    own = find_resumable(folder) if config.TRAIN.AUTO_RESUME else None
     if own is None:
-        return config.MODEL.RESUME
+        return config.MODEL.RESUME, {}
     if ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED:
-        _logger.warning(f"{own} exists and is continued, not {ignored}; name another run with --tag to start anew")
-    return str(own)
+        _logger.warning(f"{own[0]} exists and is continued, not {ignored}; name another run with --tag to start anew")
+    return str(own[0]), own[1]
 
 
 def describe_run(config: Config, processes: Processes, state: TrainState, folder: Path) -> None:

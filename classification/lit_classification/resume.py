@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, other_classes, seal
+from lit_backbone.checkpoints import check_optimizer_state, fit_state_dict, other_classes
 from lit_backbone.text import printable
 from lit_classification.config import Config, differences, settings
 from lit_classification.distributed import Preempted, Processes, StopRequest
@@ -161,7 +161,7 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
 
 
 def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` with a checksum that leaves either the old file or the whole new one, also when the machine fails.
+    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
 
     Args:
         path: where to write.
@@ -174,7 +174,6 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     temporary = _unfinished(path)
     try:
         torch.save(content, temporary)
-        seal(temporary)
         _to_disk(temporary)
         if previous and path.exists():
             os.replace(path, previous)
@@ -206,39 +205,31 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def find_own(folder: Path) -> Path | None:
-    """The latest sound checkpoint of a run, None if it has none yet; on the first process only.
+def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The latest sound checkpoint of a run and its content, None if it has none yet; on the first process only.
 
-    A damaged `latest.pth` is put aside, where it cannot take the place of the one before it; what was about to take its
-    own when the run was killed does, if it is whole.
+    A damaged `latest.pth` is put aside, so that it never becomes `previous.pth`; a whole file that a killed run had not
+    yet renamed takes its place.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    sound = next(filter(_is_sound, (latest, _unfinished(latest), previous)), None)
-    if sound is None:
-        for path in (latest, previous):
-            if path.exists():
-                remedy = f"replace it by a sound copy, or remove {LATEST} and {PREVIOUS} to start anew"
-                raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; {remedy}")
-        return None
-    if sound != latest and latest.exists():
-        os.replace(latest, latest.with_name(DAMAGED))
-        _logger.warning(f"{latest}: damaged, put aside as {DAMAGED}; {sound} is continued instead")
-    if sound == _unfinished(latest):
-        os.replace(sound, latest)
-        return latest
-    return sound
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a file is there, and as it was written."""
-    try:
-        check_integrity(path, archive=True)
-    except (CheckpointError, FileNotFoundError):
-        return False
-    return True
+    latest, unfinished, previous = folder / LATEST, _unfinished(folder / LATEST), folder / PREVIOUS
+    damaged: dict[Path, CheckpointError] = {}
+    for path in filter(Path.exists, (latest, unfinished, previous)):
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        if latest in damaged:
+            os.replace(latest, latest.with_name(DAMAGED))
+            _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
+        return path.replace(latest) if path == unfinished else path, content
+    damaged.pop(unfinished, None)  # the first that a run wrote
+    for error in damaged.values():
+        raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
+    return None
 
 
 class RunRecords(Records):
@@ -264,9 +255,8 @@ def read_run(content: dict[str, Any], path: str | Path) -> tuple[RunRecords, Con
     return stored_records(content, path, RunRecords), stored_config(content, path)
 
 
-def describe_end(path: str | Path, config: Config) -> str:
+def describe_end(content: dict[str, Any], path: str | Path, config: Config) -> str:
     """What to say of a checkpoint that has no epoch of a configuration left to train; nothing of others."""
-    content = read_checkpoint(path)
     if "updates_per_epoch" not in content:
         return ""
     records, stored = read_run(content, path)
@@ -279,14 +269,15 @@ def describe_end(path: str | Path, config: Config) -> str:
     return printable(f"{path}: finished already, after {epochs} epochs{ignored}; {remedy}")
 
 
-def restore_checkpoint(path: str | Path, state: TrainState, config: Config, classes: list[str]) -> None:
-    """Continue from a checkpoint written by :func:`save_checkpoint`.
+def restore_checkpoint(
+    content: dict[str, Any], path: str | Path, state: TrainState, config: Config, classes: list[str]
+) -> None:
+    """Continue from the content of a checkpoint written by :func:`save_checkpoint`.
 
     Raises:
-        CheckpointError: the file cannot be read, is another model's, knows other classes than the data, was not written
+        CheckpointError: it is another model's, knows other classes than the data, was not written
             by this trainer, or by a run with other settings or files and TRAIN.RESUME_CHANGED is false.
     """
-    content = read_checkpoint(path)
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
     run, _ = read_run(content, path)

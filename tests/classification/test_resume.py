@@ -195,7 +195,7 @@ def state_of(config: Config) -> TrainState:
 def assert_refused(path: Path, config: Config, *parts: str) -> None:
     state = state_of(config)
     with pytest.raises(CheckpointError) as caught:
-        restore_checkpoint(path, state, config, list(CLASSES))
+        restore_checkpoint(read_checkpoint(path), path, state, config, list(CLASSES))
     message = str(caught.value)
     assert "\n" not in message and str(path) in message
     assert all(part in message for part in parts), message
@@ -266,7 +266,7 @@ def test_loss_scaling_is_restored(checkpoint, tiny_cfg, tmp_path, scaled_before)
     config = load_config(tiny_cfg())
     state = state_of(config)
     state.scaler, state.recipe = after, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint(tmp_path / "other.pth", state, config, list(CLASSES))
+    restore_checkpoint(read_checkpoint(tmp_path / "other.pth"), "other.pth", state, config, list(CLASSES))
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
 
 
@@ -332,5 +332,5 @@ def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
     config = load_config(tiny_cfg())
     state = state_of(config)
     state.world_size, state.recipe = 2, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint(checkpoint, state, config, list(CLASSES))
+    restore_checkpoint(read_checkpoint(checkpoint), checkpoint, state, config, list(CLASSES))
     assert "was written by a run of 1 processes, this one has 2: global batch, order and augmentation" in caplog.text
