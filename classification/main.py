@@ -91,7 +91,9 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
     check_processes(recipe, images, processes)
     with sole_writer(folder, processes):
         path, content = find_start(config, folder, processes)
-        if path and (end := describe_end(path, content, config)):
+        with processes.together():
+            end = describe_end(path, content, config)
+        if end:
             _logger.info(end)
             return
         with processes.together(), writing(folder):
@@ -101,6 +103,7 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
         with processes.together():
             if path:
                 restore_checkpoint(path, content, state, config)
+                content.clear()  # of the size of model and optimiser
             elif file := config.MODEL.PRETRAINED:
                 state.load_weights(load_checkpoint(file, state.model, classes=state.classes))
         processes.check_same(state.update, f"{folder} must be one folder that all nodes share")

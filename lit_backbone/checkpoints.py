@@ -8,16 +8,14 @@ asked for, by :func:`load_checkpoint` with a model and by timm's loader of pretr
 import argparse
 import logging
 import math
-import os
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import sha256
 from itertools import chain, zip_longest
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -173,52 +171,6 @@ MAX_TEXT = 1000  # characters of a name
 DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
-SEAL_LENGTH = 64  # hexadecimal digits of SHA-256
-_SEAL_SIZE = SEAL_LENGTH.to_bytes(2, "little")  # stands before it: a zip archive's comment, with its length, is its end
-
-
-def seal(path: str | PathLike[str]) -> None:
-    """Append a checksum to a file of `torch.save`, as the comment of its zip archive, which readers pass over."""
-    with open(path, "r+b") as file:
-        file.seek(-2, os.SEEK_END)
-        file.write(_SEAL_SIZE)
-        file.write(_digest(file, file.tell()).encode())
-
-
-def check_integrity(path: str | PathLike[str], *, archive: bool = False) -> None:
-    """Raise CheckpointError if a file is not what was written, as far as that can be told.
-
-    Files that were sealed are compared with their checksum, other zip archives, as `torch.save` writes them, with the
-    CRC of their members. Nothing can be told of safetensors and of files older than PyTorch 1.6: these pass, unless the
-    file must be an `archive`.
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - SEAL_LENGTH - 2, 0))
-        end = file.read()
-        if end.startswith(_SEAL_SIZE) and re.fullmatch(b"[0-9a-f]{64}", end[2:]):
-            sound = _digest(file, size - SEAL_LENGTH).encode() == end[2:]
-        else:
-            sound = _members_are_sound(file) if zipfile.is_zipfile(file) else not archive
-    if not sound:
-        raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; replace it by a sound copy")
-
-
-def _digest(file: BinaryIO, length: int) -> str:
-    """SHA-256 of the first bytes of a file, which is then read as far."""
-    digest = sha256()
-    file.seek(0)
-    while block := file.read(min(2**20, length - file.tell())):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _members_are_sound(file: BinaryIO) -> bool:
-    try:
-        return zipfile.ZipFile(file).testzip() is None
-    except Exception:  # a damaged archive can fail at any depth of the reader
-        return False
-
 
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read all of a `.pth` or `.safetensors` file, to the CPU or another device, without running any code it may hold.
@@ -231,11 +183,9 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
-    size = path.stat().st_size
-    check_integrity(path)
+    if _is_damaged(path):
+        raise CheckpointError(f"{path}: damaged, its checksums are not those of its content; use a sound copy")
     try:
-        if zipfile.is_zipfile(path) and sum(member.file_size for member in zipfile.ZipFile(path).filelist) > size:
-            raise ValueError  # not as torch.save writes it; could be unpacked to any size
         if path.suffix == ".safetensors":
             content = load_file(path, device=str(device))
         else:
@@ -251,6 +201,24 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     if odd := _oddity(content):
         raise CheckpointError(f"{path}: holds {odd}; expected plain data and dense tensors of real numbers")
     return content
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a zip archive, as `torch.save` writes them, is not as it was written, or becomes larger when read.
+
+    PyTorch's reader compares no CRC. A member marked as a folder, where no CRC covers it, it leaves unread: the numbers
+    would be whatever was in memory.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.is_dir() or member.external_attr & 0x10 for member in members):
+                return True
+            return sum(member.file_size for member in members) > path.stat().st_size or archive.testzip() is not None
+    except Exception:  # a damaged archive can fail at any depth of the reader
+        return True
 
 
 def _oddity(content: Any) -> str:

@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_optimizer_state, fit_state_dict, other_classes, seal
+from lit_backbone.checkpoints import check_optimizer_state, fit_state_dict, other_classes
 from lit_backbone.text import printable
 from lit_classification.config import Config, differences, settings
 from lit_classification.distributed import Processes
@@ -168,7 +168,7 @@ def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` with a checksum that leaves either the old file or the whole new one, also when the machine fails.
+    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
 
     Args:
         path: where to write.
@@ -181,7 +181,6 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     temporary = _unfinished(path)
     try:
         torch.save(content, temporary)
-        seal(temporary)
         _to_disk(temporary)
         if previous and path.exists():
             os.replace(path, previous)
@@ -216,31 +215,27 @@ def _to_disk(path: Path) -> None:
 def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Path and content of a run's latest sound checkpoint, None if it has none yet; on the first process only.
 
-    A damaged `latest.pth` is put aside, where it cannot take the place of the one before it; what was about to take its
-    own when the run was killed does, if it is whole.
+    A damaged `latest.pth` is put aside, so that it never becomes `previous.pth`; a whole file that a killed run had not
+    yet renamed takes its place.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    damage = None
-    for path in (latest, _unfinished(latest), previous):
-        if not path.exists():
-            continue
+    latest, unfinished, previous = folder / LATEST, _unfinished(folder / LATEST), folder / PREVIOUS
+    damaged: dict[Path, CheckpointError] = {}
+    for path in filter(Path.exists, (latest, unfinished, previous)):
         try:
             content = read_checkpoint(path)
         except CheckpointError as error:
-            damage = damage or (error if path in (latest, previous) else None)
+            damaged[path] = error
             continue
-        if path != latest and latest.exists():
+        if latest in damaged:
             os.replace(latest, latest.with_name(DAMAGED))
-            _logger.warning(f"{damage}; put aside as {DAMAGED}, {path} is continued instead")
-        if path == _unfinished(latest):
-            os.replace(path, latest)
-            path = latest
-        return str(path), content
-    if damage:
-        raise CheckpointError(f"{damage}, or remove {LATEST} and {PREVIOUS} to start anew")
+            _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
+        return str(path.replace(latest) if path == unfinished else path), content
+    damaged.pop(unfinished, None)  # the first that a run wrote
+    for error in damaged.values():
+        raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
     return None
 
 

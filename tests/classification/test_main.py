@@ -446,7 +446,10 @@ class Reads(TorchFunctionMode):
             frame = sys._getframe(1)
             while Path(frame.f_code.co_filename).parent.name != "lit_classification":
                 frame = frame.f_back
-            if Path(frame.f_code.co_filename).name not in ("datasets.py", "sampler.py"):  # the order of images is on the CPU
+            if Path(frame.f_code.co_filename).name not in (
+                "datasets.py",
+                "sampler.py",
+            ):  # the order of images is on the CPU
                 self.found[frame.f_code.co_name] += 1
         return func(*args, **(kwargs or {}))
 
