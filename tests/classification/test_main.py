@@ -427,7 +427,7 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
     assert json.loads((folder / "failed.json").read_text())["update"] == 2
     left = read_checkpoint(folder / FAILED)
     assert left["update"] == 2
-    model = main.build_model(load_config(tiny_cfg()), torch.device("cpu"))
+    model = build_model(load_config(tiny_cfg()), torch.device("cpu"))
     for (name, _), value in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(left["model"][name], value), name
 

@@ -28,6 +28,7 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
+import lit_classification.run
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.images import DataError
@@ -498,7 +499,7 @@ def test_a_disk_that_is_full_when_a_run_starts(tiny_cfg, output):
 
         torch.set_num_threads(1)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        main.sole_writer = limited
+        lit_classification.run.sole_writer = limited
         try:
             main.main(["--cfg", cfg])
         except BaseException as error:
