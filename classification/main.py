@@ -1,17 +1,11 @@
 """Train, evaluate or time a classifier: `python main.py --cfg configs/lit-s.yaml --data-path /data/imagenet`."""
 
 import argparse
-import json
 import logging
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +17,26 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_classification.config import Config, ConfigError, accumulation_steps, dump, load_config
-from lit_classification.data import (
-    DataError,
-    build_train_loader,
-    build_val_loader,
-    check_same_classes,
-    end_loaders,
-    loader_failure,
-    sample_images,
-)
-from lit_classification.distributed import (
-    PREEMPTED,
-    Preempted,
-    Processes,
-    StopRequest,
-    join_processes,
-    sole_writer,
-    stop_requests,
-)
-from lit_classification.engine import (
-    NonFiniteError,
-    Trainer,
-    amp_dtype,
-    dtm_statistics,
-    evaluate,
-    measure_throughput,
-    print_accuracy,
-    to_device,
-)
-from lit_classification.logs import RunLog, rewrite, setup_logging, writing
+from lit_backbone.images import DataError
+from lit_classification.config import Config, ConfigError
+from lit_classification.config_file import load_config
+from lit_classification.datasets import check_same_classes
+from lit_classification.distributed import Processes, amp_dtype, join_processes, to_device
+from lit_classification.evaluation import evaluate, measure_throughput, print_accuracy, validate
+from lit_classification.loaders import build_train_loader, build_val_loader, end_loaders, loader_failure, sample_images
+from lit_classification.logs import RunLog, setup_logging
 from lit_classification.model import as_trained, build_model, model_of
 from lit_classification.optim import Schedule, build_optimizer
 from lit_classification.recipe import check_processes, describe_recipe
 from lit_classification.resume import Saver, TrainState, describe_end, find_resumable, restore_checkpoint
+from lit_classification.run_folder import describe_run, locate_run, sole_writer, writing
+from lit_classification.sampler import accumulation_steps
+from lit_classification.signals import PREEMPTED, Preempted, StopRequest, stop_requests
+from lit_classification.training import NonFiniteError, Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -115,16 +90,62 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
         recipe = describe_recipe(config, images)
     check_processes(recipe, images, processes)
     with sole_writer(folder, processes):
-        with processes.together(), writing(folder):
-            checkpoint, content = find_checkpoint(config, folder) if processes.is_main else ("", {})
-        checkpoint = processes.gather(checkpoint)[0]
+        path, content = find_start(config, folder, processes)
         with processes.together():
-            content = content or (read_checkpoint(checkpoint) if checkpoint else {})
-            end = describe_end(content, checkpoint, config)
+            end = describe_end(path, content, config)
         if end:
             _logger.info(end)
-        else:
-            train(config, processes, folder, stop, *loaders, recipe, checkpoint, content)
+            return
+        with processes.together(), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            setup_logging(processes.rank, folder)
+        state = build_state(config, processes, recipe, loaders[0])
+        with processes.together():
+            if path:
+                restore_checkpoint(path, content, state, config)
+                content.clear()  # of the size of model and optimiser
+            elif file := config.MODEL.PRETRAINED:
+                state.load_weights(load_checkpoint(file, state.model, classes=state.classes))
+        processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
+        if path:
+            within = state.update % state.updates_per_epoch
+            _logger.info(f"continuing {path} at epoch {state.epoch}, update {within}")
+        train(config, processes, folder, stop, *loaders, state)
+
+
+def find_start(config: Config, folder: Path, processes: Processes) -> tuple[str, dict[str, Any]]:
+    """Path and content of the run's own latest checkpoint if it may be continued, else of MODEL.RESUME, if any."""
+    path, content = config.MODEL.RESUME, {}
+    with processes.together(), writing(folder):
+        if processes.is_main and config.TRAIN.AUTO_RESUME and (own := find_resumable(folder)):
+            if ignored := path or config.MODEL.PRETRAINED:
+                remedy = "name another run with --tag to start anew"
+                _logger.warning(f"{own[0]} exists and is continued, not {ignored}; {remedy}")
+            path, content = own
+    path = processes.gather(path)[0]
+    with processes.together():
+        return path, content or (read_checkpoint(path) if path else {})
+
+
+def build_state(config: Config, processes: Processes, recipe: dict[str, str], loader: DataLoader) -> TrainState:
+    """Model, optimiser, loss scale and moving average as they are before the first update."""
+    model = build_model(config, processes.device)
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing()
+    fp16 = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) == torch.float16
+    ema = ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None
+    if ema and config.RUNTIME.COMPILE:
+        ema.module.compile()  # a copy is not compiled
+    return TrainState(
+        model,
+        optimizer=build_optimizer(model, config),
+        scaler=GradScaler(processes.device.type, enabled=fp16),
+        ema=ema,
+        updates_per_epoch=loader.batch_sampler.updates,
+        classes=loader.dataset.classes,
+        world_size=processes.world_size,
+        recipe=recipe,
+    )
 
 
 def train(
@@ -134,48 +155,17 @@ def train(
     stop: StopRequest,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    recipe: dict[str, str],
-    checkpoint: str,
-    content: dict[str, Any],
+    state: TrainState,
 ) -> None:
-    """Train to the last epoch, from a checkpoint's content if there is one; writes the run's folder."""
-    classes = train_loader.dataset.classes
-    with processes.together(), writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        setup_logging(processes.rank, folder)
-    model = build_model(config, processes.device)
-    if config.MODEL.PRETRAINED and not checkpoint:
-        model.load_state_dict(load_checkpoint(config.MODEL.PRETRAINED, model, classes=classes))
-    if config.TRAIN.USE_CHECKPOINT:
-        model.set_grad_checkpointing()
-    updates_per_epoch = train_loader.batch_sampler.updates
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device)
-    state = TrainState(
-        model,
-        optimizer=build_optimizer(model, config),
-        scaler=GradScaler(processes.device.type, enabled=dtype == torch.float16),
-        ema=ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None,
-        updates_per_epoch=updates_per_epoch,
-        world_size=processes.world_size,
-        recipe=recipe,
-    )
-    if state.ema and config.RUNTIME.COMPILE:
-        state.ema.module.compile()  # a copy is not compiled
-    schedule = Schedule(state.optimizer, config, updates_per_epoch)
-    with processes.together():
-        if checkpoint:
-            restore_checkpoint(content, checkpoint, state, config, classes)
-            content.clear()  # frees memory for the run
-    processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
-    if checkpoint:
-        _logger.info(f"continuing {checkpoint} at epoch {state.epoch}, update {state.update % updates_per_epoch}")
+    """Train from where the state stands to the last epoch; writes the run's folder."""
     with processes.together():
         if processes.is_main:
             with writing(folder):
                 describe_run(config, processes, state, folder)
         log = RunLog(folder if processes.is_main else None, state.epoch, state.update)
-    trainer = Trainer(config, processes, state, processes.wrap(model), train_loader, schedule, log, stop)
-    saver = Saver(config, processes, state, folder, classes, stop, trainer.check_finite)
+    schedule = Schedule(state.optimizer, config, state.updates_per_epoch)
+    trainer = Trainer(config, processes, state, processes.wrap(state.model), train_loader, schedule, log, stop)
+    saver = Saver(config, processes, state, folder, stop, trainer.check_finite)
     probe = to_device(sample_images(val_loader), processes.device, config) if processes.is_main else None
     try:
         with logging_redirect_tqdm() if processes.is_main else nullcontext():
@@ -189,73 +179,6 @@ def train(
         replay = saver.after_failure(error.details)
         raise NonFiniteError(f"{error}; in one process again: {replay}", error.details) from error
     _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {folder}")
-
-
-def validate(
-    state: TrainState, loader: DataLoader, probe: Tensor | None, config: Config, processes: Processes
-) -> dict[str, float]:
-    """Accuracy of the weights a run is judged by, their moving average where there is one, and what DTM does.
-
-    Args:
-        probe: images `(b, 3, H, W)` on which DTM is looked at; None not to look.
-    """
-    model = state.ema.module if state.ema else state.model
-    stats = evaluate(model, loader, config, processes)
-    record = {f"val/{name}": value for name, value in stats.items()}
-    _logger.info(
-        f"epoch {state.epoch - 1}: Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f} "
-        f"on {stats['images']} images, best so far {max(state.best, stats['acc1']):.3f}"
-    )
-    if probe is not None:
-        record |= dtm_statistics(model, probe)
-    return record
-
-
-def find_checkpoint(config: Config, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Path and content of the run's own latest checkpoint if it may be continued, else MODEL.RESUME, yet to be read."""
-    own = find_resumable(folder) if config.TRAIN.AUTO_RESUME else None
-    if own is None:
-        return config.MODEL.RESUME, {}
-    if ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED:
-        _logger.warning(f"{own[0]} exists and is continued, not {ignored}; name another run with --tag to start anew")
-    return str(own[0]), own[1]
-
-
-def describe_run(config: Config, processes: Processes, state: TrainState, folder: Path) -> None:
-    """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
-    rewrite(folder / "config.yaml", dump(config))
-    start = {
-        "command": shlex.join(sys.argv),
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "update": state.update,
-        "processes": processes.world_size,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
-    }
-    with open(folder / "starts.jsonl", "a") as file:
-        file.write(json.dumps(start) + "\n")
-    parameters = sum(p.numel() for p in state.model.parameters())
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
-    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
-    _logger.info(
-        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
-        f"{accumulation_steps(config, processes.world_size)} accumulated = "
-        f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
-        f"learning rate {config.learning_rates[0]:.3g}"
-    )
-
-
-def locate_run(cfg: str) -> tuple[str, list[str]]:
-    """Name of the run that a file configures, and options that come before the command's.
-
-    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
-    """
-    folder = Path(os.path.abspath(cfg)).parent
-    if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
-        return Path(cfg).stem, []
-    own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
-    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 try:
     if __name__ == "__main__":
@@ -13,19 +12,13 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lit_backbone.images import DataError, find_images, open_rgb
+from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable
-from lit_classification.data import leave_process_group
-from lit_classification.engine import progress
+from lit_classification.evaluation import progress
+from lit_classification.loaders import image_loader
 from lit_classification.model import Classifier, load_classifier
-
-BATCH_SIZE = 32
-MAX_WORKERS = 8
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,28 +31,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.topk < 1:
         parser.error(f"argument --topk: expected 1 or more, got {args.topk}")
     return args
-
-
-class ImageFiles(Dataset):
-    """Image files by number, as `(image (3, H, W) float32, path)`."""
-
-    def __init__(self, paths: list[str], transform: Callable[[Image.Image], Tensor]):
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        path = self.paths[index]
-        return self.transform(open_rgb(path)), path
-
-
-def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
-    """Batches of :class:`ImageFiles`, read by as many processes as pay for so many images."""
-    workers = min(len(paths) // BATCH_SIZE, MAX_WORKERS, os.cpu_count() or 1)
-    dataset = ImageFiles(paths, transform)
-    return DataLoader(dataset, BATCH_SIZE, num_workers=workers, worker_init_fn=leave_process_group)
 
 
 def predict(

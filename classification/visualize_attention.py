@@ -21,7 +21,7 @@ from lit_backbone import LIT, CheckpointError
 from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable
 from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
-from lit_classification.engine import progress
+from lit_classification.evaluation import progress
 from lit_classification.model import add_model_arguments, check_model_arguments, load_model
 from predict import image_loader
 

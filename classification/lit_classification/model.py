@@ -19,8 +19,10 @@ from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
 from lit_backbone.fit import weights_of
 from lit_backbone.released import convert_released
-from lit_classification.config import SIDES, Config, ConfigError, checked, differences, settings
-from lit_classification.data import build_transform, seed_everything
+from lit_classification.augmentation import build_transform
+from lit_classification.config import SIDES, Config, ConfigError, differences, settings
+from lit_classification.config_file import checked
+from lit_classification.sampler import seed_everything
 
 _logger = logging.getLogger(__name__)
 

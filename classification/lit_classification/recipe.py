@@ -13,7 +13,7 @@ from pathlib import Path
 from lit_backbone import CheckpointError
 from lit_backbone.text import printable
 from lit_classification.config import Config, ConfigError, differences, settings
-from lit_classification.data import Images
+from lit_classification.datasets import Images
 from lit_classification.distributed import Processes
 
 _logger = logging.getLogger(__name__)

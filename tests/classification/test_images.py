@@ -18,8 +18,9 @@ from PIL import Image
 import predict
 import visualize_offset
 from lit_backbone.images import MAX_RATIO, DataError, find_images, naming
-from lit_classification.config import load_config
-from lit_classification.data import ImageFolder, SampleKey, build_dataset
+from lit_classification.config_file import load_config
+from lit_classification.datasets import ImageFolder, build_dataset
+from lit_classification.sampler import SampleKey
 
 Y, X = np.mgrid[:40, :48]
 GREY = (4 * Y + X).astype(np.uint8)  # (40, 48)
@@ -184,7 +185,7 @@ def test_links_are_followed_once(own_folder, tmp_path):
 
 ORDER = """
 import json, sys
-from lit_classification.data import ImageFolder
+from lit_classification.datasets import ImageFolder
 folder = ImageFolder(sys.argv[1])
 print(json.dumps([folder.classes, [[file[len(sys.argv[1]) + 1 :], label] for file, label in folder.samples]]))
 """

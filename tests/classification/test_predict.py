@@ -65,9 +65,9 @@ def trained(tmp_path):
         model, average = (randomized(build_model(start, torch.device("cpu")), seed) for seed in (1, 2))
         ema = ModelEmaV3(average, decay=0.9) if config.TRAIN.EMA else None
         optimizer = torch.optim.AdamW(model.parameters())
-        state = TrainState(model, optimizer, GradScaler(enabled=False), ema, updates_per_epoch=1)
+        state = TrainState(model, optimizer, GradScaler(enabled=False), ema, 1, list(classes))
         path = tmp_path / "latest.pth"
-        save_checkpoint(path, state, config, list(classes))
+        save_checkpoint(path, state, config)
         return path, model, average
 
     return save

@@ -27,11 +27,14 @@ from PIL import Image
 
 import main
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_classification import engine, resume
-from lit_classification.config import load_config
-from lit_classification.data import DataError, SampleKey, build_dataset
-from lit_classification.distributed import PREEMPTED, sole_writer, stop_requests
+from lit_backbone.images import DataError
+from lit_classification import resume, training
+from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset
 from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
+from lit_classification.run_folder import sole_writer
+from lit_classification.sampler import SampleKey
+from lit_classification.signals import PREEMPTED, stop_requests
 from tests.damage import damaged
 
 CLASSIFICATION = Path(main.__file__).parent
@@ -416,13 +419,13 @@ def test_a_whole_file_that_was_not_yet_renamed_is_continued(tiny_cfg, output, la
     (folder / LATEST).write_bytes(whole[:-100])
     if latest == "missing":
         (folder / LATEST).unlink()
-    assert resume.find_resumable(folder)[0] == folder / LATEST and (folder / LATEST).read_bytes() == whole
+    assert resume.find_resumable(folder)[0] == str(folder / LATEST) and (folder / LATEST).read_bytes() == whole
     assert (folder / PREVIOUS).read_bytes() == before
     assert (folder / DAMAGED).exists() == (latest == "damaged")
 
     (folder / f".{LATEST}.tmp").write_bytes(whole[:-100])
     (folder / LATEST).write_bytes(whole[:-200])
-    assert resume.find_resumable(folder)[0] == folder / PREVIOUS and (folder / PREVIOUS).read_bytes() == before
+    assert resume.find_resumable(folder)[0] == str(folder / PREVIOUS) and (folder / PREVIOUS).read_bytes() == before
 
 
 @pytest.mark.slow
@@ -546,7 +549,7 @@ def test_a_checkpoint_is_read_whole_or_not_at_all(tmp_path):
 
 def test_one_command_runs_a_failed_update_again(tiny_cfg, output, monkeypatch):
     """Loss or gradient were not finite in the third update: its files and the state before it are kept."""
-    run_update = engine.Trainer.run_update
+    run_update = training.Trainer.run_update
 
     def break_the_third(trainer, batches) -> None:
         if trainer.state.update == 2:
@@ -554,7 +557,7 @@ def test_one_command_runs_a_failed_update_again(tiny_cfg, output, monkeypatch):
         run_update(trainer, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "run_update", break_the_third)
+        patch.setattr(training.Trainer, "run_update", break_the_third)
         with pytest.raises(SystemExit, match="epoch 0, update 2.*in one process again: python main.py --cfg"):
             main.main(["--cfg", str(tiny_cfg())])
     details = json.loads((output / "default" / "failed.json").read_text())
