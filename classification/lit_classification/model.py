@@ -16,7 +16,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import MAX_TEXT, convert_released, stored_classes, unwrap_state_dict, weights_of
+from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
+from lit_backbone.fit import weights_of
+from lit_backbone.released import convert_released
 from lit_classification.augmentation import build_transform
 from lit_classification.config import SIDES, Config, ConfigError, differences, settings
 from lit_classification.config_file import checked

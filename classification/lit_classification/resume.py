@@ -21,7 +21,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_optimizer_state, fit_state_dict, other_classes
+from lit_backbone.checkpoints import other_classes
+from lit_backbone.fit import check_optimizer_state, fit_state_dict
 from lit_backbone.text import printable
 from lit_classification.config import Config
 from lit_classification.distributed import Processes
