@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import predict
-from lit_backbone.checkpoints import convert_released
+from lit_backbone.released import convert_released
 from lit_classification import loaders
 from lit_classification.config import Config
 from lit_classification.model import build_model, recognize, usual_classes
