@@ -35,8 +35,8 @@ from lit_backbone.images import DataError
 from lit_classification import resume, training
 from lit_classification.config_file import load_config
 from lit_classification.datasets import build_dataset
-from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
-from lit_classification.run_folder import sole_writer
+from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS
+from lit_classification.run_folder import sole_writer, write_atomically
 from lit_classification.sampler import SampleKey
 from lit_classification.signals import PREEMPTED, stop_requests
 from tests.damage import damaged

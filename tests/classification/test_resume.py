@@ -17,7 +17,8 @@ from lit_classification.config_file import load_config
 from lit_classification.logs import RunLog
 from lit_classification.model import build_model
 from lit_classification.optim import build_optimizer
-from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint
+from lit_classification.run_folder import write_atomically
 from lit_classification.training import Trainer
 from tests.classification.conftest import CLASSES
 
