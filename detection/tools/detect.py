@@ -3,10 +3,10 @@
 import sys
 
 try:
-    from lit_backbone.images import find_images, printable
+    from lit_backbone.images import enlargement, find_images
     from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
-    from lit_backbone.visualize import enlargement
+    from lit_backbone.text import printable
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np

@@ -19,18 +19,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lit_backbone import LIT
+from lit_backbone.attention import draw_attention, query_attention
+from lit_backbone.images import DataError
 from lit_backbone.layers import AttentionBlock, relative_position_bias
-from lit_backbone.visualize import (
+from lit_backbone.offsets import (
     CELL_COLOR,
     POINT_COLOR,
-    NoOffsetsError,
     SamplingChains,
-    draw_attention,
     draw_points,
     draw_sheet,
     follow_offsets,
     page,
-    query_attention,
     sampling_chains,
     spread,
 )
@@ -122,7 +121,7 @@ def test_chains_of_a_model() -> None:
 
 
 def test_a_model_without_dtm_has_no_chains() -> None:
-    with pytest.raises(NoOffsetsError, match="no deformable token merging"):
+    with pytest.raises(DataError, match="no deformable token merging"):
         sampling_chains(small_lit("conv_merging"), torch.randn(3, 64, 64))
 
 
