@@ -56,7 +56,8 @@ demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic
 	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
 
 bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); about half an hour on two cores
-	"$(PYTHON)" tools/benchmark.py
+	"$(PYTHON)" tools/benchmark.py --output outputs/benchmark
+	"$(PYTHON)" tools/plot_benchmark.py outputs/benchmark/*.json
 
 paper: env-mm ## train small LITs with more and less attention, with and without DTM, and compare; a few hours
 	"$(PYTHON)" -m tools.paper

@@ -24,10 +24,10 @@ from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import other_classes
 from lit_backbone.fit import check_optimizer_state, fit_state_dict
 from lit_backbone.text import printable
-from lit_classification.config import Config, differences, settings
+from lit_classification.config import Config
 from lit_classification.distributed import Processes
-from lit_classification.model import Records, stored_config, stored_records
-from lit_classification.recipe import check_unchanged
+from lit_classification.model import Records, stored_records
+from lit_classification.recipe import check_unchanged, describe_settings
 from lit_classification.signals import Preempted, StopRequest
 
 _logger = logging.getLogger(__name__)
@@ -254,25 +254,17 @@ class RunRecords(Records):
     recipe: dict[str, str] | None = None
 
 
-def read_run(content: dict[str, Any], path: str | Path) -> tuple[RunRecords, Config]:
-    """Records and configuration of a run's checkpoint.
-
-    Raises:
-        CheckpointError: one of them is missing, or not as it is written.
-    """
-    return stored_records(content, path, RunRecords), stored_config(content, path)
-
-
 def describe_end(path: str, content: dict[str, Any], config: Config) -> str:
     """What to say of a checkpoint that has no epoch of a configuration left to train; nothing of others."""
     if "updates_per_epoch" not in content:
         return ""
-    records, stored = read_run(content, path)
+    records = stored_records(content, path, RunRecords)
     epochs = records.update // records.updates_per_epoch
     if epochs < config.TRAIN.EPOCHS:
         return ""
-    changes = differences(settings(stored.model_dump(mode="json")), settings(config.model_dump(mode="json")))
-    ignored = "".join(f", {key} {new} (not {old}) has no effect" for key, old, new in changes)
+    asked, before = describe_settings(config), records.recipe or {}
+    changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
+    ignored = "".join(f", {key} {asked[key]} (not {before[key]}) has no effect" for key in changed)
     remedy = f"--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS {epochs + 1} or more go on, --tag NAME begins a new run"
     return printable(f"{path}: finished already, after {epochs} epochs{ignored}; {remedy}")
 
@@ -286,7 +278,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     """
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
-    run, _ = read_run(content, path)
+    run = stored_records(content, path, RunRecords)
     misfit = other_classes(content, state.classes)
     if misfit and not config.TRAIN.RESUME_CHANGED:
         remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"

@@ -28,18 +28,6 @@ _logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 
 
-def locate_run(cfg: str) -> tuple[str, list[str]]:
-    """Name of the run that a file configures, and options that come before the command's.
-
-    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
-    """
-    folder = Path(os.path.abspath(cfg)).parent
-    if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
-        return Path(cfg).stem, []
-    own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
-    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
-
-
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns what the operating system has against writing to a run's folder into one line."""

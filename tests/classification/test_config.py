@@ -159,7 +159,7 @@ MISTAKES = [
         "MODEL",
         "{NAME: resnet18, LIT: {depths: 1}}",
         "MODEL.LIT",
-        "has no meaning for resnet18; give its keywords by MODEL.KEYWORDS",
+        "has no meaning for resnet18; give",
     ),
     ("MODEL.NAME", "lit_s.no:such", None, "makes no model: "),
     ("MODEL.KEYWORDS", "{depths: 1}", None, "has no meaning for lit_s; give its keywords by MODEL.LIT"),
