@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def enlarge(image: np.ndarray, instances: InstanceData, factor: int) -> tuple[np.ndarray, InstanceData]:
-    """An image `(H, W, 3)` and what was found in it, `factor` times as large."""
+    """An image `(H, W, 3)` and the instances found in it, `factor` times as large."""
     instances.bboxes = instances.bboxes * factor  # (N, 4)
     if "masks" in instances:
         instances.masks = instances.masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (N, H, W)

@@ -1,4 +1,4 @@
-"""A trained detector or segmentor, ready to be applied to pictures; what the tools that draw share."""
+"""What the tools that draw share: their command line, a trained model, pictures and the files to draw into."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the training and test tools of detection and segmentation share: mmdet 3's command line, on GPUs as on a CPU."""
+"""The training and test tools of detection and segmentation: mmdet 3's command line, on GPUs or a CPU."""
 
 import argparse
 import atexit
@@ -107,7 +107,7 @@ class StrictRunner(Runner):
 
 
 def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
-    """Keys of the weights that are for classes: those of another shape in the config's model with one class more."""
+    """Keys of the weights that depend on the classes: with one class more, they would have another shape."""
 
     def one_more(node: Any) -> Any:
         if isinstance(node, dict):
@@ -262,7 +262,7 @@ def one_line_errors() -> Iterator[None]:
     if torch.distributed.is_initialized():  # not after an error, when others may wait until torchrun ends them
         torch.distributed.barrier()  # nobody leaves while another one still talks
         torch.distributed.destroy_process_group()
-        # the interpreter's own end aborts now and then, when threads of a process group are still there
+        # skips the interpreter's own end, which sometimes aborts while threads of a process group are still there
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)
