@@ -21,9 +21,9 @@ from lit_backbone import LIT, CheckpointError
 from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable
 from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
-from lit_classification.engine import progress
+from lit_classification.evaluation import progress
+from lit_classification.loaders import image_loader
 from lit_classification.model import add_model_arguments, check_model_arguments, load_model
-from predict import image_loader
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels
 PAPER_SIDES = (56, 28, 14, 7)
@@ -64,8 +64,11 @@ def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) ->
 def average_attention(model: LIT, loader: DataLoader, queries: list[int], device: torch.device) -> dict[int, Tensor]:
     """:func:`query_attention` averaged over images: for each stage that attends, `(blocks, heads, h, w)`."""
     total: dict[int, Tensor] = {}
-    for images, _ in progress(loader, enable=len(loader) > 1, desc="attend", unit="batch"):
-        for stage, maps in query_attention(model, images.to(device), queries).items():
+    for batch in progress(loader, enable=len(loader) > 1, desc="attend", unit="batch"):
+        images = [image for _, image in batch]
+        if odd := [error for error in images if isinstance(error, DataError)]:
+            raise odd[0]
+        for stage, maps in query_attention(model, torch.stack(images).to(device), queries).items():
             total[stage] = total.get(stage, 0) + maps.double().sum(dim=0)
     return {stage: maps / len(loader.dataset) for stage, maps in total.items()}
 

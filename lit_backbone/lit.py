@@ -18,9 +18,10 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter_fn, load_released_layout
 from .dtm import DeformableTokenMerging
+from .fit import checkpoint_filter_fn
 from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, resize_table
+from .released import load_released_layout
 
 PATCH_SIZE = 4  # of the first stage; the other stages halve the map
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,6 @@ def error_of(tool: Callable[..., Any], *args: Any) -> str:
     message = str(ended.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
-
-
-@pytest.fixture(scope="package", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for threads than they gain."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
 
 
 def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) -> None:

@@ -239,8 +239,10 @@ def bench_input(bench: Bench) -> None:
     """Decoding and augmenting by the training recipe in one process, and how many of these a model keeps busy."""
     from sklearn.datasets import load_sample_images
 
-    from lit_classification.config import load_config
-    from lit_classification.data import ImageFolder, Images, SampleKey, build_transform
+    from lit_classification.augmentation import build_transform
+    from lit_classification.config_file import load_config
+    from lit_classification.datasets import ImageFolder, Images
+    from lit_classification.sampler import SampleKey
 
     config = load_config(Path(__file__).parents[1] / "classification/configs/lit-s.yaml")
     with tempfile.TemporaryDirectory() as folder:

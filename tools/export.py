@@ -30,8 +30,8 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 from lit_backbone import LIT, CheckpointError
-from lit_backbone.checkpoints import to_released
-from lit_classification.data import evaluation_input
+from lit_backbone.released import to_released
+from lit_classification.augmentation import evaluation_input
 from lit_classification.model import Classifier, load_classifier
 
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant

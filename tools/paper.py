@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from demo.cluttered_digits import write_images
 from demo.digit_scenes import write_scenes
-from lit_classification.config import load_config
+from lit_classification.config_file import load_config
 from tools import benchmark
 from tools.benchmark import Bench, infer, multiply_adds
 

@@ -3,19 +3,16 @@
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_classification.config import ConfigError
+from lit_classification.run_folder import rewrite, writing
 
 
 def setup_logging(rank: int, folder: Path | None = None) -> None:
@@ -32,23 +29,6 @@ def setup_logging(rank: int, folder: Path | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%m-%d %H:%M:%S", handlers=handlers, force=True
     )
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns what the operating system has against writing to a run's folder into one line."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
-        raise ConfigError(f"{problem}; make room there, or name another place with --output") from error
-
-
-def rewrite(path: Path, text: str) -> None:
-    """Replace a file's text at once, so that a kill leaves the old or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -21,12 +21,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_integrity, check_optimizer_state, fit_state_dict, other_classes, seal
+from lit_backbone.checkpoints import other_classes
+from lit_backbone.fit import check_optimizer_state, fit_state_dict
 from lit_backbone.text import printable
-from lit_classification.config import Config, differences, settings
-from lit_classification.distributed import Preempted, Processes, StopRequest
-from lit_classification.model import Records, stored_config, stored_records
-from lit_classification.recipe import check_unchanged
+from lit_classification.config import Config
+from lit_classification.distributed import Processes
+from lit_classification.model import Records, stored_records
+from lit_classification.recipe import check_unchanged, describe_settings
+from lit_classification.signals import Preempted, StopRequest
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class TrainState:
     scaler: GradScaler
     ema: ModelEmaV3 | None
     updates_per_epoch: int
+    classes: list[str] = field(default_factory=list)  # of the data, by label
     world_size: int = 1  # processes that train
     update: int = 0  # updates done, over the whole run
     best: float = -math.inf  # highest validation accuracy so far, in percent
@@ -57,6 +60,12 @@ class TrainState:
     def epoch(self) -> int:
         """Epochs done."""
         return self.update // self.updates_per_epoch
+
+    def load_weights(self, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None = None) -> None:
+        """Load weights, from which the moving average starts anew unless it is given."""
+        self.model.load_state_dict(weights)
+        if self.ema:
+            self.ema.module.load_state_dict(average or weights)
 
 
 @dataclass
@@ -73,13 +82,12 @@ class Saver:
     processes: Processes
     state: TrainState
     folder: Path
-    classes: list[str]
     stop: StopRequest
     check: Callable[[], None]
     saved: int = -1
 
     def sync_statistics(self) -> None:
-        """Average BatchNorm's statistics over the processes, so that all evaluate and any one saves the same model."""
+        """Average BatchNorm's statistics over the processes, to evaluate and save one model."""
         if self.processes.world_size > 1:
             for model in (self.state.model, self.state.ema):
                 if model is not None:
@@ -122,7 +130,7 @@ class Saver:
             # average and loss scale may have gone on without the weights; both start anew
             before = replace(self.state, ema=None, scaler=GradScaler(enabled=False))
             try:
-                save_checkpoint(self.folder / FAILED, before, self.config, self.classes)
+                save_checkpoint(self.folder / FAILED, before, self.config)
                 (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
             except (CheckpointError, OSError) as error:
                 _logger.warning(f"the failed update is not recorded: {error}")
@@ -137,12 +145,12 @@ class Saver:
     def _save(self, name: str) -> None:
         with self.processes.together():  # none leaves before the first has saved: torchrun ends all when one does
             if self.processes.is_main:
-                save_checkpoint(self.folder / name, self.state, self.config, self.classes)
+                save_checkpoint(self.folder / name, self.state, self.config)
         if name == LATEST:
             self.saved = self.state.update
 
 
-def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list[str]) -> None:
+def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
     """Write all of `state` and what a reader of the weights needs to know; plain data and tensors only."""
     content = {
         "model": state.model.state_dict(),
@@ -154,14 +162,14 @@ def save_checkpoint(path: Path, state: TrainState, config: Config, classes: list
         "update": state.update,
         "best": state.best,
         "config": config.model_dump(mode="json"),
-        "classes": classes,
+        "classes": state.classes,
         "recipe": state.recipe,
     }
     write_atomically(path, content, path.with_name(PREVIOUS) if path.name == LATEST else None)
 
 
 def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` with a checksum that leaves either the old file or the whole new one, also when the machine fails.
+    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
 
     Args:
         path: where to write.
@@ -174,7 +182,6 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     temporary = _unfinished(path)
     try:
         torch.save(content, temporary)
-        seal(temporary)
         _to_disk(temporary)
         if previous and path.exists():
             os.replace(path, previous)
@@ -206,39 +213,31 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def find_own(folder: Path) -> Path | None:
-    """The latest sound checkpoint of a run, None if it has none yet; on the first process only.
+def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Path and content of a run's latest sound checkpoint, None if it has none yet; on the first process only.
 
-    A damaged `latest.pth` is put aside, where it cannot take the place of the one before it; what was about to take its
-    own when the run was killed does, if it is whole.
+    A damaged `latest.pth` is put aside, so that it never becomes `previous.pth`; a whole file that a killed run had not
+    yet renamed takes its place.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    sound = next(filter(_is_sound, (latest, _unfinished(latest), previous)), None)
-    if sound is None:
-        for path in (latest, previous):
-            if path.exists():
-                remedy = f"replace it by a sound copy, or remove {LATEST} and {PREVIOUS} to start anew"
-                raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; {remedy}")
-        return None
-    if sound != latest and latest.exists():
-        os.replace(latest, latest.with_name(DAMAGED))
-        _logger.warning(f"{latest}: damaged, put aside as {DAMAGED}; {sound} is continued instead")
-    if sound == _unfinished(latest):
-        os.replace(sound, latest)
-        return latest
-    return sound
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a file is there, and as it was written."""
-    try:
-        check_integrity(path, archive=True)
-    except (CheckpointError, FileNotFoundError):
-        return False
-    return True
+    latest, unfinished, previous = folder / LATEST, _unfinished(folder / LATEST), folder / PREVIOUS
+    damaged: dict[Path, CheckpointError] = {}
+    for path in filter(Path.exists, (latest, unfinished, previous)):
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        if latest in damaged:
+            os.replace(latest, latest.with_name(DAMAGED))
+            _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
+        return str(path.replace(latest) if path == unfinished else path), content
+    damaged.pop(unfinished, None)  # the first that a run wrote
+    for error in damaged.values():
+        raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
+    return None
 
 
 class RunRecords(Records):
@@ -255,45 +254,35 @@ class RunRecords(Records):
     recipe: dict[str, str] | None = None
 
 
-def read_run(content: dict[str, Any], path: str | Path) -> tuple[RunRecords, Config]:
-    """Records and configuration of a run's checkpoint.
-
-    Raises:
-        CheckpointError: one of them is missing, or not as it is written.
-    """
-    return stored_records(content, path, RunRecords), stored_config(content, path)
-
-
-def describe_end(path: str | Path, config: Config) -> str:
+def describe_end(path: str, content: dict[str, Any], config: Config) -> str:
     """What to say of a checkpoint that has no epoch of a configuration left to train; nothing of others."""
-    content = read_checkpoint(path)
     if "updates_per_epoch" not in content:
         return ""
-    records, stored = read_run(content, path)
+    records = stored_records(content, path, RunRecords)
     epochs = records.update // records.updates_per_epoch
     if epochs < config.TRAIN.EPOCHS:
         return ""
-    changes = differences(settings(stored.model_dump(mode="json")), settings(config.model_dump(mode="json")))
-    ignored = "".join(f", {key} {new} (not {old}) has no effect" for key, old, new in changes)
+    asked, before = describe_settings(config), records.recipe or {}
+    changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
+    ignored = "".join(f", {key} {asked[key]} (not {before[key]}) has no effect" for key in changed)
     remedy = f"--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS {epochs + 1} or more go on, --tag NAME begins a new run"
     return printable(f"{path}: finished already, after {epochs} epochs{ignored}; {remedy}")
 
 
-def restore_checkpoint(path: str | Path, state: TrainState, config: Config, classes: list[str]) -> None:
-    """Continue from a checkpoint written by :func:`save_checkpoint`.
+def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, config: Config) -> None:
+    """Continue from the content of a checkpoint written by :func:`save_checkpoint`.
 
     Raises:
-        CheckpointError: the file cannot be read, is another model's, knows other classes than the data, was not written
-            by this trainer, or by a run with other settings or files and TRAIN.RESUME_CHANGED is false.
+        CheckpointError: it is another model's, knows other classes than the data, was not written by this trainer, or
+            by a run with other settings or files and TRAIN.RESUME_CHANGED is false.
     """
-    content = read_checkpoint(path)
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
-    run, _ = read_run(content, path)
-    misfit = other_classes(content, classes)
+    run = stored_records(content, path, RunRecords)
+    misfit = other_classes(content, state.classes)
     if misfit and not config.TRAIN.RESUME_CHANGED:
         remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"
-        if len(content["classes"]) == len(classes):
+        if len(run.classes) == len(state.classes):
             remedy += "; if they have only been renamed, go on with --opts TRAIN.RESUME_CHANGED true"
         raise CheckpointError(f"{path}: {misfit}; {remedy}")
     if run.updates_per_epoch != state.updates_per_epoch:
@@ -305,15 +294,14 @@ def restore_checkpoint(path: str | Path, state: TrainState, config: Config, clas
     if any(value.shape != own[key].shape for key, value in run.model.items() if "pos_" in key and key in own):
         raise CheckpointError(f"{path}: is for another DATA.IMG_SIZE; start from its weights with --pretrained instead")
     weights = fit_state_dict(run.model, state.model, path, new_head=False)
-    average = run.model_ema or run.model  # a run that switches EMA on starts it here
-    average = fit_state_dict(average, state.model, path, new_head=False) if state.ema else None
+    average = None  # a run that switches EMA on starts it here
+    if state.ema and run.model_ema:
+        average = fit_state_dict(run.model_ema, state.model, path, new_head=False)
     check_optimizer_state(run.optimizer, state.optimizer, path)
     if run.scaler and state.scaler.is_enabled() and run.scaler.keys() != state.scaler.state_dict().keys():
         raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")
     check_unchanged(path, run.recipe, state.recipe, config.TRAIN.RESUME_CHANGED)
-    state.model.load_state_dict(weights)
-    if state.ema:
-        state.ema.module.load_state_dict(average)
+    state.load_weights(weights, average)
     for saved, group in zip(run.optimizer["param_groups"], state.optimizer.param_groups, strict=True):
         saved.update({key: value for key, value in group.items() if key != "params"})  # this run's weight decay, betas
     state.optimizer.load_state_dict(run.optimizer)

@@ -7,7 +7,8 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints import CheckpointError, fit_state_dict, unwrap_state_dict, weights_of
+from ..checkpoints import CheckpointError, unwrap_state_dict
+from ..fit import fit_state_dict, weights_of
 from ..lit import ARCHS, LIT
 from .hooks import DataError
 from .loading import load_file

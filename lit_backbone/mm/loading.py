@@ -32,14 +32,9 @@ from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import (
-    CheckpointError,
-    fit_state_dict,
-    load_released_layout,
-    name_some,
-    read_checkpoint,
-    unwrap_state_dict,
-)
+from ..checkpoints import CheckpointError, name_some, read_checkpoint, unwrap_state_dict
+from ..fit import fit_state_dict
+from ..released import load_released_layout
 
 ADDRESSES = ("http://", "https://")
 # Every scheme that mmengine knows; those beside files and http(s) would reach its own, unsafe reader.

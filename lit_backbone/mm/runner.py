@@ -22,7 +22,8 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, check_optimizer_state, other_classes
+from ..checkpoints import CheckpointError, other_classes
+from ..fit import check_optimizer_state
 from .hooks import DataError
 from .loading import fit_weights, load_file
 

@@ -1,28 +1,18 @@
 """A tiny run for the trainer's tests: real image files, a LIT of a few thousand parameters, a few updates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
+
+from tests.programs import single_thread  # noqa: F401, a fixture
 
 CLASSES = ("ant", "bee", "cat")
 TRAIN_IMAGES, VAL_IMAGES = 11, 4  # per class
 TINY_LIT = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4], "mlp_ratios": 2}
-
-
-@pytest.fixture(scope="package", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for threads than they gain, ten times over on a busy machine."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 from collections import Counter
 
@@ -15,18 +16,12 @@ import torchvision
 from PIL import Image
 from timm.data import create_transform
 
-from lit_classification.config import load_config
-from lit_classification.data import (
-    DataError,
-    SampleKey,
-    TrainSampler,
-    build_dataset,
-    build_train_loader,
-    build_val_loader,
-    check_same_classes,
-    seed_everything,
-)
+from lit_backbone.images import DataError
+from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset, check_same_classes
 from lit_classification.distributed import Processes
+from lit_classification.loaders import build_train_loader, build_val_loader
+from lit_classification.sampler import SampleKey, TrainSampler, seed_everything
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -66,7 +61,7 @@ class TestTrainSampler:
     def test_order_follows_from_seed_and_epoch(self):
         def order(seed: int, epoch: int) -> list[int]:
             sampler = TrainSampler(100, 24, 8, seed=seed)
-            sampler.start(epoch)
+            sampler.seek(epoch)
             return sampler.order().tolist()
 
         assert order(0, 0) == order(0, 0)
@@ -84,7 +79,7 @@ class TestTrainSampler:
     def test_starts_within_an_epoch(self):
         sampler = TrainSampler(100, 24, 8)
         whole = list(sampler)
-        sampler.start(0, update=2)
+        sampler.seek(0, update=2)
         assert list(sampler) == whole[2 * 3 :] and len(sampler) == len(whole) - 2 * 3
 
     def test_knows_the_batches_of_an_update(self):
@@ -105,7 +100,7 @@ def test_evaluation_reads_every_image_once(tiny_cfg, world_size):
 
 def batches(config) -> list[torch.Tensor]:
     loader = build_train_loader(config, ALONE)
-    return [images for epoch in range(2) for images, _ in (loader.batch_sampler.start(epoch), loader)[1]]
+    return [images for epoch in range(2) for images, _ in (loader.batch_sampler.seek(epoch), loader)[1]]
 
 
 def test_samples_do_not_depend_on_loader_workers_or_global_state(tiny_cfg):
@@ -295,6 +290,12 @@ def test_folder_without_classes(tiny_cfg, tmp_path):
 def test_class_count_of_another_head(tiny_cfg):
     config = load_config(tiny_cfg(), ["MODEL.NUM_CLASSES", "5"])
     assert_data_error(lambda: build_dataset(config, is_training=True), "3 classes", "MODEL.NUM_CLASSES 3")
+
+
+def test_a_class_that_one_split_lacks_is_named(tiny_cfg, own_folder):
+    shutil.rmtree(own_folder / "val" / "bee")
+    config = load_config(tiny_cfg(), data_path=str(own_folder))
+    assert_data_error(lambda: build_dataset(config, is_training=False), "val: holds 2 classes", "add bee to it, as in")
 
 
 def test_train_and_val_of_different_classes(tiny_cfg, image_folder, tmp_path):

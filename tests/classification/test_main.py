@@ -19,12 +19,13 @@ from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
 import main
+import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
-from lit_classification import engine
-from lit_classification.config import Config, load_config
-from lit_classification.data import build_val_loader
-from lit_classification.distributed import Processes
-from lit_classification.engine import to_device
+from lit_classification import training
+from lit_classification.config import Config
+from lit_classification.config_file import load_config
+from lit_classification.distributed import Processes, to_device
+from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model
 from lit_classification.resume import BEST, FAILED, LATEST, Saver
 
@@ -99,6 +100,20 @@ def test_evaluation_prints_the_published_lines(tiny_cfg, folder):
     assert expected in evaluated.stdout, evaluated.stdout + evaluated.stderr
     assert accuracy == pytest.approx(read_checkpoint(folder / BEST)["best"])
     assert sorted(folder.iterdir()) == before  # evaluation writes nothing
+
+
+def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, image_folder, capsys):
+    """A checkpoint may not bring them: nobody bounds what they make timm do."""
+    keywords = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
+    cfg = tiny_cfg(
+        MODEL={"NAME": "pvt_v2_b0", "LIT": {}, "KEYWORDS": keywords}, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0}
+    )
+    main.main(["--cfg", str(cfg)])
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
+    accuracy = json.loads((folder / "log.jsonl").read_text())["val/acc1"]
+    assert f" * Acc@1 {accuracy:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="latest.pth: has MODEL.KEYWORDS, which count in YAML only"):
+        predict.main([str(image_folder), "--checkpoint", str(folder / LATEST)])
 
 
 def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
@@ -353,14 +368,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_cfg, folder, capsys, image
 @pytest.fixture
 def unattended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains as on a GPU, where the host looks at results only when it prints or saves."""
-    prepare = engine.Trainer.__post_init__
+    prepare = training.Trainer.__post_init__
 
-    def prepare_not_to_wait(trainer: engine.Trainer) -> None:
+    def prepare_not_to_wait(trainer: training.Trainer) -> None:
         prepare(trainer)
-        assert trainer.waits
-        trainer.waits = False
+        assert trainer.checks_every_update
+        trainer.checks_every_update = False
 
-    monkeypatch.setattr(engine.Trainer, "__post_init__", prepare_not_to_wait)
+    monkeypatch.setattr(training.Trainer, "__post_init__", prepare_not_to_wait)
 
 
 @pytest.mark.usefixtures("unattended")
@@ -368,15 +383,15 @@ def test_nothing_is_applied_after_a_loss_that_is_not_finite(tiny_cfg, folder, ca
     """The host looks after four updates; the second was not finite, so that the last two must not count, either."""
     rates = {"BASE_LR": 1e30, "CLIP_GRAD": None, "WARMUP_LR": 1e30, "WARMUP_EPOCHS": 1}
     states = []
-    run_update = engine.Trainer.run_update
+    run_update = training.Trainer.run_update
 
-    def watched(trainer: engine.Trainer, batches) -> None:
+    def watched(trainer: training.Trainer, batches) -> None:
         run_update(trainer, batches)
         optimizer = trainer.state.optimizer.state_dict()["state"]
         states.append({**dict(trainer.state.model.named_parameters()), **optimizer[0]})
         states[-1] = {name: value.detach().clone() for name, value in states[-1].items()}
 
-    monkeypatch.setattr(engine.Trainer, "run_update", watched)
+    monkeypatch.setattr(training.Trainer, "run_update", watched)
     options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
     assert_fails(capsys, ["--cfg", tiny_cfg(TRAIN=rates), *options], "epoch 0, update 1", "not applied")
     assert len(states) == 4
@@ -387,7 +402,7 @@ def test_nothing_is_applied_after_a_loss_that_is_not_finite(tiny_cfg, folder, ca
 
 def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg, folder, monkeypatch):
     """Loss scaling skips an update that overflows and lowers the scale; one this high overflows in float32, too."""
-    scalers, build_criterion = [], engine.build_criterion
+    scalers, build_criterion = [], training.build_criterion
 
     def scaler_that_starts_too_high(device: str, enabled: bool) -> GradScaler:
         scalers.append(GradScaler(device, init_scale=2.0**127, growth_interval=1000))
@@ -398,7 +413,7 @@ def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg, folder, monkeypatch):
         return lambda *args: 16 * criterion(*args)
 
     monkeypatch.setattr(main, "GradScaler", scaler_that_starts_too_high)
-    monkeypatch.setattr(engine, "build_criterion", criterion_times_16)
+    monkeypatch.setattr(training, "build_criterion", criterion_times_16)
     main.main(["--cfg", str(tiny_cfg()), "--opts", "TRAIN.EPOCHS", "2"])
     halved = 127 - math.log2(scalers[0].get_scale())
     assert 1 <= halved < 8  # of 8 updates, and those that did not overflow trained
@@ -412,22 +427,22 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
     """The loss stays finite, and the scale is 1 when the third update overflows: this one is named, none is applied."""
     if not attended:
         request.getfixturevalue("unattended")
-    before, run_update = [], engine.Trainer.run_update
+    before, run_update = [], training.Trainer.run_update
 
-    def break_the_third(trainer: engine.Trainer, batches) -> None:
+    def break_the_third(trainer: training.Trainer, batches) -> None:
         if trainer.state.update == 2:
             trainer.criterion = lambda logits, targets: (logits - logits.detach()).square().sum().sqrt()
             before.extend(parameter.detach().clone() for parameter in trainer.state.model.parameters())
         run_update(trainer, batches)
 
-    monkeypatch.setattr(engine.Trainer, "run_update", break_the_third)
+    monkeypatch.setattr(training.Trainer, "run_update", break_the_third)
     monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
     options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
     assert_fails(capsys, ["--cfg", tiny_cfg(), *options], "loss 0.0, gradient norm nan in epoch 0, update 2;")
     assert json.loads((folder / "failed.json").read_text())["update"] == 2
     left = read_checkpoint(folder / FAILED)
     assert left["update"] == 2
-    model = main.build_model(load_config(tiny_cfg()), torch.device("cpu"))
+    model = build_model(load_config(tiny_cfg()), torch.device("cpu"))
     for (name, _), value in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(left["model"][name], value), name
 
@@ -444,24 +459,27 @@ class Reads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in self.NAMES:
             frame = sys._getframe(1)
-            while Path(frame.f_code.co_filename).parent.name != "classification":
+            while Path(frame.f_code.co_filename).parent.name != "lit_classification":
                 frame = frame.f_back
-            if Path(frame.f_code.co_filename).name != "data.py":  # the order of images is on the CPU
+            if Path(frame.f_code.co_filename).name not in (
+                "datasets.py",
+                "sampler.py",
+            ):  # the order of images is on the CPU
                 self.found[frame.f_code.co_name] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("unattended")
 def test_the_host_waits_only_where_it_prints(tiny_cfg, monkeypatch):
-    train_epoch = engine.Trainer.train_epoch
+    train_epoch = training.Trainer.train_epoch
     reads = []
 
-    def watched(trainer: engine.Trainer, saver: Saver) -> dict[str, float]:
+    def watched(trainer: training.Trainer, saver: Saver) -> dict[str, float]:
         with Reads() as found:
             reads.append(found.found)
             return train_epoch(trainer, saver)
 
-    monkeypatch.setattr(engine.Trainer, "train_epoch", watched)
+    monkeypatch.setattr(training.Trainer, "train_epoch", watched)
     main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "2", "TRAIN.SAVE_STEPS", "0"])
     # for 4 updates; in train_epoch, the means at the end and the loader's seed, which is on the CPU
     assert reads == 2 * [{"check_finite": 2, "_report": 2, "train_epoch": 2}]

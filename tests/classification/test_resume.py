@@ -12,11 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_classification.config import Config, load_config
-from lit_classification.engine import Trainer
+from lit_classification.config import Config
+from lit_classification.config_file import load_config
 from lit_classification.logs import RunLog
 from lit_classification.model import build_model
+from lit_classification.optim import build_optimizer
 from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+from lit_classification.training import Trainer
 from tests.classification.conftest import CLASSES
 
 UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8
@@ -188,14 +190,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def state_of(config: Config) -> TrainState:
     model = build_model(config, torch.device("cpu"))
-    optimizer = main.build_optimizer(model, config)
-    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, updates_per_epoch=4)
+    optimizer = build_optimizer(model, config)
+    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, 4, list(CLASSES))
 
 
 def assert_refused(path: Path, config: Config, *parts: str) -> None:
     state = state_of(config)
     with pytest.raises(CheckpointError) as caught:
-        restore_checkpoint(path, state, config, list(CLASSES))
+        restore_checkpoint(str(path), read_checkpoint(path), state, config)
     message = str(caught.value)
     assert "\n" not in message and str(path) in message
     assert all(part in message for part in parts), message
@@ -266,7 +268,7 @@ def test_loss_scaling_is_restored(checkpoint, tiny_cfg, tmp_path, scaled_before)
     config = load_config(tiny_cfg())
     state = state_of(config)
     state.scaler, state.recipe = after, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint(tmp_path / "other.pth", state, config, list(CLASSES))
+    restore_checkpoint("other.pth", read_checkpoint(tmp_path / "other.pth"), state, config)
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
 
 
@@ -332,5 +334,5 @@ def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
     config = load_config(tiny_cfg())
     state = state_of(config)
     state.world_size, state.recipe = 2, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint(checkpoint, state, config, list(CLASSES))
+    restore_checkpoint("run.pth", read_checkpoint(checkpoint), state, config)
     assert "was written by a run of 1 processes, this one has 2: global batch, order and augmentation" in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import dense
-from tests.dense import single_thread  # noqa: F401, a fixture
+from tests.programs import single_thread  # noqa: F401, a fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
     collect_ignore_glob = ["*"]  # an environment for classification alone; continuous integration has all

@@ -1,9 +1,8 @@
-"""One epoch of training, evaluation, and the published throughput measurement."""
+"""The updates of a training: accumulation, mixed precision, clipping, averaging."""
 
 import datetime
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,21 +14,20 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import AverageMeter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from lit_backbone import DeformableTokenMerging
-from lit_backbone.dtm import captured_offsets, offset_statistics
+from lit_classification.augmentation import build_mixup
 from lit_classification.config import Config
-from lit_classification.data import build_mixup, seed_everything
-from lit_classification.distributed import Processes, StopAsked, StopRequest, no_sync
+from lit_classification.distributed import Processes, amp_dtype, autocast, no_sync, to_device
+from lit_classification.evaluation import progress
 from lit_classification.logs import RunLog, peak_memory
 from lit_classification.optim import Schedule
 from lit_classification.resume import Saver, TrainState
+from lit_classification.sampler import seed_everything
+from lit_classification.signals import StopAsked, StopRequest
 
 _logger = logging.getLogger(__name__)
 
 SMALLEST_SCALE = 1.0  # of fp16's loss scaling; where even this overflows, the gradients themselves are not finite
-WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, as published
 
 
 class NonFiniteError(RuntimeError):
@@ -42,29 +40,6 @@ class NonFiniteError(RuntimeError):
     def __init__(self, message: str, details: dict[str, Any]):
         super().__init__(message)
         self.details = details
-
-
-def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of a configuration's `bf16 | fp16 | off`; None for float32, which a CPU always uses."""
-    if name == "off" or device.type == "cpu":
-        return None
-    if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def to_device(images: Tensor, device: torch.device, config: Config) -> Tensor:
-    memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
-    return images.to(device, non_blocking=True, memory_format=memory_format)
-
-
-def progress(iterable, enable: bool, **options) -> tqdm:
-    """A progress bar in a terminal, nothing elsewhere."""
-    return tqdm(iterable, disable=not (enable and sys.stderr.isatty()), leave=False, dynamic_ncols=True, **options)
 
 
 def build_criterion(config: Config) -> nn.Module:
@@ -86,9 +61,9 @@ class Trainer:
     Attributes:
         network: the model as it is called in training, wrapped for several processes where there are any.
         loader: of this process's micro-batches; `accumulation` of them make an update.
-        waits: whether the host looks at every update before it is applied.
+        checks_every_update: whether the host looks at every update before it is applied.
         sums: of loss and finite gradient norms over the epoch, and the number of each; then the last of both.
-        poison: 1, or NaN once an update was not finite; a factor of the loss.
+        loss_gate: 1, or NaN once an update was not finite; a factor of the loss.
         failure: number, loss and gradient norm of that update; its number is -1 as long as there is none.
     """
 
@@ -103,9 +78,9 @@ class Trainer:
     mixup: Mixup | None = field(init=False)
     criterion: nn.Module = field(init=False)
     amp_dtype: torch.dtype | None = field(init=False)
-    waits: bool = field(init=False)
+    checks_every_update: bool = field(init=False)
     sums: Tensor = field(init=False)
-    poison: Tensor = field(init=False)
+    loss_gate: Tensor = field(init=False)
     failure: Tensor = field(init=False)
 
     def __post_init__(self):
@@ -115,10 +90,10 @@ class Trainer:
         self.amp_dtype = amp_dtype(self.config.RUNTIME.AMP_DTYPE, device)
         # what GradScaler asks, too: only torch's fused optimisers can skip an update on the device
         skips = getattr(self.state.optimizer, "_step_supports_amp_scaling", False)
-        self.waits = device.type == "cpu" or not skips
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self.poison = torch.ones((), device=device)
-        self.failure = torch.full((3,), -1.0, dtype=torch.float64, device=device)
+        self.checks_every_update = device.type == "cpu" or not skips
+        self.sums = torch.zeros(6, dtype=self.processes.wide, device=device)
+        self.loss_gate = torch.ones((), device=device)
+        self.failure = torch.full((3,), -1.0, dtype=self.processes.wide, device=device)
 
     def train_epoch(self, saver: Saver) -> dict[str, float]:
         """Train to the end of the current epoch, from wherever in it the state stands.
@@ -135,7 +110,7 @@ class Trainer:
         """
         state, config = self.state, self.config
         epoch, first = divmod(state.update, state.updates_per_epoch)
-        self.loader.batch_sampler.start(epoch, first)
+        self.loader.batch_sampler.seek(epoch, first)
         self.network.train()
         self.sums.zero_()
         batches = iter(self.loader)
@@ -165,15 +140,15 @@ class Trainer:
         """One optimiser update, which leaves the model as it is if loss or gradient is not finite.
 
         Raises:
-            NonFiniteError: at once where the trainer waits, else from :meth:`check_finite`. An overflow that fp16's
-                loss scaling handles is none.
+            NonFiniteError: at once where every update is checked, else from :meth:`check_finite`. An overflow that
+                fp16's loss scaling handles is none.
             StopAsked: on all processes, where one is to stop; nothing was applied.
         """
         state, model = self.state, self.state.model
         self.schedule.set(state.update)
-        accumulation = len(self.loader.batch_sampler.own_groups)
+        accumulation = len(self.loader.batch_sampler.local_micro_batches)
         loss = torch.zeros((), device=self.processes.device)
-        for i, group in enumerate(self.loader.batch_sampler.own_groups):
+        for i, group in enumerate(self.loader.batch_sampler.local_micro_batches):
             batch = self.stop.next_of(batches)
             if self.processes.any(batch is None):  # asked before all others, one that waits for data could never tell
                 raise StopAsked
@@ -185,13 +160,13 @@ class Trainer:
                 images, targets = self.mixup(images, targets)
             with no_sync(self.network, last=i + 1 == accumulation):
                 with autocast(self.amp_dtype, self.processes.device):
-                    part = self.criterion(self.network(images), targets) / accumulation * self.poison
+                    part = self.criterion(self.network(images), targets) / accumulation * self.loss_gate
                 state.scaler.scale(part).backward()
             loss += part.detach()
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
-        finite = self._take_note(loss, norm)
-        if self.waits:
+        finite = self._record(loss, norm)
+        if self.checks_every_update:
             self.check_finite()
         elif not state.scaler.is_enabled():  # a scaler does this itself
             state.optimizer.found_inf = (~finite).float()
@@ -202,22 +177,22 @@ class Trainer:
             state.ema.update(model)
         state.update += 1
 
-    def _take_note(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and poisons
-        the coming losses if not. A gradient that overflowed under fp16's loss scaling passes."""
+    def _record(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and closes
+        the loss gate if not. A gradient that overflowed under fp16's loss scaling passes."""
         finite_norm = norm.isfinite()
         scale = self.state.scaler.scale(torch.ones_like(norm))  # 1 where none is in force
         finite = loss.isfinite() & (finite_norm | (scale > SMALLEST_SCALE))
         finite = self.processes.sum((~finite).float()) == 0
-        found = torch.stack((loss, norm)).double()
+        found = torch.stack((loss, norm)).to(self.sums.dtype)
         count = torch.ones_like(found[0])
         terms = (found[0], count, torch.where(finite_norm, found[1], 0.0), count * finite_norm)
         self.sums[:4] += torch.stack(terms)
         self.sums[4:] = found
-        first = ~finite & self.poison.isfinite()
+        first = ~finite & self.loss_gate.isfinite()
         update = torch.full_like(count, self.state.update)
         self.failure = torch.where(first, torch.stack((update, *found)), self.failure)
-        self.poison = torch.where(finite, self.poison, torch.nan)
+        self.loss_gate = torch.where(finite, self.loss_gate, torch.nan)
         return finite
 
     def check_finite(self) -> None:
@@ -263,65 +238,3 @@ class Trainer:
         scalars = {"train/loss": loss, "train/grad_norm": norm}
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         self.log.scalars(scalars, state.update)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, config: Config, processes: Processes) -> dict[str, float]:
-    """Accuracy on the validation images, each counted once, whatever the number of processes.
-
-    Returns:
-        `acc1`, `acc5` in percent, mean cross-entropy `loss` and the number of `images`, over all processes.
-    """
-    model.eval()
-    dtype = amp_dtype(config.TEST.AMP_DTYPE, processes.device)
-    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # right in 1, right in 5, loss, images
-    for images, targets in progress(loader, processes.is_main, desc="evaluate", unit="batch"):
-        images = to_device(images, processes.device, config)
-        targets = targets.to(processes.device, non_blocking=True)
-        with autocast(dtype, processes.device):
-            logits = model(images).float()  # (B, classes)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(targets), device=processes.device))
-        totals += torch.stack([count.double() for count in counts])
-    right1, right5, loss, images = processes.sum(totals).tolist()
-    return {"acc1": 100 * right1 / images, "acc5": 100 * right5 / images, "loss": loss / images, "images": int(images)}
-
-
-def print_accuracy(stats: dict[str, float]) -> None:
-    """The two lines that the original prints."""
-    _logger.info(f"loss {stats['loss']:.3f}")
-    print(f" * Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}", flush=True)
-    print(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.1f}%", flush=True)
-
-
-@torch.no_grad()
-def dtm_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Mean offset length in pixels of the map, and share of samples off the map, of each DTM on a batch of images."""
-    names = [name for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)]
-    model.eval()
-    with captured_offsets(model) as captured:
-        model.forward(images)  # not model(images), which may be compiled and then calls no hooks
-    found = {}
-    for name, (offset, size) in zip(names, captured, strict=True):
-        length, outside = offset_statistics(offset, size)
-        found |= {f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()}
-    return found
-
-
-@torch.no_grad()
-def measure_throughput(model: nn.Module, config: Config, processes: Processes) -> float:
-    """Images per second of inference on random images, after a warm-up, as published."""
-    device = processes.device
-    model.eval()
-    images = to_device(torch.randn(config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), device, config)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with autocast(amp_dtype(config.TEST.AMP_DTYPE, device), device):
-        for _ in progress(range(WARMUP_ITERATIONS), processes.is_main, desc="warm-up"):
-            model(images)
-        wait()
-        began = time.perf_counter()
-        for _ in progress(range(TIMED_ITERATIONS), processes.is_main, desc="timing"):
-            model(images)
-        wait()
-    return TIMED_ITERATIONS * len(images) / (time.perf_counter() - began)
