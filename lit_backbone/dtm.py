@@ -86,12 +86,9 @@ def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> boo
 
 def _use_kernels(tokens: Tensor) -> bool:
     # atomic additions come in any order; the portable path says so where that is not wanted
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return (
-        tokens.dtype != torch.float64
-        and not deterministic
-        and _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
-    )
+    if tokens.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return False
+    return _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
 
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())

@@ -100,7 +100,7 @@ def _tile(channels: int) -> dict[str, int]:
 
 
 def compile_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> None:
-    """Compile what samples maps of a dtype and a number of channels, without a tensor; raises what the compiler does."""
+    """Compile what samples a map of this dtype, without a tensor, and raise what the compiler raises."""
     sizes, f32 = (4 * 28 * 28, 56, 56, 28, 28, channels), torch.float32
     with torch.cuda.device(device):
         _forward_kernel.warmup(dtype, f32, dtype, *sizes, grid=(1,), **_tile(channels))

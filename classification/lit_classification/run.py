@@ -17,7 +17,7 @@ from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_backbone.images import DataError
 from lit_classification.config import Config, ConfigError
 from lit_classification.datasets import check_same_classes
-from lit_classification.distributed import Processes, amp_dtype, join_processes, to_device
+from lit_classification.distributed import Processes, amp_dtype, describe_precision, join_processes, to_device
 from lit_classification.evaluation import evaluate, measure_throughput, print_accuracy, validate
 from lit_classification.loaders import build_train_loader, build_val_loader, end_loaders, loader_failure, sample_images
 from lit_classification.logs import RunLog, setup_logging
@@ -77,6 +77,8 @@ def run_evaluation(config: Config, processes: Processes, load: Callable[..., Con
     config = as_trained(config, content, load)
     loader = build_val_loader(config, processes)
     model = model_of(content, path, config, processes.device, loader.dataset.dataset.classes)
+    precision = describe_precision(config.TEST.AMP_DTYPE, processes.device)
+    _logger.info(f"evaluating {path} in {precision} on {processes.device}")
     stats = evaluate(model, loader, config, processes)
     if processes.is_main:
         print_accuracy(stats)

@@ -19,7 +19,7 @@ import torch
 
 from lit_classification.config import Config, ConfigError
 from lit_classification.config_file import dump
-from lit_classification.distributed import Processes, amp_dtype
+from lit_classification.distributed import Processes, describe_precision
 from lit_classification.resume import TrainState
 from lit_classification.sampler import accumulation_steps
 
@@ -106,8 +106,9 @@ def describe_run(config: Config, processes: Processes, state: TrainState, folder
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
     parameters = sum(p.numel() for p in state.model.parameters())
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
-    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
+    precision = describe_precision(config.RUNTIME.AMP_DTYPE, processes.device)
+    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, written to {folder}")
+    _logger.info(f"training in {precision} on {processes.device}")
     _logger.info(
         f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
         f"{accumulation_steps(config, processes.world_size)} accumulated = "
