@@ -18,6 +18,7 @@ from .layers import HAS_TRITON, is_exporting
 
 TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
 _BILINEAR, _ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
+_GEOMETRY = ([2, 2], [0, 0], [1, 1], False, [0, 0], 1)  # stride to groups of aten's 2x2 stride-2 convolution
 
 
 def sampling_positions(offset: Tensor) -> Tensor:
@@ -67,18 +68,17 @@ def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device; if not, a warning says why."""
+def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the Triton kernels compile for a device; the portable sampler steps in where they don't."""
     if device.type != "cuda" or not HAS_TRITON:
         return False
-    from .dtm_triton import sample_backward, sample_forward
+    from .dtm_triton import compile_kernels
 
-    try:  # Triton compiles when a kernel is first called, and needs a C compiler and a GPU that it knows
-        tokens, offset = torch.zeros(1, 2, 2, 1, device=device), torch.zeros(1, 8, 1, 1, device=device)
-        sample_backward(sample_forward(tokens, offset, tokens.dtype), tokens, offset)
+    try:  # it takes a C compiler and a GPU that Triton knows; no memory, whose lack would be no answer
+        compile_kernels(device, dtype, channels)
     except Exception as error:
         warnings.warn(
-            f"DTM runs on PyTorch's sampler, more slowly: its Triton kernels failed with {error!r}", stacklevel=1
+            f"DTM runs on PyTorch's sampler, more slowly: its Triton kernels do not compile: {error!r}", stacklevel=1
         )
         return False
     return True
@@ -86,8 +86,9 @@ def _has_kernels(device: torch.device) -> bool:
 
 def _use_kernels(tokens: Tensor) -> bool:
     # the kernels add atomically, in any order; PyTorch's sampler does too, but raises if determinism is asked for
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return tokens.dtype != torch.float64 and not deterministic and _has_kernels(tokens.device)
+    if tokens.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return False
+    return _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
 
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())
@@ -183,9 +184,34 @@ def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     return length, outside.float().mean()
 
 
+@torch.library.custom_op("lit::offset_convolution", mutates_args=())
+def _convolve_without_tf32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 2x2 stride-2 convolution in float32, whatever precision PyTorch is set to; the result is channels-last."""
+    flags = dict(benchmark=False, deterministic=True, cudnn_enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    out = torch.ops.aten._convolution(x, weight, bias, *_GEOMETRY, **flags)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@_convolve_without_tf32.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _convolution_backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    mask = ctx.needs_input_grad
+    return torch.ops.aten.convolution_backward(grad_out, x, weight, [weight.shape[0]], *_GEOMETRY, mask)
+
+
+_convolve_without_tf32.register_autograd(_convolution_backward, setup_context=_save)
+
+
 @register_notrace_module
 class OffsetConv2d(nn.Conv2d):
-    """A convolution that stays in float32 under autocast: bfloat16 would round an offset of 10 pixels by up to 0.03."""
+    """A convolution that stays in float32: bfloat16 would round an offset of 10 pixels by up to 0.03.
+
+    Neither autocast nor TF32, which a GPU's convolutions use by PyTorch's default, touches what it returns.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -193,6 +219,11 @@ class OffsetConv2d(nn.Conv2d):
             return super().forward(x)
         with torch.autocast(device, enabled=False):
             return super().forward(x.to(self.weight.dtype))
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == torch.float32 and not is_exporting():
+            return _convolve_without_tf32(x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
 
 
 @register_notrace_function

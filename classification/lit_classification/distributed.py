@@ -143,6 +143,16 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def describe_precision(name: str, device: torch.device) -> str:
+    """What a model computes in by a configuration's `bf16 | fp16 | off`."""
+    if dtype := amp_dtype(name, device):
+        return f"{dtype} by autocast"
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if has_tf32 and torch.backends.cudnn.allow_tf32:
+        return "float32, but convolutions in TF32, other than those of DTM's offsets"
+    return "float32"
+
+
 def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 

@@ -23,7 +23,7 @@ from lit_backbone.images import DataError
 from lit_classification.config import Config, ConfigError
 from lit_classification.config_file import dump
 from lit_classification.datasets import check_same_classes
-from lit_classification.distributed import Processes, amp_dtype, join_processes, to_device
+from lit_classification.distributed import Processes, amp_dtype, describe_precision, join_processes, to_device
 from lit_classification.evaluation import evaluate, measure_throughput, print_accuracy, validate
 from lit_classification.loaders import build_train_loader, build_val_loader, end_loaders, loader_failure, sample_images
 from lit_classification.logs import RunLog, setup_logging
@@ -83,6 +83,8 @@ def run_evaluation(config: Config, processes: Processes, load: Callable[..., Con
     config = as_trained(config, content, load)
     loader = build_val_loader(config, processes)
     model = model_of(content, path, config, processes.device, loader.dataset.dataset.classes)
+    precision = describe_precision(config.TEST.AMP_DTYPE, processes.device)
+    _logger.info(f"evaluating {path} in {precision} on {processes.device}")
     stats = evaluate(model, loader, config, processes)
     if processes.is_main:
         print_accuracy(stats)
@@ -172,8 +174,9 @@ def describe_run(config: Config, processes: Processes, state: TrainState, folder
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
     parameters = sum(p.numel() for p in state.model.parameters())
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
-    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
+    precision = describe_precision(config.RUNTIME.AMP_DTYPE, processes.device)
+    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, written to {folder}")
+    _logger.info(f"training in {precision} on {processes.device}")
     _logger.info(
         f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
         f"{accumulation_steps(config, processes.world_size)} accumulated = "
