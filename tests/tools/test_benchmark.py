@@ -1,8 +1,6 @@
 """The benchmark runs as it is used; what it measures is no test's business."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import timm
 import torch
 from torchvision.ops import deform_conv2d
 
+from tests.programs import Program
 from tools import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run printed, and the folder it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
     arguments = ["--device", "cpu", "--sections", "operator", "input", "--repeats", "1", "--batch-size", "2"]
-    command = [sys.executable, ROOT / "tools" / "benchmark.py", *arguments, "--output", folder]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, folder
+    return Program(ROOT / "tools" / "benchmark.py", *arguments, "--output", folder).finish(), folder
 
 
 def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
@@ -39,7 +35,7 @@ def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
         ratio = found["ratios"][f"DTM, {steps}, three shapes: torchvision's time / ours"]
         assert ratio == pytest.approx(total["torchvision"] / total["lit_backbone"])
     assert printed.splitlines()[-1].split(maxsplit=1)[1] == list(found["ratios"])[-1]
-    assert (folder / "cpu.png").stat().st_size > 5000
+    assert (folder / "cpu.png").is_file()
 
 
 def test_memory_is_what_a_call_holds_at_its_peak(results: tuple[str, Path]) -> None:
