@@ -1,9 +1,10 @@
 """What the tests of detection and segmentation share: short runs of the tools, on a few scenes."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def error_of(tool: Callable[..., Any], *args: Any) -> str:
     message = str(ended.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_configs() -> Iterator[None]:
+    """A run's config is written without yapf, whose layout takes longer than the runs; model indices are read once."""
+    from mmengine.config import utils  # not in an environment for classification alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda code, **_: (code, True))
+        patch.setattr(utils, "_get_cfg_metainfo", functools.cache(utils._get_cfg_metainfo))
+        yield
 
 
 def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) -> None:
