@@ -38,17 +38,7 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
 
 def output_of(*command: str | Path) -> str:
     """What a tool that succeeds has printed; it has a process of its own."""
-    return Program(*command, prepare=forget_runs).finish()
-
-
-def forget_runs() -> None:
-    """Drops the visualizer, logger and the like of runs so far, which mmengine keeps for a whole process."""
-    from mmengine.utils import ManagerMixin  # not in an environment for classification alone
-
-    kinds = [ManagerMixin]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-        kind._instance_dict.clear()
+    return Program(*command).finish()
 
 
 def output_of_script(*command: str | Path) -> str:
