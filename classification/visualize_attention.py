@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_backbone import LIT, CheckpointError
+from lit_backbone.attention import draw_attention, query_attention
+from lit_backbone.command_line import positive
 from lit_backbone.images import DataError, find_images
+from lit_backbone.offsets import draw_sheet
 from lit_backbone.text import printable
-from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
 from lit_classification.evaluation import progress
 from lit_classification.loaders import image_loader
 from lit_classification.model import add_model_arguments, check_model_arguments, load_model
@@ -34,16 +36,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="data set with images in val/")
     help = "how many validation images to average over, from the first on (%(default)s)"
-    parser.add_argument("--num-images", type=int, default=100, metavar="N", help=help)
-    help = (
-        f"query token of each stage, counted row by row ({' '.join(map(str, TOKENS))}, or the same place on other maps)"
-    )
+    parser.add_argument("--num-images", type=positive, default=100, metavar="N", help=help)
+    paper = " ".join(map(str, TOKENS))
+    help = f"query token of each stage, counted row by row ({paper}, or the same place on other maps)"
     parser.add_argument("--tokens", type=int, nargs=4, metavar="T", help=help)
     parser.add_argument("--output", type=Path, default=Path("attention_map"), metavar="DIR", help="(%(default)s)")
-    args = check_model_arguments(parser, argv)
-    if args.num_images < 1:
-        parser.error(f"argument --num-images: expected 1 or more, got {args.num_images}")
-    return args
+    return check_model_arguments(parser, argv)
 
 
 def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:

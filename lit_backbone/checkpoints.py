@@ -132,7 +132,10 @@ def stored_meta(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("meta", "dataset_meta"):
         stored = stored[key] if isinstance(stored.get(key), dict) and stored[key] else stored
     keys = ("classes", "palette", "CLASSES", "PALETTE")
-    return {key.lower(): stored[key] for key in keys if isinstance(stored.get(key), (list, tuple))}
+    found = {key.lower(): stored[key] for key in keys if isinstance(stored.get(key), (list, tuple))}
+    if len(found.get("palette", ())) < len(found.get("classes", ())):  # mmdetection takes one colour for all classes
+        found.pop("palette", None)
+    return found
 
 
 def stored_classes(content: dict[str, Any]) -> list[str]:

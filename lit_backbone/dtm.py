@@ -45,8 +45,8 @@ def _normalize(position: Tensor, size: int) -> Tensor:
     """Pixels to the [-1, 1] of `grid_sample(align_corners=True)`, safe at whole pixels.
 
     The derivative of bilinear sampling is one-sided at a whole pixel, where every sample lies when training starts.
-    `deform_conv2d` takes the side of `floor`; the round trip through [-1, 1] may end just below the integer and take
-    the other side. A nudge of two ulps of the map's size keeps it.
+    `deform_conv2d` takes the side of `floor`, but rounding on the way to [-1, 1] and back may end just below the
+    integer, on the other side. Adding two ulps of the map's size prevents this.
     """
     whole = position == position.floor()
     position = position + whole * (2 * torch.finfo(position.dtype).eps * size)
@@ -54,13 +54,13 @@ def _normalize(position: Tensor, size: int) -> Tensor:
 
 
 def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
-    """The positions `(B, 2h, 2w, 2)` that offsets `(B, 8, h, w)` lead to, as (x, y) for the sampler of a map's size."""
+    """The grid `(B, 2h, 2w, 2)` of (x, y) by which `grid_sample` reads a map at offsets `(B, 8, h, w)`."""
     row, column = sampling_positions(offset).unbind(-1)
     return torch.stack((_normalize(column, width), _normalize(row, height)), dim=-1)
 
 
 def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples `(B, C, 2h, 2w)` of a map `(B, C, H, W)` by aten's sampler, which wants one dtype for map and grid."""
+    """Samples `(B, C, 2h, 2w)` of a map `(B, C, H, W)` by PyTorch's sampler, which wants one dtype for map and grid."""
     grid = _sampling_grid(offset, x.shape[2], x.shape[3])
     common = torch.promote_types(x.dtype, grid.dtype)
     # not F.grid_sample: on a GPU it would take cuDNN's sampler, whose arithmetic _normalize is not made for
@@ -85,7 +85,7 @@ def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> boo
 
 
 def _use_kernels(tokens: Tensor) -> bool:
-    # atomic additions come in any order; the portable path says so where that is not wanted
+    # the kernels add atomically, in any order; PyTorch's sampler does too, but raises if determinism is asked for
     if tokens.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
         return False
     return _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
@@ -93,7 +93,7 @@ def _use_kernels(tokens: Tensor) -> bool:
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())
 def _sample_tokens(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples `(B, 2h, 2w, C)` of tokens `(B, H, W, C)`, in one piece that no compiler takes apart."""
+    """Samples `(B, 2h, 2w, C)` of tokens `(B, H, W, C)`; a single operator under `torch.compile`."""
     if _use_kernels(tokens):
         from .dtm_triton import sample_forward
 
@@ -109,7 +109,7 @@ def _(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("lit::deformable_sample_backward", mutates_args=())
 def _sample_tokens_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of tokens and offsets, the latter channels-last in memory."""
+    """Gradients of tokens and of offsets, these channels-last in memory."""
     if _use_kernels(tokens):
         from .dtm_triton import sample_backward
 
@@ -167,7 +167,7 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
 
 
 def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """How far DTM reaches: mean length of its offsets and the share of samples that read nothing but padding.
+    """How far DTM reaches: mean length of its offsets, and the share of samples that read only padding.
 
     Args:
         offset: `(B, 8, h, w)`, the output of :attr:`DeformableTokenMerging.offset`.
@@ -228,7 +228,7 @@ class OffsetConv2d(nn.Conv2d):
 
 @register_notrace_function
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to which a convolution would round `x`."""
+    """The dtype to which autocast rounds a convolution's input `x`."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype

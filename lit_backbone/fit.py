@@ -6,7 +6,7 @@ from itertools import chain
 from os import PathLike
 from typing import Any
 
-import torch
+from timm.layers import to_ntuple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +18,7 @@ from .text import printable
 
 _logger = logging.getLogger(__name__)
 
+DEFAULT_NAMES = {"first_conv": (), "classifier": "head"}  # where a model's pretrained_cfg names none
 TABLE_MODES = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}  # how each kind of position table is resized
 
 
@@ -88,18 +89,17 @@ def fit_state_dict(
 
     Args:
         state_dict: read from `path`.
-        model: what it is for.
-        path: named in messages.
         new_head: whether a head for other classes is replaced by the model's own, with a warning, or is an error.
-        misfit: how the classes differ, in words, if their names do; their number is compared here.
+        misfit: how the names of the classes differ, in words; their number is compared here.
         name: of the model in messages, by default that of its architecture.
 
     Raises:
-        CheckpointError: the state dict is another model's, which names some of the keys, or not finite.
+        CheckpointError: the state dict is another model's, and the message names some keys; or it is not finite.
     """
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
-    state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), own, _names(cfg.get("first_conv")), path)
-    heads = tuple(f"{head}." for head in _names(cfg.get("classifier") or "head"))
+    first_convs, heads = (to_ntuple(1)(cfg.get(key) or default) for key, default in DEFAULT_NAMES.items())
+    heads = tuple(f"{head}." for head in heads)
+    state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), own, first_convs, path)
     classes, own_classes = (_length(state.get(f"{heads[0]}weight")) for state in (state_dict, own))
     remedy = "use data of its classes, in their order"
     if classes != own_classes and not misfit:
@@ -129,11 +129,6 @@ def fit_state_dict(
 
 def _length(tensor: Tensor | None) -> int:
     return tensor.shape[0] if tensor is not None and tensor.ndim else 0
-
-
-def _names(names: str | Sequence[str] | None) -> Sequence[str]:
-    """timm's names of the modules of one kind, mostly a single one."""
-    return (names,) if isinstance(names, str) else names or ()
 
 
 def _adapt_first_convs(
@@ -183,11 +178,11 @@ def _misfit(state: dict[str, Any], optimizer: Optimizer) -> str:
 
 
 def _misfit_of_moment(name: str, value: Any, parameter: Tensor) -> str:
-    shapes = {"step": torch.Size(), **dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), parameter.shape)}
-    if value is None or (isinstance(value, (int, float)) and not shapes.get(name)):
+    is_moment = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    if value is None or (isinstance(value, (int, float)) and not is_moment):
         return ""
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__name__}"
-    if value.shape != shapes.get(name, value.shape):  # other entries may have shapes of their own
+    if (is_moment and value.shape != parameter.shape) or (name == "step" and value.ndim):  # others may have any shape
         return str(tuple(value.shape))
     return "" if value.isfinite().all() else "is not finite"

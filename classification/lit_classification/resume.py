@@ -4,10 +4,8 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -28,6 +26,7 @@ from lit_classification.config import Config
 from lit_classification.distributed import Processes
 from lit_classification.model import Records, stored_records
 from lit_classification.recipe import check_unchanged, describe_settings
+from lit_classification.run_folder import unfinished, write_atomically
 from lit_classification.signals import Preempted, StopRequest
 
 _logger = logging.getLogger(__name__)
@@ -168,51 +167,6 @@ def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
     write_atomically(path, content, path.with_name(PREVIOUS) if path.name == LATEST else None)
 
 
-def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
-
-    Args:
-        path: where to write.
-        content: what to write.
-        previous: where to keep the old file; for a moment, it is then the only one.
-
-    Raises:
-        CheckpointError: the file cannot be written; the old one is intact.
-    """
-    temporary = _unfinished(path)
-    try:
-        torch.save(content, temporary)
-        _to_disk(temporary)
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        _to_disk(path.parent)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
-            raise  # not by PyTorch's writer
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a file is written; always the same, so that a killed run leaves at most one."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Path and content of a run's latest sound checkpoint, None if it has none yet; on the first process only.
 
@@ -222,9 +176,10 @@ def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, unfinished, previous = folder / LATEST, _unfinished(folder / LATEST), folder / PREVIOUS
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    beside = unfinished(latest)
     damaged: dict[Path, CheckpointError] = {}
-    for path in filter(Path.exists, (latest, unfinished, previous)):
+    for path in filter(Path.exists, (latest, beside, previous)):
         try:
             content = read_checkpoint(path)
         except CheckpointError as error:
@@ -233,8 +188,8 @@ def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
         if latest in damaged:
             os.replace(latest, latest.with_name(DAMAGED))
             _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
-        return str(path.replace(latest) if path == unfinished else path), content
-    damaged.pop(unfinished, None)  # the first that a run wrote
+        return str(path.replace(latest) if path == beside else path), content
+    damaged.pop(beside, None)  # the first that a run wrote
     for error in damaged.values():
         raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
     return None

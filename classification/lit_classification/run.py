@@ -1,9 +1,14 @@
 """A training, an evaluation or a measurement of speed, from its configuration to its end."""
 
+import json
 import logging
+import platform
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_backbone.images import DataError
 from lit_classification.config import Config, ConfigError
+from lit_classification.config_file import dump
 from lit_classification.datasets import check_same_classes
 from lit_classification.distributed import Processes, amp_dtype, describe_precision, join_processes, to_device
 from lit_classification.evaluation import evaluate, measure_throughput, print_accuracy, validate
@@ -25,7 +31,7 @@ from lit_classification.model import as_trained, build_model, model_of
 from lit_classification.optim import Schedule, build_optimizer
 from lit_classification.recipe import check_processes, describe_recipe
 from lit_classification.resume import Saver, TrainState, describe_end, find_resumable, restore_checkpoint
-from lit_classification.run_folder import describe_run, sole_writer, writing
+from lit_classification.run_folder import rewrite, sole_writer, writing
 from lit_classification.sampler import accumulation_steps
 from lit_classification.signals import PREEMPTED, Preempted, StopRequest, stop_requests
 from lit_classification.training import NonFiniteError, Trainer
@@ -150,6 +156,32 @@ def build_state(config: Config, processes: Processes, recipe: dict[str, str], lo
         classes=loader.dataset.classes,
         world_size=processes.world_size,
         recipe=recipe,
+    )
+
+
+def describe_run(config: Config, processes: Processes, state: TrainState, folder: Path) -> None:
+    """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
+    rewrite(folder / "config.yaml", dump(config))
+    start = {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "update": state.update,
+        "processes": processes.world_size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
+    }
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+    parameters = sum(p.numel() for p in state.model.parameters())
+    precision = describe_precision(config.RUNTIME.AMP_DTYPE, processes.device)
+    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, written to {folder}")
+    _logger.info(f"training in {precision} on {processes.device}")
+    _logger.info(
+        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
+        f"{accumulation_steps(config, processes.world_size)} accumulated = "
+        f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
+        f"learning rate {config.learning_rates[0]:.3g}"
     )
 
 
