@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_backbone.visualize import sampling_chains
+from lit_backbone.offsets import sampling_chains
 
 
 def derive(path: Path, base: Path, changes: str) -> Path:

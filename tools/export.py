@@ -30,7 +30,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 from lit_backbone import LIT, CheckpointError
-from lit_backbone.checkpoints import to_released
+from lit_backbone.released import to_released
 from lit_classification.augmentation import evaluation_input
 from lit_classification.model import Classifier, load_classifier
 

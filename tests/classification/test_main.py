@@ -19,6 +19,7 @@ from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
 import main
+import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
 from lit_classification import training
 from lit_classification.config import Config
@@ -99,6 +100,20 @@ def test_evaluation_prints_the_published_lines(tiny_cfg, folder):
     assert expected in evaluated.stdout, evaluated.stdout + evaluated.stderr
     assert accuracy == pytest.approx(read_checkpoint(folder / BEST)["best"])
     assert sorted(folder.iterdir()) == before  # evaluation writes nothing
+
+
+def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, image_folder, capsys):
+    """A checkpoint may not bring them: nobody bounds what they make timm do."""
+    keywords = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
+    cfg = tiny_cfg(
+        MODEL={"NAME": "pvt_v2_b0", "LIT": {}, "KEYWORDS": keywords}, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0}
+    )
+    main.main(["--cfg", str(cfg)])
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
+    accuracy = json.loads((folder / "log.jsonl").read_text())["val/acc1"]
+    assert f" * Acc@1 {accuracy:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="latest.pth: has MODEL.KEYWORDS, which count in YAML only"):
+        predict.main([str(image_folder), "--checkpoint", str(folder / LATEST)])
 
 
 def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
@@ -427,7 +442,7 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
     assert json.loads((folder / "failed.json").read_text())["update"] == 2
     left = read_checkpoint(folder / FAILED)
     assert left["update"] == 2
-    model = main.build_model(load_config(tiny_cfg()), torch.device("cpu"))
+    model = build_model(load_config(tiny_cfg()), torch.device("cpu"))
     for (name, _), value in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(left["model"][name], value), name
 

@@ -28,14 +28,15 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
+import lit_classification.run
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.images import DataError
 from lit_classification import resume, training
 from lit_classification.config_file import load_config
 from lit_classification.datasets import build_dataset
-from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
-from lit_classification.run_folder import sole_writer
+from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS
+from lit_classification.run_folder import sole_writer, write_atomically
 from lit_classification.sampler import SampleKey
 from lit_classification.signals import PREEMPTED, stop_requests
 from tests.damage import damaged
@@ -498,7 +499,7 @@ def test_a_disk_that_is_full_when_a_run_starts(tiny_cfg, output):
 
         torch.set_num_threads(1)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        main.sole_writer = limited
+        lit_classification.run.sole_writer = limited
         try:
             main.main(["--cfg", cfg])
         except BaseException as error:

@@ -16,7 +16,9 @@ from lit_classification.config import Config
 from lit_classification.config_file import load_config
 from lit_classification.logs import RunLog
 from lit_classification.model import build_model
-from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint, write_atomically
+from lit_classification.optim import build_optimizer
+from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint
+from lit_classification.run_folder import write_atomically
 from lit_classification.training import Trainer
 from tests.classification.conftest import CLASSES
 
@@ -189,7 +191,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def state_of(config: Config) -> TrainState:
     model = build_model(config, torch.device("cpu"))
-    optimizer = main.build_optimizer(model, config)
+    optimizer = build_optimizer(model, config)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, 4, list(CLASSES))
 
 

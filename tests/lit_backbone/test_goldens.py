@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_backbone import LIT
-from lit_backbone.checkpoints import convert_released
 from lit_backbone.dtm import captured_offsets
+from lit_backbone.released import convert_released
 from tests.goldens.compare import assert_agrees, meta_state, parameter_count
 from tests.goldens.fill import fill, image, soft_target
 

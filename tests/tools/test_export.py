@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_backbone import load_checkpoint
-from lit_backbone.checkpoints import to_released
 from lit_backbone.lit import ARCHS
+from lit_backbone.released import to_released
 from lit_classification.model import load_classifier
 from tests.lit_backbone.small import small_lit
 from tools.export import main, write_onnx
