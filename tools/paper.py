@@ -5,7 +5,7 @@
 Trains small LITs with more and less attention, and with other mergings than DTM, and small models of other families, on
 CIFAR-10; then a detector and a segmentor on scenes of digits, from LIT's weights and from random ones. What is in
 results.json, with the settings of now, counts as done; what was interrupted goes on, within a training, too. Prints
-tables and draws accuracy.png of what there is; `--report` does only this.
+tables of what there is and draws accuracy.png, and sampling.png of the LIT in demo/; `--report` does only this.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from demo.cifar10 import FetchError, write_images
 from demo.digit_scenes import write_scenes
-from tools.paper_runs import DENSE, MODELS, ROOT, Run, TrainingError, classification_runs, dense_runs
-from tools.paper_tables import report
+from tools.paper_runs import DENSE, MODELS, ROOT, WEIGHTS, Run, TrainingError, classification_runs, dense_runs
+from tools.paper_tables import draw_sampling, report
 
 
 def train_all(runs: list[Run], jobs: int, bar: tqdm) -> Iterator[tuple[Run, dict[str, Any]]]:
@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
                 bar.write(f"{run.key}: {result['reached'][-1]:.4g}")
                 bar.update()
     print(report(finished(results, runs), args.device, results.with_name("accuracy.png")))
+    photographs = [min(folder.iterdir()) for folder in sorted(ROOT.glob("data/cifar10/val/*"))]
+    if photographs and WEIGHTS.exists():
+        draw_sampling(WEIGHTS, photographs).save(results.with_name("sampling.png"))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import timm
+import torch
+from PIL import Image
 from scipy.stats import ttest_ind
 from torch import nn
 
+from lit_backbone.offsets import draw_points, draw_sheet, sampling_chains
 from lit_classification.config_file import load_config
+from lit_classification.model import load_classifier
 from tools import benchmark
 from tools.benchmark import Bench, infer, multiply_adds, random_images, training_step
 from tools.paper_runs import CONFIGS, DENSE, LIT, MODELS, STARTS
@@ -102,3 +106,12 @@ def draw(found: Found, costs: Costs, path: Path) -> None:
     speed.set(xlabel="images/s in inference", ylabel="after the last, with standard errors")
     figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
+
+
+def draw_sampling(weights: Path, photographs: list[Path]) -> Image.Image:
+    """Where a LIT's DTM samples photographs, below each other for the first and the last of 2 x 2 tokens."""
+    classifier = load_classifier(weights, torch.device("cpu"))
+    inputs = [Image.open(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for path in photographs]
+    chains = [sampling_chains(classifier.model, classifier.transform(image)) for image in inputs]
+    pictures = [draw_points(*pair, *token) for token in ((0, 0), (1, 1)) for pair in zip(inputs, chains)]
+    return draw_sheet(pictures, len(pictures), len(photographs))
