@@ -59,7 +59,7 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py --output outputs/benchmark
 	"$(PYTHON)" tools/plot_benchmark.py outputs/benchmark/*.json
 
-paper: env-mm ## train small LITs with more and less attention, with and without DTM, and compare; a few hours
+paper: env-mm ## train small LITs and their peers on photographs and compare, by finished trainings and new ones; hours
 	"$(PYTHON)" -m tools.paper
 
 test: env-test lint ## check the style, then run the test suite
