@@ -39,7 +39,7 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> Iterator[tuple[Run, dict
             while waiting and len(processes) < jobs:
                 run = waiting.popleft()
                 processes[run.start()] = run
-            bar.set_postfix_str("; ".join(run.key for run in processes.values()))
+                bar.set_postfix_str("; ".join(run.key for run in processes.values()))
             time.sleep(1)
             for process in [process for process, run in processes.items() if run.has_ended(process)]:
                 run = processes.pop(process)
