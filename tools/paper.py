@@ -103,8 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
     if todo:
-        write_images(ROOT / "data/cifar10")
-        write_scenes(ROOT / "data/digit_scenes")
+        if models:
+            write_images(ROOT / "data/cifar10")
+        if tasks:
+            write_scenes(ROOT / "data/digit_scenes")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of each training
         print(f"each training prints into its {output}/*/*/printed.txt")
         with tqdm(None, "trainings", total=len(runs), initial=len(done)) as bar:
