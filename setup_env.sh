@@ -92,7 +92,7 @@ install_mm() {
 }
 mm_works() { "$python" -I -c "import mmcv._ext, mmdet, mmengine, mmseg"; }
 
-# Of what an environment was built from. A group is base or an extra of the package, which is a file in requirements/.
+# Of what an environment was built from. A group is an extra of the package, which is a file in requirements/.
 fingerprint() { (echo "$root" && "$python" --version && cat pyproject.toml requirements.txt requirements/*.txt) | cksum; }
 stamp() { echo "$prefix/.lit-backbone-$1"; }
 current() {
@@ -103,7 +103,7 @@ current() {
     if [[ ${groups[*]} == *mm* ]]; then mm_works; fi # another pip command may have broken it since
 }
 
-groups=(base)
+groups=(train)
 browser=
 positional=()
 for argument; do
@@ -128,7 +128,7 @@ cd "$root"
 if ! current; then
     for group in "${groups[@]}"; do rm -f "$(stamp "$group")"; done
     say "the first time takes minutes and some 5 GB, most of it torch"
-    if [[ ${groups[*]} == *dev* ]]; then install --editable ".[dev]"; else install --editable .; fi
+    if [[ ${groups[*]} == *dev* ]]; then install --editable ".[train,dev]"; else install --editable ".[train]"; fi
     if [[ ${groups[*]} == *mm* ]]; then install_mm; fi
     "$python" -I - <<'END' || die "the environment in $prefix is broken, see above; remove it and run this script again"
 import lit_backbone, timm, torch, torchvision

@@ -5,6 +5,8 @@ from .dtm import DeformableTokenMerging, deformable_sample
 from .fit import load_checkpoint
 from .lit import LIT, lit_b, lit_m, lit_s, lit_ti, pvt_small_full_msa
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LIT",
     "CheckpointError",

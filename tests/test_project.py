@@ -1,6 +1,12 @@
-"""What the top of the repository promises: README's examples run as they stand there, torch.hub's entry points load."""
+"""What the top of the repository promises: README's examples run as they stand there, torch.hub's entry points load,
+the backbone installs alone.
+"""
 
 import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,7 @@ import yaml
 from PIL import Image
 
 import hubconf
+import lit_backbone
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -73,3 +80,47 @@ def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     pins = {pin for hook in hooks for pin in hook["additional_dependencies"] if pin.startswith("ruff")}
     assert len(pins) == 1 and pins <= set((ROOT / "requirements/constraints.txt").read_text().splitlines())
+
+
+def run_without_the_trainers_packages(source: str, folder: Path) -> subprocess.CompletedProcess:
+    block = "import sys; sys.modules.update(dict.fromkeys(('pydantic', 'ruamel', 'tensorboard')))\n"
+    command = [sys.executable, "-I", "-c", f"{block}sys.path.insert(0, '.')\n{source}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_backbone_installs_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for package in ("lit_backbone", "classification/lit_classification", "requirements"):
+        shutil.copytree(ROOT / package, source / package)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    subprocess.run([*install, target, source], check=True, capture_output=True)
+
+    (distribution,) = Distribution.discover(name="lit-backbone", path=[str(target)])
+    assert distribution.version == lit_backbone.__version__
+    assert any("2105.14217" in url for url in distribution.metadata.get_all("Project-URL"))
+    required = {line for line in distribution.requires if "extra ==" not in line}
+    assert {re.split("[<>=,]", line)[0] for line in required} == {
+        "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "tqdm"
+    }  # fmt: skip
+
+    use = """
+import timm, torch
+import lit_backbone, lit_backbone.attention, lit_backbone.offsets
+print(lit_backbone.__file__, timm.create_model("lit_s", num_classes=0)(torch.zeros(1, 3, 64, 64)).shape)"""
+    run = run_without_the_trainers_packages(use, target)
+    assert run.stdout == f"{target / 'lit_backbone/__init__.py'} torch.Size([1, 768])\n", run.stderr
+
+
+@pytest.mark.parametrize("program", ["main.py", "predict.py"])
+def test_programs_without_the_trainers_packages(program: str) -> None:
+    source = f"import runpy; runpy.run_path({program!r}, run_name='__main__')"
+    run = run_without_the_trainers_packages(source, ROOT / "classification")
+    assert run.returncode == 1
+    assert run.stderr == "No module named 'pydantic': run `bash setup_env.sh` and activate its environment\n"
+
+
+def test_the_version_is_one() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lit_backbone.__version__
+    assert f"\n## {lit_backbone.__version__}" in (ROOT / "CHANGELOG.md").read_text()
