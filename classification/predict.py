@@ -1,4 +1,4 @@
-"""Classify images: `python predict.py photo.jpg --checkpoint lit_s.pth`."""
+"""Classify images: `python predict.py photos/*.jpg --checkpoint lit_s.pth`."""
 
 import argparse
 import json
@@ -23,7 +23,8 @@ from lit_classification.model import Classifier, load_classifier
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder with images at any depth")
+    help = "images, and folders with images at any depth"
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=help)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="written by main.py, or released")
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name for an image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
@@ -35,16 +36,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def predict(
     classifier: Classifier, paths: list[str], topk: int, device: torch.device
-) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-    """Yield each path with the `topk` likeliest classes, as pairs of name and probability, likeliest first."""
+) -> Iterator[tuple[str, list[tuple[str, float]] | DataError]]:
+    """Yield each path with the `topk` likeliest classes, as pairs of name and probability, likeliest first.
+
+    An image that cannot be read has the reason in their place.
+    """
     model, _, classes, transform = classifier
     loader = image_loader(paths, transform)
-    for images, names in progress(loader, enable=len(loader) > 1, desc="predict", unit="batch"):
-        with torch.inference_mode():
-            probabilities = model(images.to(device)).softmax(dim=1)  # (B, classes)
-        values, indices = probabilities.topk(min(topk, len(classes)))  # (B, topk)
-        for name, row, numbers in zip(names, values.tolist(), indices.tolist()):
-            yield name, [(classes[number], value) for number, value in zip(numbers, row)]
+    for batch in progress(loader, enable=len(loader) > 1, desc="predict", unit="batch"):
+        found = dict(batch)
+        if sound := [path for path, image in batch if not isinstance(image, DataError)]:
+            images = torch.stack([found[path] for path in sound]).to(device)  # (B, 3, H, W)
+            with torch.inference_mode():
+                probabilities = model(images).softmax(dim=1)  # (B, classes)
+            values, indices = probabilities.topk(min(topk, len(classes)))  # (B, topk)
+            for path, row, numbers in zip(sound, values.tolist(), indices.tolist()):
+                found[path] = [(classes[number], value) for number, value in zip(numbers, row)]
+        for path, _ in batch:
+            yield path, found[path]
 
 
 def as_json(path: str, predictions: list[tuple[str, float]]) -> str:
@@ -61,14 +70,20 @@ def as_text(path: str, predictions: list[tuple[str, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write = as_json if args.json else as_text
+    write, failed = as_json if args.json else as_text, False
     try:
-        paths = find_images([args.images])
+        paths = find_images(args.images)
         classifier = load_classifier(args.checkpoint, device)
         for path, predictions in predict(classifier, paths, args.topk, device):
-            tqdm.write(write(path, predictions))  # past the progress bar
+            if isinstance(predictions, DataError):
+                failed = True
+                tqdm.write(f"error: {predictions}", file=sys.stderr)
+            else:
+                tqdm.write(write(path, predictions))  # past the progress bar
     except (CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_backbone import LIT, CheckpointError
+from lit_backbone.attention import draw_attention, query_attention
+from lit_backbone.command_line import positive
 from lit_backbone.images import DataError, find_images
+from lit_backbone.offsets import draw_sheet
 from lit_backbone.text import printable
-from lit_backbone.visualize import draw_attention, draw_sheet, query_attention
 from lit_classification.evaluation import progress
+from lit_classification.loaders import image_loader
 from lit_classification.model import add_model_arguments, check_model_arguments, load_model
-from predict import image_loader
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels
 PAPER_SIDES = (56, 28, 14, 7)
@@ -34,16 +36,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="data set with images in val/")
     help = "how many validation images to average over, from the first on (%(default)s)"
-    parser.add_argument("--num-images", type=int, default=100, metavar="N", help=help)
-    help = (
-        f"query token of each stage, counted row by row ({' '.join(map(str, TOKENS))}, or the same place on other maps)"
-    )
+    parser.add_argument("--num-images", type=positive, default=100, metavar="N", help=help)
+    paper = " ".join(map(str, TOKENS))
+    help = f"query token of each stage, counted row by row ({paper}, or the same place on other maps)"
     parser.add_argument("--tokens", type=int, nargs=4, metavar="T", help=help)
     parser.add_argument("--output", type=Path, default=Path("attention_map"), metavar="DIR", help="(%(default)s)")
-    args = check_model_arguments(parser, argv)
-    if args.num_images < 1:
-        parser.error(f"argument --num-images: expected 1 or more, got {args.num_images}")
-    return args
+    return check_model_arguments(parser, argv)
 
 
 def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:
@@ -64,8 +62,11 @@ def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) ->
 def average_attention(model: LIT, loader: DataLoader, queries: list[int], device: torch.device) -> dict[int, Tensor]:
     """:func:`query_attention` averaged over images: for each stage that attends, `(blocks, heads, h, w)`."""
     total: dict[int, Tensor] = {}
-    for images, _ in progress(loader, enable=len(loader) > 1, desc="attend", unit="batch"):
-        for stage, maps in query_attention(model, images.to(device), queries).items():
+    for batch in progress(loader, enable=len(loader) > 1, desc="attend", unit="batch"):
+        images = [image for _, image in batch]
+        if odd := [error for error in images if isinstance(error, DataError)]:
+            raise odd[0]
+        for stage, maps in query_attention(model, torch.stack(images).to(device), queries).items():
             total[stage] = total.get(stage, 0) + maps.double().sum(dim=0)
     return {stage: maps / len(loader.dataset) for stage, maps in total.items()}
 

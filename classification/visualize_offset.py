@@ -20,9 +20,10 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, to_pil_image
 
 from lit_backbone import CheckpointError
+from lit_backbone.command_line import add_offset_arguments
 from lit_backbone.images import DataError, open_rgb
+from lit_backbone.offsets import write_offsets
 from lit_backbone.text import printable
-from lit_backbone.visualize import NoOffsetsError, add_offset_arguments, write_offsets
 from lit_classification.model import add_model_arguments, check_model_arguments, load_model
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         x = classifier.transform(open_rgb(args.vis_image))
         folder, flags = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
         print(printable(write_offsets(classifier.model, x.to(device), to_picture(x), folder, **flags)))
-    except (CheckpointError, DataError, NoOffsetsError, OSError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

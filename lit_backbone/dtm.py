@@ -18,6 +18,7 @@ from .layers import HAS_TRITON, is_exporting
 
 TAPS = 4  # of a 2x2 kernel; each has an offset of two channels, (dy, dx)
 _BILINEAR, _ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
+_GEOMETRY = ([2, 2], [0, 0], [1, 1], False, [0, 0], 1)  # stride to groups of aten's 2x2 stride-2 convolution
 
 
 def sampling_positions(offset: Tensor) -> Tensor:
@@ -44,8 +45,8 @@ def _normalize(position: Tensor, size: int) -> Tensor:
     """Pixels to the [-1, 1] of `grid_sample(align_corners=True)`, safe at whole pixels.
 
     The derivative of bilinear sampling is one-sided at a whole pixel, where every sample lies when training starts.
-    `deform_conv2d` takes the side of `floor`; the round trip through [-1, 1] may end just below the integer and take
-    the other side. A nudge of two ulps of the map's size keeps it.
+    `deform_conv2d` takes the side of `floor`, but rounding on the way to [-1, 1] and back may end just below the
+    integer, on the other side. Adding two ulps of the map's size prevents this.
     """
     whole = position == position.floor()
     position = position + whole * (2 * torch.finfo(position.dtype).eps * size)
@@ -53,13 +54,13 @@ def _normalize(position: Tensor, size: int) -> Tensor:
 
 
 def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
-    """The positions `(B, 2h, 2w, 2)` that offsets `(B, 8, h, w)` lead to, as (x, y) for the sampler of a map's size."""
+    """The grid `(B, 2h, 2w, 2)` of (x, y) by which `grid_sample` reads a map at offsets `(B, 8, h, w)`."""
     row, column = sampling_positions(offset).unbind(-1)
     return torch.stack((_normalize(column, width), _normalize(row, height)), dim=-1)
 
 
 def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples `(B, C, 2h, 2w)` of a map `(B, C, H, W)` by aten's sampler, which wants one dtype for map and grid."""
+    """Samples `(B, C, 2h, 2w)` of a map `(B, C, H, W)` by PyTorch's sampler, which wants one dtype for map and grid."""
     grid = _sampling_grid(offset, x.shape[2], x.shape[3])
     common = torch.promote_types(x.dtype, grid.dtype)
     # not F.grid_sample: on a GPU it would take cuDNN's sampler, whose arithmetic _normalize is not made for
@@ -67,32 +68,32 @@ def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device; the portable sampler steps in where they don't."""
+def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the Triton kernels compile for a device; the portable sampler steps in where they don't."""
     if device.type != "cuda" or not HAS_TRITON:
         return False
-    from .dtm_triton import sample_backward, sample_forward
+    from .dtm_triton import compile_kernels
 
-    try:  # Triton compiles when a kernel is first called, and needs a C compiler and a GPU that it knows
-        tokens, offset = torch.zeros(1, 2, 2, 1, device=device), torch.zeros(1, 8, 1, 1, device=device)
-        sample_backward(sample_forward(tokens, offset, tokens.dtype), tokens, offset)
+    try:  # it takes a C compiler and a GPU that Triton knows; no memory, whose lack would be no answer
+        compile_kernels(device, dtype, channels)
     except Exception as error:
         warnings.warn(
-            f"DTM runs on PyTorch's sampler, more slowly: its Triton kernels failed with {error!r}", stacklevel=1
+            f"DTM runs on PyTorch's sampler, more slowly: its Triton kernels do not compile: {error!r}", stacklevel=1
         )
         return False
     return True
 
 
 def _use_kernels(tokens: Tensor) -> bool:
-    # atomic additions come in any order; the portable path says so where that is not wanted
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return tokens.dtype != torch.float64 and not deterministic and _has_kernels(tokens.device)
+    # the kernels add atomically, in any order; PyTorch's sampler does too, but raises if determinism is asked for
+    if tokens.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return False
+    return _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
 
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())
 def _sample_tokens(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples `(B, 2h, 2w, C)` of tokens `(B, H, W, C)`, in one piece that no compiler takes apart."""
+    """Samples `(B, 2h, 2w, C)` of tokens `(B, H, W, C)`; a single operator under `torch.compile`."""
     if _use_kernels(tokens):
         from .dtm_triton import sample_forward
 
@@ -108,7 +109,7 @@ def _(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("lit::deformable_sample_backward", mutates_args=())
 def _sample_tokens_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of tokens and offsets, the latter channels-last in memory."""
+    """Gradients of tokens and of offsets, these channels-last in memory."""
     if _use_kernels(tokens):
         from .dtm_triton import sample_backward
 
@@ -166,7 +167,7 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
 
 
 def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """How far DTM reaches: mean length of its offsets and the share of samples that read nothing but padding.
+    """How far DTM reaches: mean length of its offsets, and the share of samples that read only padding.
 
     Args:
         offset: `(B, 8, h, w)`, the output of :attr:`DeformableTokenMerging.offset`.
@@ -183,9 +184,34 @@ def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     return length, outside.float().mean()
 
 
+@torch.library.custom_op("lit::offset_convolution", mutates_args=())
+def _convolve_without_tf32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 2x2 stride-2 convolution in float32, whatever precision PyTorch is set to; the result is channels-last."""
+    flags = dict(benchmark=False, deterministic=True, cudnn_enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    out = torch.ops.aten._convolution(x, weight, bias, *_GEOMETRY, **flags)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@_convolve_without_tf32.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _convolution_backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    mask = ctx.needs_input_grad
+    return torch.ops.aten.convolution_backward(grad_out, x, weight, [weight.shape[0]], *_GEOMETRY, mask)
+
+
+_convolve_without_tf32.register_autograd(_convolution_backward, setup_context=_save)
+
+
 @register_notrace_module
 class OffsetConv2d(nn.Conv2d):
-    """A convolution that stays in float32 under autocast: bfloat16 would round an offset of 10 pixels by up to 0.03."""
+    """A convolution that stays in float32: bfloat16 would round an offset of 10 pixels by up to 0.03.
+
+    Neither autocast nor TF32, which a GPU's convolutions use by PyTorch's default, touches what it returns.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -194,10 +220,15 @@ class OffsetConv2d(nn.Conv2d):
         with torch.autocast(device, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == torch.float32 and not is_exporting():
+            return _convolve_without_tf32(x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
+
 
 @register_notrace_function
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to which a convolution would round `x`."""
+    """The dtype to which autocast rounds a convolution's input `x`."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype

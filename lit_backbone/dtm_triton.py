@@ -99,6 +99,14 @@ def _tile(channels: int) -> dict[str, int]:
     return {"SAMPLES": TILE // width, "CHANNELS": width}
 
 
+def compile_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> None:
+    """Compile what samples a map of this dtype, without a tensor, and raise what the compiler raises."""
+    sizes, f32 = (4 * 28 * 28, 56, 56, 28, 28, channels), torch.float32
+    with torch.cuda.device(device):
+        _forward_kernel.warmup(dtype, f32, dtype, *sizes, grid=(1,), **_tile(channels))
+        _backward_kernel.warmup(dtype, dtype, f32, f32, f32, *sizes, grid=(1,), **_tile(channels))
+
+
 def sample_forward(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """The samples `(B, 2h, 2w, C)` in `dtype` of tokens `(B, H, W, C)` at offsets `(B, 8, h, w)`."""
     batch, height, width, channels = tokens.shape

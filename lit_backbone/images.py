@@ -2,6 +2,7 @@
 
 import errno
 import heapq
+import math
 import os
 import re
 import stat
@@ -17,6 +18,7 @@ from timm.data import get_img_extensions
 from .text import printable
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow goes by content, and would run Ghostscript
+LEGIBLE = 448  # pixels of the shorter side below which a picture is enlarged, for what is drawn or written in it
 MAX_RATIO = 200  # of an image's sides; resizing the shorter one to 256 pixels makes the longer one of 51,200
 
 
@@ -28,7 +30,7 @@ class DataError(RuntimeError):
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Sorts names as timm does, 9 before 10 and in any case of letters, but never leaves two of them (A, a) tied."""
+    """Sorts names as timm does, 9 before 10 and ignoring case, but without ties (A, a)."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
@@ -50,10 +52,7 @@ def find_images(paths: list[str]) -> list[str]:
 
 
 def images_below(folder: str | Path) -> list[str]:
-    """All entries named like images, in natural order. A folder that links lead back to counts once, at its own place.
-
-    They need not be readable: what is no regular file is refused when it is opened, not left out without a word.
-    """
+    """All files named like images, readable or not, in natural order. A folder that several links reach counts once."""
     extensions, found, entered = get_img_extensions(), [], set()
     folders = [(False, str(folder))]  # a heap, in which links come after all others
     while folders:
@@ -90,7 +89,7 @@ def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:
 
 @contextmanager
 def naming(file: str | Path) -> Iterator[None]:
-    """Turns whatever decoders raise into a DataError that names the file."""
+    """Turn whatever decoders raise into a DataError that names the file."""
     try:
         yield
     except DataError:
@@ -132,3 +131,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a channel, of unknown range; convert it to 8 or 16")
     return image.convert("RGB")
+
+
+def enlargement(height: int, width: int) -> int:
+    """How many times a picture is enlarged before anything is drawn or written in it."""
+    return math.ceil(LEGIBLE / min(height, width))

@@ -18,9 +18,10 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter_fn, load_released_layout
 from .dtm import DeformableTokenMerging
+from .fit import checkpoint_filter_fn
 from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, resize_table
+from .released import load_released_layout
 
 PATCH_SIZE = 4  # of the first stage; the other stages halve the map
 
@@ -156,16 +157,15 @@ class LIT(nn.Module):
                 merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
             else:
                 merge = _build_merge(merging, in_chs, dim, **dd)
-            stages += [
-                Stage(
-                    merge,
-                    [block(dim, drop_path=rate, **extra) for rate in drop_paths[i]],
-                    dim,
-                    pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
-                    class_token=class_token and i == num_stages - 1,
-                    **dd,
-                )
-            ]
+            stage = Stage(
+                merge,
+                [block(dim, drop_path=rate, **extra) for rate in drop_paths[i]],
+                dim,
+                pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
+                class_token=class_token and i == num_stages - 1,
+                **dd,
+            )
+            stages.append(stage)
             in_chs = dim
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
@@ -192,7 +192,7 @@ class LIT(nn.Module):
         return [(height // 2**i, width // 2**i) for i in range(num_stages)]
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resize the position tables, once and for all, to those of another input size in pixels."""
+        """Resize the position tables to those of another input size in pixels."""
         for stage, (height, width) in zip(self.stages, self.map_sizes(img_size, len(self.stages)), strict=True):
             if stage.pos_embed is not None:
                 stage.pos_embed = _resized_parameter(stage.pos_embed, height, width, "bilinear")
@@ -340,7 +340,7 @@ def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:
 
 
 def _cfg(release: str = "") -> dict[str, Any]:
-    """Of a variant, and where the authors released weights of it."""
+    """timm's configuration of a variant, with the address of the authors' weights where they released any."""
     return {
         "url": f"https://github.com/ziplab/LIT/releases/download/{release}" if release else "",
         "num_classes": 1000,

@@ -1,13 +1,8 @@
-"""What a file says, made fit for a terminal and a log."""
+"""Text from files, made safe to print and log."""
 
 
 def printable(text: object, limit: int = 2000) -> str:
-    """A text on one line, in which what a terminal would obey, or cannot show, is escaped; its middle may be left out.
-
-    Args:
-        text: of any origin.
-        limit: of characters.
-    """
+    """The text on one line, control characters escaped; of more than `limit` characters, the middle is left out."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _bounded(str(text), limit))
     return _bounded(line, limit)
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, if Triton is imported after this, which timm does
@@ -20,6 +22,7 @@ import timm
 import lit_backbone  # noqa: F401, registers the models
 from demo.digit_scenes import write_scenes
 from demo.digits import write_digits
+from tests.programs import Program
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -29,6 +32,15 @@ def forget_compiled_code() -> Iterator[None]:
     """What one test compiled must not make sizes free in another's: inductor cannot compile free heights and widths."""
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def end_programs() -> Iterator[None]:
+    """However a test ends, nobody waits for what it has started."""
+    yield
+    for process in multiprocessing.active_children():
+        if isinstance(process, Program):
+            process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +70,14 @@ def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classifier that `make demo` trains, which takes two minutes: for slow tests."""
-    folder = tmp_path_factory.mktemp("digits_classifier")
-    write_digits(folder / "data")
+    """The classifier that `make demo` trains, which takes two minutes: for slow tests, once for all their processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_classifier"
     command = [sys.executable, "main.py", "--cfg", "configs/lit-digits.yaml", "--output", str(folder)]
     command += ["--data-path", str(folder / "data")]
-    subprocess.run(command, cwd=Path(__file__).parents[1] / "classification", check=True)
+    with FileLock(f"{folder}.lock"):
+        write_digits(folder / "data")
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        where = Path(__file__).parents[1] / "classification"
+        subprocess.run(command, cwd=where, env=environment, check=True)  # which only says so where it is trained
     return next(folder.glob("*/*/latest.pth"))

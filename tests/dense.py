@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_backbone.visualize import sampling_chains
+from lit_backbone.offsets import sampling_chains
+from tests.programs import Program
 
 
 def derive(path: Path, base: Path, changes: str) -> Path:
@@ -34,19 +35,20 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
     return ["--work-dir", str(work_dir), "--cfg-options", *pairs]
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess:
-    """Runs a tool in the environment of the tests."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=3000, env=environment)
-
-
 def output_of(*command: str | Path) -> str:
     """What a tool that succeeds has printed.
 
     Tools have processes of their own in the tests, because mmengine keeps visualizer and logger for a whole process.
     """
-    finished = run(*command)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return Program(*command).finish()
+
+
+def output_of_script(*command: str | Path) -> str:
+    """What a bash script that succeeds has printed, in the environment of the tests."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finished = subprocess.run(["bash", *map(str, command)], env=environment, timeout=600, **output)
+    assert finished.returncode == 0, finished.stdout
     return finished.stdout
 
 
@@ -77,7 +79,7 @@ def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) 
     kept = sum(len(chains.of(row, column)) for row in range(3) for column in range(4))
 
     command = [folder / "own.png", "--config", config, "--checkpoint", folder / "far.pth", "--out-dir", folder]
-    output = output_of(sys.executable, tool, *command, "--at-most", "2")
+    output = output_of(tool, *command, "--at-most", "2")
     assert 0 < kept < 768
     assert f"own: 3 x 4 tokens, {kept} sampling points, {768 - kept} dropped outside the map; 4 tokens drawn" in output
     drawn = {path.name: np.array(Image.open(path)) for path in (folder / "own").iterdir()}

@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ class Program(multiprocessing.get_context("fork").Process):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
+        torch.cuda.is_available = lambda: False  # what the tests' own process has begun there cannot be forked
         self.prepare()
         sys.argv = self.command
         sys.path.insert(0, str(Path(self.command[0]).parent))
@@ -46,19 +49,19 @@ class Program(multiprocessing.get_context("fork").Process):
 
     def finish(self, *parts: str, status: int = 0) -> str:
         """What it printed, once it has ended with that status."""
-        self.join(300)
+        self.join()
         printed = self.printed()
         assert self.exitcode == status, printed
         assert all(part in printed for part in parts), printed
         return printed
 
 
-@pytest.fixture
-def no_process_is_left() -> Iterator[None]:
-    """However a test ends, nobody waits for what it has started."""
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
+def start_pair(*commands: list[str | Path]) -> list[Program]:
+    """Two processes that train together, started as on two nodes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [Program(*args, prepare=partial(os.environ.update, place)) for args, place in zip(commands, places)]
 
 
 @pytest.fixture(scope="package", autouse=True)

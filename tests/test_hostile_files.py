@@ -27,7 +27,7 @@ from lit_classification.config import Config
 from lit_classification.model import build_model, load_classifier
 
 pytestmark = pytest.mark.slow
-SECONDS = 60  # for checkpoints, and as long for images
+SECONDS = 10  # for checkpoints, and as long for images
 CPU = torch.device("cpu")
 TINY = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4])
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF", "ppm": "PPM"}

@@ -50,7 +50,6 @@ PEERS = {  # of a size, in parameters and multiply-adds: ours, then others, Swin
     "B": ("lit_b", "swin_base_patch4_window7_224", "pvt_v2_b5", "convnext_base", "resnet152"),
 }
 DENSE_SIZE = (800, 1344)
-GROWTH_SIZES = (224, 320, 448, 640, 768, 1024)
 PHOTO_SIZE = (500, 375)  # width and height of the input's JPEG files, as most of ImageNet's
 Calls = dict[str, Callable[[], object]]  # what is compared, by name
 
@@ -168,7 +167,7 @@ def infer(model: nn.Module, images: Tensor) -> None:
 def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Forward, cross-entropy, backward and AdamW on random images."""
     model.train()
-    targets = torch.randint(1000, (len(images),), device=images.device)
+    targets = torch.randint(model.num_classes, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
@@ -230,7 +229,7 @@ def bench_dense(bench: Bench) -> None:
 
 def bench_growth(bench: Bench) -> None:
     models = {name: build_model(name, bench).eval() for name in ("lit_s", "pvt_v2_b2", "resnet50")}
-    for side in GROWTH_SIZES:
+    for side in (224, 320, 448, 640, 768, 1024):
         calls = {name: partial(infer, model, random_images(bench, 1, side, side)) for name, model in models.items()}
         bench.compare("growth", f"1 x {side} x {side}", calls, 1)
 
@@ -239,18 +238,17 @@ def bench_input(bench: Bench) -> None:
     """Decoding and augmenting by the training recipe in one process, and how many of these a model keeps busy."""
     from sklearn.datasets import load_sample_images
 
-    from lit_classification.augmentation import build_transform
     from lit_classification.config_file import load_config
-    from lit_classification.datasets import ImageFolder, Images
+    from lit_classification.datasets import build_dataset
     from lit_classification.sampler import SampleKey
 
-    config = load_config(Path(__file__).parents[1] / "classification/configs/lit-s.yaml")
+    recipe = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
     with tempfile.TemporaryDirectory() as folder:
         for i, photograph in enumerate(load_sample_images().images):
-            path = Path(folder, str(i), "photo.jpg")
-            path.parent.mkdir()
+            path = Path(folder, "train", str(i), "photo.jpg")
+            path.parent.mkdir(parents=True)
             Image.fromarray(photograph).resize(PHOTO_SIZE).save(path, quality=95)
-        dataset = Images(ImageFolder(folder), build_transform(config, is_training=True), [], seed=0)
+        dataset = build_dataset(load_config(recipe, ["MODEL.NUM_CLASSES", "2"], data_path=folder), is_training=True)
         epoch = [SampleKey(0, position, position % len(dataset)) for position in range(32)]
         load = {"1 worker": lambda: [dataset[key] for key in epoch]}
         ms = bench.compare("input", f"JPEG {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]}, augmented", load, len(epoch), threads=1)

@@ -38,7 +38,7 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from lit_backbone import LIT, CheckpointError, DeformableTokenMerging, read_checkpoint
-from lit_backbone.checkpoints import to_released
+from lit_backbone.released import to_released
 from lit_classification.augmentation import evaluation_input
 from lit_classification.model import Classifier, load_classifier
 from lit_classification.model_card import model_card

@@ -8,9 +8,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+MIXING_ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; each line names the file or option, the key, the problem and a remedy."""
+    """A configuration that cannot run; each argument, a line, names file or option, key, problem and remedy."""
+
+    def __str__(self) -> str:
+        escaped = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:2000]) for line in self.args)
+        return "\n".join(escaped)
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -156,7 +162,9 @@ class Test(Section):
 
 
 class Runtime(Section):
-    DEVICE: Literal["auto", "cpu", "cuda"] = Free("auto", description="where to run; auto = a GPU if there is one")
+    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Free(
+        "auto", description="where to run; auto = cuda where there is a GPU, else cpu; mps (macOS) is untried"
+    )
     AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
     COMPILE: bool = Free(False, description="run the model through torch.compile")
     CHANNELS_LAST: bool = Free(False, description="keep images channels-last in memory")

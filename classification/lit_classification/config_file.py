@@ -1,5 +1,7 @@
 """Reading a run's configuration from YAML files, options and checkpoints, and saying what is wrong with it."""
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from io import StringIO
@@ -13,11 +15,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 
-from lit_backbone.text import printable
-from lit_classification.config import SIDES, Config, ConfigError, Lit, key_fields
+from lit_classification.config import MIXING_ODD, SIDES, Config, ConfigError, Lit, key_fields
 
 MAX_PARAMETERS = 2 * 10**9
-MIXING_ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
 RESERVED_KEYWORDS = {  # of timm.create_model, beside those that other keys set
     *("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("drop_path_rate", "drop_rate", "in_chans", "model_name", "num_classes"),
@@ -43,6 +43,18 @@ RENAMED_KEYS = {  # keys of the original that are gone, and LIT keywords that ha
     "TRAIN.LR_SCHEDULER.DECAY_RATE": "is gone; the schedule is a cosine, delete the key",
     "TRAIN.OPTIMIZER.MOMENTUM": "is gone; AdamW's is the first of TRAIN.OPTIMIZER.BETAS",
 }
+
+
+def locate_run(cfg: str) -> tuple[str, list[str]]:
+    """Name of the run that a file configures, and options that come before the command's.
+
+    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
+    """
+    folder = Path(os.path.abspath(cfg)).parent
+    if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
+        return Path(cfg).stem, []
+    own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
+    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
 
 
 def load_config(
@@ -89,8 +101,8 @@ def checked(tree: dict[str, Any], training: bool, origin: Callable[[Sequence[str
     except ValidationError as error:
         problems = [_explain(detail) for detail in error.errors(include_url=False)[:100]]
     if problems:
-        lines = [printable(": ".join(filter(None, (origin(keys), keys[0], text)))) for keys, text in problems]
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
+        lines = [": ".join(filter(None, (origin(keys), keys[0], text))) for keys, text in problems]
+        raise ConfigError(*dict.fromkeys(lines))
     return config
 
 
@@ -117,7 +129,7 @@ def _parse(text: str | bytes, origin: str) -> Any:
     except (YAMLError, ValueError, RecursionError) as error:  # the latter: a number too long, lists too deep
         mark = getattr(error, "problem_mark", None)
         problem = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())
-        raise ConfigError(f"{origin}: not YAML: {printable(problem, 300)}") from None
+        raise ConfigError(f"{origin}: not YAML: {problem:.300}") from None
 
 
 def _files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:

@@ -132,7 +132,7 @@ class Images(Dataset):
 
 
 class ImageFiles(Dataset):
-    """Image files by number, as `(image (3, H, W) float32, path)`."""
+    """Image files by number, as `(path, image (3, H, W) float32)`, or what is wrong with it in the image's place."""
 
     def __init__(self, paths: list[str], transform: Callable[[Image.Image], Tensor]):
         self.paths = paths
@@ -141,9 +141,12 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[str, Tensor | DataError]:
         path = self.paths[index]
-        return self.transform(open_rgb(path)), path
+        try:
+            return path, self.transform(open_rgb(path))
+        except DataError as error:
+            return path, error
 
 
 def _image_root(config: Config, split: str) -> Path:
@@ -174,12 +177,20 @@ def build_dataset(config: Config, is_training: bool) -> Images:
         raise DataError(f"DATA.DATASET {name!r}: streams its images; expected a data set with random access")
     classes = _class_names(dataset)
     if len(classes) != config.MODEL.NUM_CLASSES:
-        raise DataError(
-            f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; "
-            f"to train on them, set MODEL.NUM_CLASSES {len(classes)}"
-        )
+        remedy = _missing_folders(where, split) or f"to train on them, set MODEL.NUM_CLASSES {len(classes)}"
+        raise DataError(f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; {remedy}")
     skip = is_training and config.DATA.ON_BAD_IMAGE == "skip"
     return Images(dataset, build_transform(config, is_training), classes, config.SEED, skip)
+
+
+def _missing_folders(where: str | Path, split: str) -> str:
+    """What to do where the other split has class folders that this one lacks; empty where it has none."""
+    other = Path(where).with_name("val" if split == "train" else "train")
+    if not (Path(where).is_dir() and other.is_dir()):
+        return ""
+    own, others = ({entry.name for entry in os.scandir(place) if entry.is_dir()} for place in (where, other))
+    missing = sorted(others - own, key=natural_key)
+    return f"add {', '.join(missing[:5])} to it, as in {other}, or remove it there" if missing else ""
 
 
 def _from_timm(name: str, where: str | Path, split: str) -> Dataset:

@@ -44,6 +44,11 @@ class Processes:
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """For sums over many images: float64 where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -97,20 +102,22 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
     """Join the processes that torchrun started, or stand alone.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        device: `cpu`, `cuda`, `mps`, or `auto` for a GPU of CUDA's where there is one.
         minutes: a process that waits longer for the others fails instead of hanging for ever.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun
         end_with_parent(signal.SIGTERM)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("RUNTIME.DEVICE: is cuda, but PyTorch sees no GPU; use auto or cpu, or check the driver")
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise ConfigError(f"RUNTIME.DEVICE: is {device}, but PyTorch sees none; use auto or cpu, or check the driver")
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is LOCAL_RANK
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         raise ConfigError(f"{local_rank + 1} or more processes for {torch.cuda.device_count()} GPUs; start one per GPU")
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "mps" and world_size > 1:
+        raise ConfigError("RUNTIME.DEVICE: is mps, which serves a single process; start without torchrun")
+    where = torch.device(device, local_rank if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(where)
     if world_size == 1:
@@ -128,12 +135,22 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of a configuration's `bf16 | fp16 | off`; None for float32, which a CPU always uses."""
-    if name == "off" or device.type == "cpu":
+    """The autocast dtype of a configuration's `bf16 | fp16 | off`; None for float32, which all but CUDA's GPUs use."""
+    if name == "off" or device.type != "cuda":
         return None
     if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def describe_precision(name: str, device: torch.device) -> str:
+    """What a model computes in by a configuration's `bf16 | fp16 | off`."""
+    if dtype := amp_dtype(name, device):
+        return f"{dtype} by autocast"
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if has_tf32 and torch.backends.cudnn.allow_tf32:
+        return "float32, but convolutions in TF32, other than those of DTM's offsets"
+    return "float32"
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:

@@ -34,7 +34,7 @@ def evaluate(model: nn.Module, loader: DataLoader, config: Config, processes: Pr
     """
     model.eval()
     dtype = amp_dtype(config.TEST.AMP_DTYPE, processes.device)
-    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # right in 1, right in 5, loss, images
+    totals = torch.zeros(4, dtype=processes.wide, device=processes.device)  # right in 1, right in 5, loss, images
     for images, targets in progress(loader, processes.is_main, desc="evaluate", unit="batch"):
         images = to_device(images, processes.device, config)
         targets = targets.to(processes.device, non_blocking=True)
@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, loader: DataLoader, config: Config, processes: Pr
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         counts = (hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(targets), device=processes.device))
-        totals += torch.stack([count.double() for count in counts])
+        totals += torch.stack([count.to(totals.dtype) for count in counts])
     right1, right5, loss, images = processes.sum(totals).tolist()
     return {"acc1": 100 * right1 / images, "acc5": 100 * right5 / images, "loss": loss / images, "images": int(images)}
 
@@ -95,13 +95,16 @@ def measure_throughput(model: nn.Module, config: Config, processes: Processes) -
     device = processes.device
     model.eval()
     images = to_device(torch.randn(config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), device, config)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with autocast(amp_dtype(config.TEST.AMP_DTYPE, device), device):
-        for _ in progress(range(WARMUP_ITERATIONS), processes.is_main, desc="warm-up"):
-            model(images)
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    dtype = amp_dtype(config.TEST.AMP_DTYPE, device)
+
+    def repeat(times: int, what: str) -> None:
+        for _ in progress(range(times), processes.is_main, desc=what):
+            with autocast(dtype, device):  # anew each time, as it keeps the weights' copies
+                model(images)
         wait()
-        began = time.perf_counter()
-        for _ in progress(range(TIMED_ITERATIONS), processes.is_main, desc="timing"):
-            model(images)
-        wait()
+
+    repeat(WARMUP_ITERATIONS, "warm-up")
+    began = time.perf_counter()
+    repeat(TIMED_ITERATIONS, "timing")
     return TIMED_ITERATIONS * len(images) / (time.perf_counter() - began)

@@ -84,10 +84,11 @@ def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
 
 
 def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
-    """Batches of :class:`ImageFiles`, read by as many processes as pay for so many images."""
+    """Lists of items of :class:`ImageFiles`, read by as many processes as pay for so many images."""
     workers = min(len(paths) // FILES_BATCH, FILES_WORKERS, os.cpu_count() or 1)
     dataset = ImageFiles(paths, transform)
-    return DataLoader(dataset, FILES_BATCH, num_workers=workers, worker_init_fn=leave_process_group)
+    options = dict(num_workers=workers, collate_fn=list, worker_init_fn=leave_process_group)
+    return DataLoader(dataset, FILES_BATCH, **options)
 
 
 def _loader_options(config: Config, processes: Processes) -> dict:

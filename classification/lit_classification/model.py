@@ -16,7 +16,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import MAX_TEXT, convert_released, stored_classes, unwrap_state_dict, weights_of
+from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
+from lit_backbone.fit import weights_of
+from lit_backbone.released import convert_released
 from lit_classification.augmentation import build_transform
 from lit_classification.config import SIDES, Config, ConfigError, differences, settings
 from lit_classification.config_file import checked
@@ -56,6 +58,11 @@ def load_classifier(path: str | Path, device: torch.device) -> Classifier:
         CheckpointError: the file cannot be read, or holds no classifier of this package.
     """
     content = read_checkpoint(path)
+    with suppress(KeyError, TypeError):
+        if content["config"]["MODEL"]["KEYWORDS"]:
+            raise CheckpointError(
+                f"{path}: has MODEL.KEYWORDS, which count in YAML only; use main.py --cfg FILE --eval"
+            )
     config = stored_config(content, path) or recognize(convert_released(unwrap_state_dict(content)), path)
     config = config.model_copy(update={"RUNTIME": Config().RUNTIME})  # its run may have had another machine
     count = config.MODEL.NUM_CLASSES
@@ -112,12 +119,16 @@ def stored_records(content: dict[str, Any], path: str | Path, kind: type[R]) -> 
 def stored_config(content: dict[str, Any], path: str | Path) -> Config | None:
     """The configuration in a checkpoint of `main.py`, checked as that of a YAML file is; None in other checkpoints.
 
+    MODEL.KEYWORDS is left out: timm's models do not bound what a keyword makes them do.
+
     Raises:
         CheckpointError: it is not one of this version.
     """
     if "classes" not in content:
         return None
     tree = stored_records(content, path, Records).config
+    if isinstance(tree.get("MODEL"), dict):
+        tree = tree | {"MODEL": {key: value for key, value in tree["MODEL"].items() if key != "KEYWORDS"}}
     try:
         return checked(tree, training=False, origin=lambda _: f"{path}: its configuration")
     except ConfigError as error:

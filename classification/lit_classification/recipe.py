@@ -21,6 +21,11 @@ _logger = logging.getLogger(__name__)
 MOST = 10  # changes that are logged one by one
 
 
+def describe_settings(config: Config) -> dict[str, str]:
+    """Each setting that results depend on, in words, by its key."""
+    return {key: json.dumps(value) for key, value in settings(config.model_dump(mode="json")).items()}
+
+
 def describe_recipe(config: Config, images: dict[str, Images]) -> dict[str, str]:
     """Each setting, class and folder of images in words, by its name.
 
@@ -28,7 +33,7 @@ def describe_recipe(config: Config, images: dict[str, Images]) -> dict[str, str]
         config: of the run.
         images: the data sets by name.
     """
-    recipe = {key: json.dumps(value) for key, value in settings(config.model_dump(mode="json")).items()}
+    recipe = describe_settings(config)
     recipe |= {f"class {i}": name for i, name in enumerate(images["train"].classes)}
     for split, dataset in images.items():
         recipe |= {f"{split}/{folder}": files for folder, files in _digests(dataset).items()}

@@ -4,10 +4,8 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,12 +19,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import check_optimizer_state, fit_state_dict, other_classes
+from lit_backbone.checkpoints import other_classes
+from lit_backbone.fit import check_optimizer_state, fit_state_dict
 from lit_backbone.text import printable
-from lit_classification.config import Config, differences, settings
+from lit_classification.config import Config
 from lit_classification.distributed import Processes
-from lit_classification.model import Records, stored_config, stored_records
-from lit_classification.recipe import check_unchanged
+from lit_classification.model import Records, stored_records
+from lit_classification.recipe import check_unchanged, describe_settings
+from lit_classification.run_folder import unfinished, write_atomically
 from lit_classification.signals import Preempted, StopRequest
 
 _logger = logging.getLogger(__name__)
@@ -167,51 +167,6 @@ def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
     write_atomically(path, content, path.with_name(PREVIOUS) if path.name == LATEST else None)
 
 
-def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
-
-    Args:
-        path: where to write.
-        content: what to write.
-        previous: where to keep the old file; for a moment, it is then the only one.
-
-    Raises:
-        CheckpointError: the file cannot be written; the old one is intact.
-    """
-    temporary = _unfinished(path)
-    try:
-        torch.save(content, temporary)
-        _to_disk(temporary)
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        _to_disk(path.parent)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
-            raise  # not by PyTorch's writer
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a file is written; always the same, so that a killed run leaves at most one."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Path and content of a run's latest sound checkpoint, None if it has none yet; on the first process only.
 
@@ -221,9 +176,10 @@ def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, unfinished, previous = folder / LATEST, _unfinished(folder / LATEST), folder / PREVIOUS
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    beside = unfinished(latest)
     damaged: dict[Path, CheckpointError] = {}
-    for path in filter(Path.exists, (latest, unfinished, previous)):
+    for path in filter(Path.exists, (latest, beside, previous)):
         try:
             content = read_checkpoint(path)
         except CheckpointError as error:
@@ -232,8 +188,8 @@ def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
         if latest in damaged:
             os.replace(latest, latest.with_name(DAMAGED))
             _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
-        return str(path.replace(latest) if path == unfinished else path), content
-    damaged.pop(unfinished, None)  # the first that a run wrote
+        return str(path.replace(latest) if path == beside else path), content
+    damaged.pop(beside, None)  # the first that a run wrote
     for error in damaged.values():
         raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
     return None
@@ -253,25 +209,17 @@ class RunRecords(Records):
     recipe: dict[str, str] | None = None
 
 
-def read_run(content: dict[str, Any], path: str | Path) -> tuple[RunRecords, Config]:
-    """Records and configuration of a run's checkpoint.
-
-    Raises:
-        CheckpointError: one of them is missing, or not as it is written.
-    """
-    return stored_records(content, path, RunRecords), stored_config(content, path)
-
-
 def describe_end(path: str, content: dict[str, Any], config: Config) -> str:
     """What to say of a checkpoint that has no epoch of a configuration left to train; nothing of others."""
     if "updates_per_epoch" not in content:
         return ""
-    records, stored = read_run(content, path)
+    records = stored_records(content, path, RunRecords)
     epochs = records.update // records.updates_per_epoch
     if epochs < config.TRAIN.EPOCHS:
         return ""
-    changes = differences(settings(stored.model_dump(mode="json")), settings(config.model_dump(mode="json")))
-    ignored = "".join(f", {key} {new} (not {old}) has no effect" for key, old, new in changes)
+    asked, before = describe_settings(config), records.recipe or {}
+    changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
+    ignored = "".join(f", {key} {asked[key]} (not {before[key]}) has no effect" for key in changed)
     remedy = f"--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS {epochs + 1} or more go on, --tag NAME begins a new run"
     return printable(f"{path}: finished already, after {epochs} epochs{ignored}; {remedy}")
 
@@ -285,7 +233,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     """
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
-    run, _ = read_run(content, path)
+    run = stored_records(content, path, RunRecords)
     misfit = other_classes(content, state.classes)
     if misfit and not config.TRAIN.RESUME_CHANGED:
         remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"

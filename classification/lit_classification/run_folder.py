@@ -1,43 +1,24 @@
-"""The folder that a run writes: its name, its lock, and what says how it was started."""
+"""Writing to a run's folder: by one training at a time, each file whole or not at all."""
 
 import fcntl
-import json
 import logging
 import os
-import platform
-import shlex
+import re
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
-from lit_classification.config import Config, ConfigError
-from lit_classification.config_file import dump
-from lit_classification.distributed import Processes, amp_dtype
-from lit_classification.resume import TrainState
-from lit_classification.sampler import accumulation_steps
+from lit_backbone import CheckpointError
+from lit_classification.config import ConfigError
+from lit_classification.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-
-
-def locate_run(cfg: str) -> tuple[str, list[str]]:
-    """Name of the run that a file configures, and options that come before the command's.
-
-    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
-    """
-    folder = Path(os.path.abspath(cfg)).parent
-    if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
-        return Path(cfg).stem, []
-    own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
-    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
 
 
 @contextmanager
@@ -103,26 +84,46 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def describe_run(config: Config, processes: Processes, state: TrainState, folder: Path) -> None:
-    """Write configuration, command and versions beside the run, and log what the recipe amounts to here."""
-    rewrite(folder / "config.yaml", dump(config))
-    start = {
-        "command": shlex.join(sys.argv),
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "update": state.update,
-        "processes": processes.world_size,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
-    }
-    with open(folder / "starts.jsonl", "a") as file:
-        file.write(json.dumps(start) + "\n")
-    parameters = sum(p.numel() for p in state.model.parameters())
-    dtype = amp_dtype(config.RUNTIME.AMP_DTYPE, processes.device) or torch.float32
-    _logger.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {dtype} on {processes.device}, written to {folder}")
-    _logger.info(
-        f"batch {config.DATA.BATCH_SIZE} x {processes.world_size} processes x "
-        f"{accumulation_steps(config, processes.world_size)} accumulated = "
-        f"{config.TRAIN.GLOBAL_BATCH} images per update, {state.updates_per_epoch} updates per epoch, "
-        f"learning rate {config.learning_rates[0]:.3g}"
-    )
+def write_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """`torch.save` that leaves either the old file or the whole new one, also when the machine fails.
+
+    Args:
+        path: where to write.
+        content: what to write.
+        previous: where to keep the old file; for a moment, it is then the only one.
+
+    Raises:
+        CheckpointError: the file cannot be written; the old one is intact.
+    """
+    temporary = unfinished(path)
+    try:
+        torch.save(content, temporary)
+        _to_disk(temporary)
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        _to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
+            raise  # not by PyTorch's writer
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written; always the same, so that a killed run leaves at most one."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lit_classification.config import Config, ConfigError
-
-MIXING_ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
+from lit_classification.config import MIXING_ODD, Config, ConfigError
 
 
 def derive_seed(purpose: str, *key: int) -> int:

@@ -91,9 +91,9 @@ class Trainer:
         # what GradScaler asks, too: only torch's fused optimisers can skip an update on the device
         skips = getattr(self.state.optimizer, "_step_supports_amp_scaling", False)
         self.checks_every_update = device.type == "cpu" or not skips
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(6, dtype=self.processes.wide, device=device)
         self.loss_gate = torch.ones((), device=device)
-        self.failure = torch.full((3,), -1.0, dtype=torch.float64, device=device)
+        self.failure = torch.full((3,), -1.0, dtype=self.processes.wide, device=device)
 
     def train_epoch(self, saver: Saver) -> dict[str, float]:
         """Train to the end of the current epoch, from wherever in it the state stands.
@@ -140,8 +140,8 @@ class Trainer:
         """One optimiser update, which leaves the model as it is if loss or gradient is not finite.
 
         Raises:
-            NonFiniteError: at once where the trainer waits, else from :meth:`check_finite`. An overflow that fp16's
-                loss scaling handles is none.
+            NonFiniteError: at once where every update is checked, else from :meth:`check_finite`. An overflow that
+                fp16's loss scaling handles is none.
             StopAsked: on all processes, where one is to stop; nothing was applied.
         """
         state, model = self.state, self.state.model
@@ -165,7 +165,7 @@ class Trainer:
             loss += part.detach()
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.TRAIN.CLIP_GRAD or math.inf)
-        finite = self._take_note(loss, norm)
+        finite = self._record(loss, norm)
         if self.checks_every_update:
             self.check_finite()
         elif not state.scaler.is_enabled():  # a scaler does this itself
@@ -177,14 +177,14 @@ class Trainer:
             state.ema.update(model)
         state.update += 1
 
-    def _take_note(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and poisons
-        the coming losses if not. A gradient that overflowed under fp16's loss scaling passes."""
+    def _record(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Add loss and gradient norm to the epoch's sums; returns whether they are finite in all processes, and closes
+        the loss gate if not. A gradient that overflowed under fp16's loss scaling passes."""
         finite_norm = norm.isfinite()
         scale = self.state.scaler.scale(torch.ones_like(norm))  # 1 where none is in force
         finite = loss.isfinite() & (finite_norm | (scale > SMALLEST_SCALE))
         finite = self.processes.sum((~finite).float()) == 0
-        found = torch.stack((loss, norm)).double()
+        found = torch.stack((loss, norm)).to(self.sums.dtype)
         count = torch.ones_like(found[0])
         terms = (found[0], count, torch.where(finite_norm, found[1], 0.0), count * finite_norm)
         self.sums[:4] += torch.stack(terms)

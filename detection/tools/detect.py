@@ -3,10 +3,10 @@
 import sys
 
 try:
-    from lit_backbone.images import find_images, printable
+    from lit_backbone.images import enlargement, find_images
     from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
-    from lit_backbone.visualize import enlargement
+    from lit_backbone.text import printable
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def enlarge(image: np.ndarray, instances: InstanceData, factor: int) -> tuple[np.ndarray, InstanceData]:
-    """An image `(H, W, 3)` and what was found in it, `factor` times as large."""
+    """An image `(H, W, 3)` and the instances found in it, `factor` times as large."""
     instances.bboxes = instances.bboxes * factor  # (N, 4)
     if "masks" in instances:
         instances.masks = instances.masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (N, H, W)

@@ -7,12 +7,14 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints import CheckpointError, fit_state_dict, unwrap_state_dict, weights_of
+from ..checkpoints import CheckpointError, unwrap_state_dict
+from ..fit import fit_state_dict
 from ..lit import ARCHS, LIT
+from ..released import convert_released
 from .hooks import DataError
 from .loading import load_file
 
-# What a classifier's checkpoint holds, and its dense use does not; its last norm does not become an output norm.
+# What a backbone does not take from a classifier's checkpoint; the last norm does not become an output norm.
 CLASSIFIER_ONLY = re.compile(r"(norm|head)\.|stages\.\d+\.cls_(token|pos_embed)$")
 
 
@@ -39,7 +41,7 @@ class LITBackbone(LIT):
         ValueError: an argument is not one of these.
     """
 
-    init_cfg: dict[str, Any] | None = None  # LIT's constructor draws the first weights before there is one
+    init_cfg: dict[str, Any] | None = None  # LIT's constructor calls `init_weights` before it is set
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class LITBackbone(LIT):
         self.init_cfg = init_cfg
 
     def init_weights(self) -> None:
-        """Draw new weights and, where `init_cfg` names a checkpoint, replace them by its own.
+        """Draw new weights, or load those of the checkpoint that `init_cfg` names.
 
         Raises:
             CheckpointError: the checkpoint cannot be read safely, or is not one of this backbone.
@@ -87,17 +89,17 @@ class LITBackbone(LIT):
         self._load_pretrained(str(path), prefix)
 
     def _load_pretrained(self, path: str, prefix: str) -> None:
-        content = load_file(path)
-        if prefix:
-            content = _below(prefix, content, path)
+        weights = unwrap_state_dict(load_file(path))
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if not weights:
+            missing = f"no key that begins with {prefix!r}, the prefix in init_cfg" if prefix else "no weights"
+            raise CheckpointError(f"{path}: holds {missing}")
+        state_dict = {key: value for key, value in self.state_dict().items() if key.startswith("norm")}  # output norms
         built = tuple(f"stages.{i}." for i in range(len(self.stages)))
-        state_dict = {
-            key: value
-            for key, value in weights_of(content, path).items()
-            if not CLASSIFIER_ONLY.match(key) and (key.startswith(built) or not key.startswith("stages."))
-        }
-        output_norms = {key: value for key, value in self.state_dict().items() if key.startswith("norm")}
-        self.load_state_dict(fit_state_dict(output_norms | state_dict, self, path))
+        for key, value in convert_released(weights).items():
+            if not CLASSIFIER_ONLY.match(key) and (key.startswith(built) or not key.startswith("stages.")):
+                state_dict[key] = value
+        self.load_state_dict(fit_state_dict(state_dict, self, path))
 
     def train(self, mode: bool = True) -> "LITBackbone":
         super().train(mode)
@@ -105,11 +107,10 @@ class LITBackbone(LIT):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Raises DataError where the input is too small for its last map to have a token."""
+        """Raises DataError for an input so small that its last map has no token."""
         height, width = x.shape[2:]
         if min(height, width) < (least := self.feature_info[len(self.stages) - 1]["reduction"]):
-            remedy = "resize the images to more, in the data's pipeline or by hand"
-            raise DataError(f"{height} x {width} pixels: LIT needs {least} x {least} or more; {remedy}")
+            raise DataError(f"{height} x {width} pixels: LIT needs {least} x {least} or more; enlarge the images")
         maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
         outputs = []
         for i, y in zip(self.out_indices, maps, strict=True):
@@ -117,11 +118,3 @@ class LITBackbone(LIT):
             y = y if norm is None else norm(y)
             outputs.append(y.permute(0, 3, 1, 2).contiguous())  # (B, H, W, C) -> (B, C, H, W), as mmcv's operators want
         return tuple(outputs)
-
-
-def _below(prefix: str, content: dict[str, Any], path: str) -> dict[str, Tensor]:
-    weights = unwrap_state_dict(content)
-    below = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if not below:
-        raise CheckpointError(f"{path}: no key begins with {prefix!r}, the prefix that init_cfg names")
-    return below

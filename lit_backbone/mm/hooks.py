@@ -1,7 +1,9 @@
-"""What mmengine's loops lack: one model on all processes, and a look at the data before the first batch."""
+"""What mmengine's loops lack: the same BatchNorm on all processes, and a look at the data before the first batch."""
 
 import os
 import re
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from mmengine.dist import get_world_size, master_only
@@ -18,42 +20,38 @@ from ..images import DataError
 
 @HOOKS.register_module()
 class AverageBuffersHook(Hook):
-    """Averages BatchNorm's running statistics over processes before validation and before saving.
+    """Averages BatchNorm's running statistics over the processes before validation and before saving.
 
-    Then every process validates the same model, and that is the model in the file. (mmengine's SyncBuffersHook knows
-    epochs only: a checkpoint saved by iterations would hold the statistics of the first process.)
+    Then every process validates the model that is in the file. (mmengine's SyncBuffersHook knows epochs only: a
+    checkpoint saved by iterations would hold the statistics of the first process.)
     """
 
     priority = "NORMAL"  # before CheckpointHook
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if any(_saves_after_iteration(hook, runner) for hook in runner.hooks if isinstance(hook, CheckpointHook)):
-            _average(runner)
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and not hook.by_epoch:
+                last = hook.save_last and hook.is_last_train_iter(runner)
+                if last or hook.every_n_train_iters(runner, hook.interval, hook.save_begin):
+                    return self.after_train_epoch(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        _average(runner)
+        if get_world_size() > 1:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            distribute_bn(model, get_world_size(), reduce=True)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        _average(runner)
-
-
-def _saves_after_iteration(hook: CheckpointHook, runner: Runner) -> bool:
-    last = hook.save_last and hook.is_last_train_iter(runner)
-    return not hook.by_epoch and (last or hook.every_n_train_iters(runner, hook.interval, hook.save_begin))
-
-
-def _average(runner: Runner) -> None:
-    if get_world_size() > 1:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        distribute_bn(model, get_world_size(), reduce=True)
+    before_val_epoch = after_train_epoch
 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Stops before the first batch if files or categories of a data set are missing, or a head has others."""
+    """Stops before the first batch if a data set lacks files or categories, or a head is for another number of these.
+
+    (mmdetection's NumClassCheckHook does the last for detectors alone, by an assertion that names no key.)
+    """
 
     def before_train(self, runner: Runner) -> None:
-        check_heads(runner.model, runner.train_dataloader.dataset)
+        check_heads(runner.model, runner.train_dataloader.dataset.metainfo["classes"])
         check_dataset(runner.train_dataloader.dataset)
         if runner.val_loop is not None:
             check_dataset(runner.val_dataloader.dataset)
@@ -62,28 +60,20 @@ class CheckDataHook(Hook):
         check_dataset(runner.test_dataloader.dataset)
 
 
-def check_heads(model: nn.Module, dataset: Any) -> None:
-    """Compare the number of classes of a detector's or segmentor's heads with that of the data.
-
-    Raises:
-        DataError: they differ.
-    """
-    classes = len(dataset.metainfo["classes"])
+def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
+    """Raise DataError if a detector's or segmentor's head is not for as many classes as the data have, if these say."""
     for name, module in model.named_modules():
-        if not re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):
+        number = getattr(module, "num_classes", None)
+        if not classes or number in (None, len(classes)):
             continue
-        if getattr(module, "num_classes", classes) != classes:  # in a cascade they are a list's
-            name = name.removeprefix("module.")
-            raise DataError(f"model.{name}.num_classes={module.num_classes}: the data has {classes} classes; set it so")
+        if re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):  # in a cascade they are numbered
+            key = f"model.{name.removeprefix('module.')}.num_classes"
+            raise DataError(f"{key}={number}: the data has {len(classes)} classes; set it so")
 
 
 @master_only
 def check_dataset(dataset: Any) -> None:
-    """Look for all categories and files of a data set of mmdetection or mmsegmentation, without opening the files.
-
-    Raises:
-        DataError: a category or a file is missing, or there is no image at all.
-    """
+    """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     wrapped = getattr(dataset, "datasets", None) or ([dataset.dataset] if hasattr(dataset, "dataset") else [])
     for part in wrapped:
         check_dataset(part)
@@ -96,15 +86,13 @@ def check_dataset(dataset: Any) -> None:
         raise DataError(f"{source}: holds {len(found)} of the config's {len(classes)} categories; {remedy}")
     if not len(dataset):
         raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
-    contents: dict[str, set[str]] = {}
+    names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     missing = []
     for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
         info = dataset.get_data_info(i)
         for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
             folder, name = os.path.split(path)
-            if folder not in contents:
-                contents[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if name not in contents[folder] and "://" not in path:
+            if "://" not in path and name not in names_in(folder):
                 missing.append(path)
     if missing:
         raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")

@@ -1,15 +1,11 @@
-"""A trained detector or segmentor, ready to be applied to pictures; what the tools that draw share."""
+"""What the tools that draw share: their command line, a trained model, pictures and the files to draw into."""
 
 import argparse
 from collections.abc import Iterator
-from itertools import chain, count
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
@@ -17,13 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, stored_meta
-from ..images import DataError, find_images, open_rgb, printable
-from ..visualize import NoOffsetsError, add_offset_arguments, write_offsets
+from ..command_line import add_offset_arguments
+from ..images import DataError, find_images, open_rgb
+from ..offsets import write_offsets
+from ..text import printable
 from .hooks import check_heads
 from .loading import fit_weights, load_file
 from .runner import read_config
-
-SMALLEST = 32  # pixels of an image's side
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -46,34 +42,30 @@ def _usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_model(config: str | Config, checkpoint: str, device: str | torch.device) -> nn.Module:
+def load_model(config: str, checkpoint: str, device: str | torch.device) -> nn.Module:
     """The model of a config with a checkpoint's weights, in evaluation mode.
 
-    As mmdetection's and mmsegmentation's own functions expect, it has the config as `cfg` and names and colours of the
-    classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
+    As mmdetection's and mmsegmentation's own functions expect, it has the config as `cfg`, and names and colours of
+    the classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
 
     Raises:
         CheckpointError: the checkpoint cannot be read safely, or is another model's or that of other classes.
         DataError: the config cannot be read.
     """
-    cfg = read_config(config, "model", "test_dataloader") if isinstance(config, str) else config
+    cfg = read_config(config, "model", "test_dataloader")
     init_default_scope(cfg.get("default_scope", "mmengine"))
     cfg.model.backbone.init_cfg = None  # the checkpoint brings all weights
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     content = load_file(checkpoint)
     model.load_state_dict(fit_weights(content, model, checkpoint))
     model.cfg = cfg
-    model.dataset_meta = _dataset_meta(cfg) | stored_meta(content)
-    if model.dataset_meta.get("classes"):
-        try:
-            check_heads(model, SimpleNamespace(metainfo=model.dataset_meta))
-        except DataError as error:
-            raise CheckpointError(f"{checkpoint}: {error}") from error
+    tested = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
+    model.dataset_meta = dict(tested.metainfo) | stored_meta(content)
+    try:
+        check_heads(model, model.dataset_meta.get("classes"))
+    except DataError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
     return model.to(device).eval()
-
-
-def _dataset_meta(cfg: Config) -> dict[str, Any]:
-    return dict(DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo)
 
 
 def read_rgb(path: str) -> np.ndarray:
@@ -86,19 +78,20 @@ def read_rgb(path: str) -> np.ndarray:
 
 
 def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each picture with the file to draw its result into, under a progress bar; names never collide."""
+    """Each picture with a file of its own to draw its result into, under a progress bar."""
     folder.mkdir(parents=True, exist_ok=True)
     taken: set[Path] = set()
     for picture in tqdm(pictures, disable=None, delay=1):
-        stem = Path(picture).stem
-        names = (folder / f"{stem}{suffix}.png" for suffix in chain([""], (f"-{i}" for i in count(2))))
-        output = next(name for name in names if name not in taken)
+        output, number = folder / f"{Path(picture).stem}.png", 1
+        while output in taken:
+            number += 1
+            output = folder / f"{Path(picture).stem}-{number}.png"
         taken.add(output)
         yield picture, output
 
 
 def visualize_offset(description: str, argv: list[str] | None = None) -> None:
-    """Draw where a backbone's DTM samples pictures, each at its own size: the body of `tools/visualize_offset.py`.
+    """The body of `tools/visualize_offset.py`: draw where a backbone's DTM samples pictures, each at its own size.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is another model's.
@@ -112,15 +105,12 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
         raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
     model = load_model(args.config, args.checkpoint, args.device)
     for picture, output in outputs(pictures, args.out_dir):
-        image = read_rgb(picture)
-        if min(image.shape[:2]) < SMALLEST:
-            raise DataError(f"{picture}: smaller than {SMALLEST} x {SMALLEST} pixels, the side of a last token's cell")
-        flags = dict(grid=args.grid, html=args.html, at_most=args.at_most)
+        image, flags = read_rgb(picture), dict(grid=args.grid, html=args.html, at_most=args.at_most)
         x = normalize(model, image)
         try:
             line = write_offsets(model.backbone, x, Image.fromarray(image), output.with_suffix(""), **flags)
-        except NoOffsetsError as error:
-            raise DataError(f"{args.config}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{picture}: {error}") from error
         tqdm.write(printable(line))
 
 

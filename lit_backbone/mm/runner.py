@@ -1,8 +1,9 @@
-"""What the training and test tools of detection and segmentation share: mmdet 3's command line, on GPUs as on a CPU."""
+"""The training and test tools of detection and segmentation: mmdet 3's command line, on GPUs or a CPU."""
 
 import argparse
 import atexit
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, check_optimizer_state, other_classes
+from ..checkpoints import CheckpointError, other_classes
+from ..fit import check_optimizer_state
 from .hooks import DataError
 from .loading import fit_weights, load_file
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class StrictRunner(Runner):
@@ -45,7 +49,7 @@ class StrictRunner(Runner):
             raise DataError(f"{source}: no image with annotations for the config's categories; {remedy}") from error
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """As mmengine's, with float32 arithmetic; without a GPU, for which alone PyTorch has SyncBN, it becomes BN."""
+        """As mmengine's, with float32 arithmetic, and BN for SyncBN without a GPU, for which alone PyTorch has it."""
         if not torch.cuda.is_available():
             model = revert_sync_batchnorm(model)
         keep_float32(model)
@@ -55,15 +59,14 @@ class StrictRunner(Runner):
         """Load a checkpoint's weights into the model.
 
         Raises:
-            CheckpointError: the file cannot be read safely, is another model's, knows other classes than the data, or
-                it is to be resumed, and holds no optimiser or another one's.
+            CheckpointError: the file cannot be read safely, is another model's, or knows other classes than the data;
+                or it is to be resumed, and holds no optimiser or another one's.
         """
         checkpoint = load_file(filename, map_location)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model = self.model
+        model, anew = self.model, ()
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        anew = ()
         if misfit := other_classes(checkpoint, self._classes()):
             if not self.new_head:
                 raise CheckpointError(f"{filename}: {misfit}; give the data sets those by metainfo.classes")
@@ -75,7 +78,7 @@ class StrictRunner(Runner):
                 remedy = "start from them with --cfg-options load_from=FILE instead"
                 raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
-            # the classes have been compared; of the rest, which mmengine compares too, not all is read
+            # the classes have been compared; the rest, which mmengine compares too, has not been read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
         model.load_state_dict(weights)
         self._has_loaded = True
@@ -83,18 +86,13 @@ class StrictRunner(Runner):
         return checkpoint
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As mmengine's.
-
-        Raises:
-            CheckpointError: also where what the checkpoint holds beside weights is no run's, or that of a longer one.
-        """
+        """As mmengine's; raises CheckpointError also for records that are no run's, or those of a longer run."""
         try:
             super().resume(filename, *args, **kwargs)
             for key, value in self.message_hub.runtime_info.items():
-                if key.startswith("best_ckpt"):  # which mmengine deletes when it has a better one
-                    name = Path(value).name
-                    own = name.startswith("best_") and name.endswith(".pth")
-                    self.message_hub.update_info(key, str(Path(self.work_dir, name)) if own else "")
+                if key.startswith("best_ckpt"):  # mmengine deletes this file when it has a better one
+                    own = re.fullmatch(r"best_.*\.pth", Path(value).name)
+                    self.message_hub.update_info(key, str(Path(self.work_dir, own[0])) if own else "")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             remedy = "start from its weights with --cfg-options load_from=FILE instead"
             raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
@@ -109,7 +107,7 @@ class StrictRunner(Runner):
 
 
 def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
-    """Keys of the weights that are for classes: those of another shape in the config's model with one class more."""
+    """Keys of the weights that depend on the classes: with one class more, they would have another shape."""
 
     def one_more(node: Any) -> Any:
         if isinstance(node, dict):
@@ -121,11 +119,8 @@ def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
     return [key for key, value in model.state_dict().items() if value.shape != other[key].shape]
 
 
-# ---- mixed precision
-
-
 def keep_float32(model: nn.Module) -> None:
-    """Run losses, the arithmetic of boxes and RoIAlign in float32, also under autocast, as mmdetection 2 did.
+    """Run losses, the arithmetic of boxes and RoIAlign in float32 under autocast, too, as mmdetection 2 did.
 
     Layers of the heads, which produce what goes into it, stay in mixed precision.
     """
@@ -137,13 +132,9 @@ def keep_float32(model: nn.Module) -> None:
 
 
 def _in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = apply_to((args, kwargs), _is_half, Tensor.float)
+    args, kwargs = apply_to((args, kwargs), lambda x: isinstance(x, Tensor) and x.dtype in HALF, Tensor.float)
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         return function(*args, **kwargs)
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 # ---- the tools
@@ -163,9 +154,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
             cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
         if args.auto_scale_lr:
             if "auto_scale_lr" not in cfg:
-                raise DataError(
-                    f"{args.config}: lacks auto_scale_lr=dict(base_batch_size=...), which --auto-scale-lr needs"
-                )
+                raise DataError(f"{args.config}: --auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) there")
             cfg.auto_scale_lr.enable = True
         if args.resume:
             cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
@@ -179,10 +168,7 @@ def test(
 ) -> dict[str, float]:
     """Evaluate a checkpoint: the body of `tools/test.py`. Returns the metrics by name.
 
-    Args:
-        description: of the command, for --help.
-        prepare: makes a config show, draw and write predictions as the flags `--show`, `--show-dir` and `--out` say.
-        argv: the command line, by default that of the process.
+    `prepare` makes a config show, draw and write predictions as the flags `--show`, `--show-dir` and `--out` say.
     """
     parser = _parser(description)
     parser.add_argument("checkpoint", help="file to evaluate, ours or the original's")
@@ -221,11 +207,11 @@ def load_config(args: argparse.Namespace, *needed: str) -> Config:
 
 
 def read_config(path: str, *needed: str, **overrides: Any) -> Config:
-    """A config file, which is Python and runs, with values of some keys replaced.
+    """A config file, which is Python and runs, with some values replaced.
 
     Raises:
         DataError: it fails, or lacks one of the `needed` keys.
-        FileNotFoundError: there is no such file, or none that it names.
+        FileNotFoundError: the file is not there, or one that it names.
     """
     try:
         cfg = Config.fromfile(path)
@@ -241,22 +227,17 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
 
 
 def build_runner(cfg: Config) -> StrictRunner:
-    """The runner of a config, adapted to a machine without GPU where this is one."""
-    if not torch.cuda.is_available():
-        _adapt_to_cpu(cfg)
-    return StrictRunner.from_cfg(cfg)
-
-
-def _adapt_to_cpu(cfg: Config) -> None:
+    """The runner of a config; without a GPU in float32, and with gloo between processes."""
+    if torch.cuda.is_available():
+        return StrictRunner.from_cfg(cfg)
     if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
         print_log("no GPU: training in float32 in place of mixed precision")
-        cfg.optim_wrapper.type = "OptimWrapper"
-        for key in ("loss_scale", "dtype", "use_fsdp"):
-            cfg.optim_wrapper.pop(key, None)
-    if cfg.launcher == "pytorch":
-        # mmengine would choose a GPU for each process
+        amp = ("type", "loss_scale", "dtype", "use_fsdp")
+        cfg.optim_wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key not in amp}
+    if cfg.launcher == "pytorch":  # mmengine would choose a GPU for each process
         torch.distributed.init_process_group("gloo")
         cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    return StrictRunner.from_cfg(cfg)
 
 
 def _augment_tests(cfg: Config) -> None:
@@ -281,7 +262,7 @@ def one_line_errors() -> Iterator[None]:
     if torch.distributed.is_initialized():  # not after an error, when others may wait until torchrun ends them
         torch.distributed.barrier()  # nobody leaves while another one still talks
         torch.distributed.destroy_process_group()
-        # the interpreter's own end aborts now and then, when threads of a process group are still there
+        # skips the interpreter's own end, which sometimes aborts while threads of a process group are still there
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)

@@ -3,10 +3,10 @@
 import sys
 
 try:
-    from lit_backbone.images import DataError, find_images, printable
+    from lit_backbone.images import DataError, enlargement, find_images
     from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
-    from lit_backbone.visualize import enlargement
+    from lit_backbone.text import printable
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
@@ -14,8 +14,8 @@ from mmseg.apis import inference_model
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-LEGEND = 0.02  # height of its letters, in shorter sides of the picture, 14 pixels at least
-MIN_SHARE = 0.001  # of a class, by area, to be in the legend
+LETTER = 0.02  # height of the legend's letters, as a share of the picture's shorter side; at least 14 pixels
+MIN_SHARE = 0.001  # of the area that a class covers to be in the legend
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 def draw_overlay(
     image: np.ndarray, classes: np.ndarray, names: list[str], palette: np.ndarray, opacity: float
 ) -> Image.Image:
-    """Draws the classes over an image and, at its right, which colour is which class and how much of the area it has.
+    """Draw the classes over an image, and at its right a legend with the colour, name and area of each.
 
     Args:
         image: `(H, W, 3)` uint8, RGB.
@@ -55,7 +55,7 @@ def draw_overlay(
     picture = Image.fromarray(blend.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
     shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
     listed = [i for i in np.argsort(-shares, kind="stable") if shares[i] >= MIN_SHARE]
-    letter = max(14, round(LEGEND * min(picture.size)))
+    letter = max(14, round(LETTER * min(picture.size)))
     font, line = ImageFont.load_default(letter), round(1.6 * letter)
     rows = max(1, (picture.height - line) // line)
     columns = [listed[start : start + rows] for start in range(0, len(listed), rows)]

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 from collections import Counter
 
@@ -289,6 +290,12 @@ def test_folder_without_classes(tiny_cfg, tmp_path):
 def test_class_count_of_another_head(tiny_cfg):
     config = load_config(tiny_cfg(), ["MODEL.NUM_CLASSES", "5"])
     assert_data_error(lambda: build_dataset(config, is_training=True), "3 classes", "MODEL.NUM_CLASSES 3")
+
+
+def test_a_class_that_one_split_lacks_is_named(tiny_cfg, own_folder):
+    shutil.rmtree(own_folder / "val" / "bee")
+    config = load_config(tiny_cfg(), data_path=str(own_folder))
+    assert_data_error(lambda: build_dataset(config, is_training=False), "val: holds 2 classes", "add bee to it, as in")
 
 
 def test_train_and_val_of_different_classes(tiny_cfg, image_folder, tmp_path):

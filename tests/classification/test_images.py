@@ -17,9 +17,9 @@ from PIL import Image
 
 import predict
 import visualize_offset
-from lit_backbone.images import MAX_RATIO, DataError, find_images, naming
+from lit_backbone.images import MAX_RATIO, DataError, find_images, naming, open_rgb
 from lit_classification.config_file import load_config
-from lit_classification.datasets import ImageFolder, build_dataset
+from lit_classification.datasets import ImageFiles, ImageFolder, build_dataset
 from lit_classification.sampler import SampleKey
 
 Y, X = np.mgrid[:40, :48]
@@ -74,6 +74,12 @@ def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarra
         assert len(dataset) == 1
         return np.asarray(dataset.read(0)[0])
 
+    def files(path: Path) -> np.ndarray:
+        _, found = ImageFiles([str(path)], np.asarray)[0]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
     def visualize(path: Path) -> np.ndarray:
         seen = []
         see = SimpleNamespace(model=None, transform=lambda image: seen.append(image) or sys.exit())
@@ -90,7 +96,7 @@ def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarra
 
         return lambda path: read_rgb(str(path))
     doors = {"training": training, "visualize_offset": visualize}
-    doors["predict"] = lambda path: predict.image_loader([str(path)], np.asarray).dataset[0][0]
+    doors["predict"] = files
     return doors[request.param]
 
 
@@ -133,15 +139,15 @@ def test_too_many_open_files_are_no_fault_of_an_image(own_folder, tiny_cfg, monk
 
 def test_a_long_image_is_none_too_long(tmp_path):
     write_png(tmp_path / "banner.png", MAX_RATIO, 1)
-    assert predict.open_rgb(tmp_path / "banner.png").size == (MAX_RATIO, 1)
+    assert open_rgb(tmp_path / "banner.png").size == (MAX_RATIO, 1)
 
 
 def test_classification_ignores_orientation_and_the_dense_tools_do_not(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(predict.open_rgb(tmp_path / "turned.png"), RGB)
-    assert np.array_equal(predict.open_rgb(tmp_path / "turned.png", upright=True), RGB[::-1].transpose(1, 0, 2))
+    assert np.array_equal(open_rgb(tmp_path / "turned.png"), RGB)
+    assert np.array_equal(open_rgb(tmp_path / "turned.png", upright=True), RGB[::-1].transpose(1, 0, 2))
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyError(7), AssertionError(), MemoryError()])
@@ -156,13 +162,13 @@ def test_names_that_no_terminal_shows_are_escaped(tmp_path):
     for name in (b"caf\xe9.png", b"a\n\x1b[31m.png"):
         write_png(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), 8, 8)
     first, second = find_images([str(tmp_path)])
-    assert [predict.open_rgb(path).size for path in (first, second)] == [(8, 8)] * 2
+    assert [open_rgb(path).size for path in (first, second)] == [(8, 8)] * 2
     said = [f"{tmp_path}/a\\n\\x1b[31m.png", f"{tmp_path}/caf\\udce9.png"]
     assert [predict.as_text(path, []) for path in (first, second)] == said
     for path, name in zip((first, second), said):
         Path(path).write_bytes(b"")
         with pytest.raises(DataError) as caught:
-            predict.open_rgb(path)
+            open_rgb(path)
         assert str(caught.value).startswith(f"{name}: no readable image")
 
 

@@ -6,9 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_stack
 
 import pytest
 import timm
@@ -19,26 +19,18 @@ from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
 import main
+import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
-from lit_classification import training
+from lit_classification import sampler, training
 from lit_classification.config import Config
 from lit_classification.config_file import load_config
 from lit_classification.distributed import Processes, to_device
 from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model
-from lit_classification.resume import BEST, FAILED, LATEST, Saver
+from lit_classification.resume import BEST, FAILED, LATEST
+from tests.programs import Program, start_pair
 
-CLASSIFICATION = Path(__file__).parents[2] / "classification"
-
-
-def command(*args: str | Path, processes: int = 0) -> list[str]:
-    """`python main.py ARGS`, or torchrun with so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return list(map(str, [sys.executable, *launcher, CLASSIFICATION / "main.py", *args]))
-
-
-def run(*args: str | Path, processes: int = 0) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, processes=processes), capture_output=True, text=True, timeout=600)
+MAIN = Path(main.__file__)
 
 
 @pytest.fixture
@@ -48,8 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_run_leaves_what_is_promised(tiny_cfg, folder):
     cfg = tiny_cfg()
-    finished = run("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "3")
-    assert finished.returncode == 0, finished.stderr
+    printed = subprocess.check_output([sys.executable, MAIN, "--cfg", cfg, "--opts", "TRAIN.EPOCHS", "3"], text=True)
     assert {path.name.split(".")[0] for path in folder.iterdir()} == {
         "config", "starts", "log", "log_rank0", "latest", "previous", "best", "events",
     }  # fmt: skip
@@ -61,7 +52,7 @@ def test_a_run_leaves_what_is_promised(tiny_cfg, folder):
     assert all(record["val/images"] == 12 for record in records)
 
     console = (folder / "log_rank0.txt").read_text()
-    assert console.count("\n") >= 9 and all(line in finished.stdout for line in console.splitlines())
+    assert console.count("\n") >= 9 and all(line in printed for line in console.splitlines())
     assert "batch 4 x 1 processes x 2 accumulated = 8 images per update, 4 updates per epoch" in console
     assert re.search(
         r"epoch 2 \[4/4\] eta 0:00:00 lr \S+ loss \S+ \(\S+\) grad norm \S+ \S+ img/s mem \S+ GiB", console
@@ -89,16 +80,30 @@ def accuracy_by_hand(cfg: Path, checkpoint: Path) -> float:
 
 def test_evaluation_prints_the_published_lines(tiny_cfg, folder):
     cfg = tiny_cfg()
-    assert run("--cfg", cfg).returncode == 0
+    main.main(["--cfg", str(cfg)])
     before = sorted(folder.iterdir())
-    evaluated = run("--cfg", cfg, "--eval", "--resume", folder / BEST)
+    printed = Program(MAIN, "--cfg", cfg, "--eval", "--resume", folder / BEST).finish()
     accuracy = accuracy_by_hand(cfg, folder / BEST)
     expected = (
         f"\n * Acc@1 {accuracy:.3f} Acc@5 100.000\nAccuracy of the network on the 12 test images: {accuracy:.1f}%\n"
     )
-    assert expected in evaluated.stdout, evaluated.stdout + evaluated.stderr
+    assert expected in printed
     assert accuracy == pytest.approx(read_checkpoint(folder / BEST)["best"])
     assert sorted(folder.iterdir()) == before  # evaluation writes nothing
+
+
+def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, image_folder, capsys):
+    """A checkpoint may not bring them: nobody bounds what they make timm do."""
+    keywords = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
+    cfg = tiny_cfg(
+        MODEL={"NAME": "pvt_v2_b0", "LIT": {}, "KEYWORDS": keywords}, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0}
+    )
+    main.main(["--cfg", str(cfg)])
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
+    accuracy = json.loads((folder / "log.jsonl").read_text())["val/acc1"]
+    assert f" * Acc@1 {accuracy:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="latest.pth: has MODEL.KEYWORDS, which count in YAML only"):
+        predict.main([str(image_folder), "--checkpoint", str(folder / LATEST)])
 
 
 def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
@@ -164,12 +169,10 @@ def test_the_configuration_that_a_run_leaves_continues_it(tiny_cfg, folder, tmp_
     assert read_checkpoint(tmp_path / "output/tiny/1" / LATEST)["update"] == 16  # continued for the epochs in the file
 
 
-def test_throughput_needs_no_data(tiny_cfg):
+def test_throughput_needs_no_data(tiny_cfg, capsys):
     cfg = tiny_cfg(TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # nor a schedule that trains
-    timed = run("--cfg", cfg, "--throughput", "--data-path", "/no/such/place")
-    assert timed.returncode == 0 and re.search(
-        r"lit_s: [1-9][0-9.]* images/s per process at batch size 4", timed.stdout
-    )
+    main.main(["--cfg", str(cfg), "--throughput", "--data-path", "/no/such/place"])
+    assert re.search(r"lit_s: [1-9][0-9.]* images/s per process at batch size 4", capsys.readouterr().out)
 
 
 def link_classes(image_folder: Path, root: Path, **folders: str) -> Path:
@@ -286,17 +289,8 @@ def test_what_a_compiled_run_evaluates_is_compiled(tiny_cfg, monkeypatch, ema):
 
     compile_model = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=backend))
-    main.main(
-        [
-            "--cfg",
-            str(tiny_cfg(TRAIN={"EMA": ema, "WARMUP_EPOCHS": 0})),
-            "--opts",
-            "TRAIN.EPOCHS",
-            "1",
-            "RUNTIME.COMPILE",
-            "true",
-        ]
-    )
+    cfg = tiny_cfg(TRAIN={"EMA": ema, "WARMUP_EPOCHS": 0, "EPOCHS": 1}, RUNTIME={"COMPILE": True, "DEVICE": "cpu"})
+    main.main(["--cfg", str(cfg)])
     assert training == {True, False}
 
 
@@ -317,10 +311,10 @@ DETERMINISTIC = {"MODEL": {"DROP_PATH_RATE": 0.0}, "AUG": {"MIXUP": 0.0, "CUTMIX
 def test_two_processes_are_two_accumulated_batches(tiny_cfg, folder):
     """Batch b on each of two processes against two accumulation steps of b: the same parameters."""
     cfg = tiny_cfg(**DETERMINISTIC)
-    alone = run("--cfg", cfg, "--tag", "alone")
-    pair = run("--cfg", cfg, "--tag", "pair", processes=2)
-    assert alone.returncode == pair.returncode == 0, alone.stderr + pair.stderr
-    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in pair.stdout
+    main.main(["--cfg", str(cfg), "--tag", "alone"])
+    command = [MAIN, "--cfg", cfg, "--tag", "pair"]
+    first, _ = [program.finish() for program in start_pair(command, command)]
+    assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in first
     a, b = (read_checkpoint(folder.parent / tag / LATEST) for tag in ("alone", "pair"))
     assert a["update"] == b["update"] == 8
     initial = build_model(load_config(cfg), torch.device("cpu"))
@@ -427,47 +421,38 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
     assert json.loads((folder / "failed.json").read_text())["update"] == 2
     left = read_checkpoint(folder / FAILED)
     assert left["update"] == 2
-    model = main.build_model(load_config(tiny_cfg()), torch.device("cpu"))
+    model = build_model(load_config(tiny_cfg()), torch.device("cpu"))
     for (name, _), value in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(left["model"][name], value), name
 
 
 class Reads(TorchFunctionMode):
-    """Counts by whom values of tensors are read, for which a GPU must have come to its end."""
+    """Counts how often values of tensors are read, for which a GPU must have come to its end."""
 
     NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
+    count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in self.NAMES:
-            frame = sys._getframe(1)
-            while Path(frame.f_code.co_filename).parent.name != "lit_classification":
-                frame = frame.f_back
-            if Path(frame.f_code.co_filename).name not in (
-                "datasets.py",
-                "sampler.py",
-            ):  # the order of images is on the CPU
-                self.found[frame.f_code.co_name] += 1
+        if getattr(func, "__name__", "") in self.NAMES:  # the order of images is on the CPU
+            self.count += not any(frame.f_code.co_filename == sampler.__file__ for frame, _ in walk_stack(None))
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("unattended")
-def test_the_host_waits_only_where_it_prints(tiny_cfg, monkeypatch):
-    train_epoch = training.Trainer.train_epoch
-    reads = []
+@pytest.mark.parametrize("attended", [True, False])
+def test_updates_wait_for_results_on_a_cpu_alone(tiny_cfg, monkeypatch, request, attended):
+    if not attended:
+        request.getfixturevalue("unattended")
+    counts, run_update = [], training.Trainer.run_update
 
-    def watched(trainer: training.Trainer, saver: Saver) -> dict[str, float]:
-        with Reads() as found:
-            reads.append(found.found)
-            return train_epoch(trainer, saver)
+    def watched(*args) -> None:
+        with Reads() as reads:
+            run_update(*args)
+        counts.append(reads.count)
 
-    monkeypatch.setattr(training.Trainer, "train_epoch", watched)
-    main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "2", "TRAIN.SAVE_STEPS", "0"])
-    # for 4 updates; in train_epoch, the means at the end and the loader's seed, which is on the CPU
-    assert reads == 2 * [{"check_finite": 2, "_report": 2, "train_epoch": 2}]
+    monkeypatch.setattr(training.Trainer, "run_update", watched)
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    main.main(["--cfg", str(cfg), "--opts", "DATA.NUM_WORKERS", "1"])  # which reads images elsewhere
+    assert len(counts) == 4 and any(counts) == attended
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from lit_classification.config_file import load_config
 from lit_classification.distributed import Processes
 from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model, load_classifier, load_model
+from lit_classification.optim import build_optimizer
 from lit_classification.resume import LATEST, TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES, TINY_LIT
 from tools import export
@@ -49,7 +50,7 @@ def run(tiny_cfg, tmp_path, monkeypatch) -> tuple[Path, Path, nn.Module, nn.Modu
                 value.add_(0.2 * torch.rand(value.shape, generator=generator))
     raw, average = models
     ema = ModelEmaV3(average, decay=0.9)
-    state = TrainState(raw, main.build_optimizer(raw, config), GradScaler(enabled=False), ema, 4, list(CLASSES))
+    state = TrainState(raw, build_optimizer(raw, config), GradScaler(enabled=False), ema, 4, list(CLASSES))
     save_checkpoint(tmp_path / "run.pth", state, config)
     return cfg, tmp_path / "run.pth", raw, average
 

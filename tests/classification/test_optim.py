@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from lit_backbone.checkpoints import convert_released
+from lit_backbone.released import convert_released
 from lit_classification.config import Config
 from lit_classification.config_file import load_config
 from lit_classification.optim import Schedule, build_optimizer, parameter_groups

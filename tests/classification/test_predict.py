@@ -13,7 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import predict
-from lit_backbone.checkpoints import convert_released
+from lit_backbone.released import convert_released
+from lit_classification import loaders
 from lit_classification.config import Config
 from lit_classification.model import build_model, recognize, usual_classes
 from lit_classification.resume import TrainState, save_checkpoint
@@ -216,14 +217,19 @@ def test_folder_without_images(trained, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_unreadable_image_is_named(batch_size, trained, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "BATCH_SIZE", batch_size)
+def test_unreadable_images_are_named_and_the_others_classified(
+    batch_size, trained, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(loaders, "FILES_BATCH", batch_size)
     path, *_ = trained()
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    (folder / "1.png").write_bytes((photos / "10.png").read_bytes())
-    (folder / "2.png").write_bytes((photos / "10.png").read_bytes()[:2000])
-    assert complaint(folder, "--checkpoint", path).startswith(f"{folder / '2.png'}: no readable image (")
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes((photos / "10.png").read_bytes()[:2000])
+    with pytest.raises(SystemExit) as info:
+        predict.main([*map(str, (photos / "10.png", damaged, photos / "9.jpeg")), "--checkpoint", str(path), "--json"])
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [str(photos / "10.png"), str(photos / "9.jpeg")]
+    assert info.value.code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: {damaged}: no readable image (")
 
 
 def test_unusable_checkpoints(photos, tmp_path):

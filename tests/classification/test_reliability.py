@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,22 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
+import lit_classification.run
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.images import DataError
 from lit_classification import resume, training
 from lit_classification.config_file import load_config
 from lit_classification.datasets import build_dataset
-from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS, write_atomically
-from lit_classification.run_folder import sole_writer
+from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS
+from lit_classification.run_folder import sole_writer, write_atomically
 from lit_classification.sampler import SampleKey
 from lit_classification.signals import PREEMPTED, stop_requests
 from tests.damage import damaged
-from tests.programs import Program, no_process_is_left  # noqa: F401, a fixture
+from tests.programs import Program, start_pair
 
-pytestmark = pytest.mark.usefixtures("no_process_is_left")
-CLASSIFICATION = Path(main.__file__).parent
+MAIN = Path(main.__file__)
+CLASSIFICATION = MAIN.parent
 UPDATES = 2 * 4
 SAVING = {"TRAIN": {"SAVE_STEPS": 1, "EMA": 0.9}}
 
@@ -59,14 +59,6 @@ def start(*args: str | Path, script: str = "main.py", processes: int = 0, restar
         launcher = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
         command = [Path(torch.distributed.run.__file__), *launcher, *command]
     return Program(*command, **options)
-
-
-def start_pair(*commands: list[str | Path]) -> list[Program]:
-    """Two processes of one training, as torchrun would start them on two nodes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    return [start(*args, prepare=partial(os.environ.update, place)) for args, place in zip(commands, places)]
 
 
 def wait_for(condition: Callable[[], object], process: Program) -> None:
@@ -241,7 +233,7 @@ def test_two_trainings_in_one_folder_are_refused(tiny_cfg, output):
     os.kill(run.pid, signal.SIGSTOP)
     before = files()
     where = f"{output / 'default'}: process {run.pid} on {socket.gethostname()} trains there"
-    for others in ([start("--cfg", cfg)], start_pair(["--cfg", cfg], ["--cfg", cfg])):
+    for others in ([start("--cfg", cfg)], start_pair(*2 * [[MAIN, "--cfg", cfg]])):
         first, *rest = (other.finish(status=1) for other in others)
         assert first == f"error: {where}; name another run with --tag, or wait until it has ended\n"
         assert not any(rest)
@@ -276,7 +268,7 @@ def test_processes_that_would_train_differently_are_refused(
     if not options:
         shutil.copy(other / "val" / "bee" / "1.jpg", other / "val" / "bee" / "new.jpg")
     own, others = ["--data-path", own_folder], ["--data-path", other, "--opts", "DATA.NUM_WORKERS", "1", *options]
-    pair = start_pair(*(["--cfg", tiny_cfg(), *command] for command in (own, others)))
+    pair = start_pair(*([MAIN, "--cfg", tiny_cfg(), *command] for command in (own, others)))
     first, second = (run.finish(status=1) for run in pair)
     assert re.fullmatch(f"error: {difference} give all processes the same configuration and the same data\n", first)
     assert second == "" and not output.exists()
@@ -498,7 +490,7 @@ def test_a_disk_that_is_full_when_a_run_starts(tiny_cfg, output):
 
         torch.set_num_threads(1)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        main.sole_writer = limited
+        lit_classification.run.sole_writer = limited
         try:
             main.main(["--cfg", cfg])
         except BaseException as error:
@@ -668,7 +660,7 @@ def test_nothing_listens_and_nothing_is_written_elsewhere(tiny_cfg, output, tmp_
     home = tmp_path / "home"
     home.mkdir()
     environment = os.environ | dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(home))
-    command = [sys.executable, CLASSIFICATION / "main.py", "--cfg", tiny_cfg(TRAIN={"EPOCHS": 1000})]
+    command = [sys.executable, MAIN, "--cfg", tiny_cfg(TRAIN={"EPOCHS": 1000})]
     run = subprocess.Popen(command, cwd=home, env=environment)
     while not (output / "default" / BEST).exists():
         assert run.poll() is None

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import visualize_attention
 import visualize_offset
-from lit_backbone.visualize import sampling_chains
+from lit_backbone.offsets import sampling_chains
 from lit_classification.model import load_classifier
 from tests.classification.conftest import TINY_LIT
+from tests.programs import Program
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
 DEMO = CLASSIFICATION / "visualization" / "demo.JPEG"
@@ -54,10 +53,9 @@ def test_the_published_command(weights: dict[str, Path], tmp_path: Path) -> None
     """In a folder of its own, with relative paths and the default output."""
     (tmp_path / "visualization").mkdir()
     (tmp_path / "visualization" / "demo.JPEG").write_bytes(DEMO.read_bytes())
-    command = [sys.executable, CLASSIFICATION / "visualize_offset.py", "--model", "lit_ti"]
+    command = [CLASSIFICATION / "visualize_offset.py", "--model", "lit_ti"]
     command += ["--resume", weights["lit_ti"], "--vis_image", "visualization/demo.JPEG"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    printed = Program(*command, prepare=lambda: os.chdir(tmp_path)).finish()
     pictures = sorted((tmp_path / "visualization" / "demo").iterdir())
     assert [path.name for path in pictures] == [f"{row}-{column}.png" for row in range(7) for column in range(7)]
     assert {Image.open(path).size for path in pictures} == {(448, 448)}
@@ -67,7 +65,7 @@ def test_the_published_command(weights: dict[str, Path], tmp_path: Path) -> None
     chains = sampling_chains(classifier.model, x)
     kept = sum(len(chains.of(row, column)) for row in range(7) for column in range(7))
     assert 0 < kept < 7 * 7 * 64
-    assert done.stdout == (
+    assert printed == (
         f"visualization/demo: 7 x 7 tokens, {kept} sampling points, {7 * 7 * 64 - kept} dropped outside the map\n"
     )
     picture = np.array(Image.open(tmp_path / "visualization" / "demo" / "3-4.png"))

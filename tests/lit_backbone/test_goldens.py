@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_backbone import LIT
-from lit_backbone.checkpoints import convert_released
 from lit_backbone.dtm import captured_offsets
+from lit_backbone.released import convert_released
 from tests.goldens.compare import assert_agrees, meta_state, parameter_count
 from tests.goldens.fill import fill, image, soft_target
 
@@ -79,8 +79,9 @@ def test_logits_and_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens:
 def training_step(model: LIT, state: Mapping[str, Tensor]) -> float:
     model.load_state_dict(state)
     model.train().zero_grad()
-    logits = model(image((4, 3, 224, 224), 11))
-    loss = (-soft_target(4, 1000, 12) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    device = next(model.parameters()).device
+    logits = model(image((4, 3, 224, 224), 11).to(device))
+    loss = (-soft_target(4, 1000, 12).to(device) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
     loss.backward()
     return loss.item()
 

@@ -1,8 +1,6 @@
 """The benchmark runs as it is used; what it measures is no test's business."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.ops import deform_conv2d
 
+from tests.programs import Program
 from tools import benchmark, plot_benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    command = [sys.executable, ROOT / "tools" / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return Program(ROOT / "tools" / script, *arguments).finish()
 
 
 def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:

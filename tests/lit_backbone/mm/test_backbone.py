@@ -152,7 +152,7 @@ def test_the_backbone_of_a_detector_is_used(tmp_path: Path) -> None:
     model = pretrained(tmp_path / "d.pth", arch=ARCH, img_size=64, out_norms=(1, 3), init=dict(prefix="backbone."))
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
-    with pytest.raises(CheckpointError, match="no key begins with 'body.'"):
+    with pytest.raises(CheckpointError, match="holds no key that begins with 'body.'"):
         pretrained(tmp_path / "d.pth", arch=ARCH, init=dict(prefix="body."))
 
 

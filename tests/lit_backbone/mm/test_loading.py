@@ -122,7 +122,9 @@ def test_odd_records_are_one_line(records: Any, tmp_path: Path) -> None:
 def test_records_that_no_run_needs_are_left_out(tmp_path: Path) -> None:
     meta = dict(config="import os", env_info=CYCLE, dataset_meta=dict(classes=["a", "b"], palette=[(0, 0, 0)], x=CYCLE))
     torch.save(dict(meta=meta, state_dict={}), tmp_path / "own.pth")
-    assert load_file(str(tmp_path / "own.pth"))["meta"] == {"dataset_meta": {"classes": ("a", "b")}}
+    own = load_file(str(tmp_path / "own.pth"))
+    assert own["meta"].keys() == {"dataset_meta"} and stored_meta(own) == {"classes": ("a", "b")}
+    assert own["meta"]["dataset_meta"].keys() == {"classes", "palette"}
     torch.save(dict(meta=dict(CLASSES=["a"], PALETTE=[[1, 2, 3]]), state_dict={}), tmp_path / "mmcv1.pth")
     assert stored_meta(load_file(str(tmp_path / "mmcv1.pth"))) == {"classes": ("a",), "palette": [(1, 2, 3)]}
 
@@ -216,7 +218,7 @@ def test_an_address_is_downloaded_once(server: Server) -> None:
 def test_a_download_that_is_cut_short_is_not_kept(server: Server, tmp_path: Path) -> None:
     address = f"{server.address}/w.pth"
     server.limit = 1000
-    with pytest.raises(CheckpointError, match="w.pth: cannot be downloaded .cut short, 1000 of .* bytes came"):
+    with pytest.raises(CheckpointError, match="w.pth: cannot be downloaded .*truncated"):
         load_file(address)
     assert not list((tmp_path / "cache").rglob("*w.pth*[!k]"))  # but for the lock
     server.limit = None
@@ -229,5 +231,5 @@ def test_a_download_is_what_its_name_says(server: Server, tmp_path: Path) -> Non
         (tmp_path / "files" / f"w-{digest}.pth").write_bytes(content)
     assert load_file(f"{server.address}/w-{sha256(content).hexdigest()[:8]}.pth").keys() == {"weight", "bias"}
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="cannot be downloaded .its SHA-256 does not begin with 01234567"):
+        with pytest.raises(CheckpointError, match='cannot be downloaded .invalid hash value .expected "01234567"'):
             load_file(f"{server.address}/w-01234567.pth")

@@ -1,9 +1,8 @@
-"""What a LIT sees: where its deformable token merging samples an image, and where its attention looks.
+"""Where a LIT's deformable token merging samples an image: in numbers, in pictures, and as a page to explore.
 
-Offsets and attention are read while a model runs as it is; nothing in the model knows of it.
+Offsets are read while the model runs as it is; nothing in the model knows of it.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -14,27 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from timm.layers import set_fused_attn, use_fused_attn
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from .dtm import captured_offsets, sampling_positions
-from .layers import AttentionBlock
+from .images import DataError, enlargement
 from .lit import LIT, PATCH_SIZE
 
-LEGIBLE = 448  # pixels of the shorter side below which a picture is enlarged, for what is drawn or written in it
 CELL_COLOR, POINT_COLOR = (0, 200, 0), (255, 0, 0)
-HEAT = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the most
-
-
-# ---- sampling points
-
-
-class NoOffsetsError(ValueError):
-    """A model without deformable token merging was to show its offsets."""
 
 
 class SamplingChains(NamedTuple):
@@ -69,18 +56,20 @@ def sampling_chains(model: LIT, image: Tensor) -> SamplingChains:
         image: `(3, H, W)`, normalised as in evaluation.
 
     Raises:
-        NoOffsetsError: the model has no DTM.
+        DataError: the model has no DTM.
     """
     with captured_offsets(model) as captured:
         model(image[None])
     if not captured:
-        raise NoOffsetsError("the model has no deformable token merging, and so no offsets to draw")
+        raise DataError("the model has no deformable token merging, and so no offsets to draw")
     return follow_offsets([offset[0].cpu() for offset, _ in captured], captured[0][1])
 
 
 def follow_offsets(offsets: Sequence[Tensor], map_size: tuple[int, int]) -> SamplingChains:
-    """Follow each final token back through the mergings, as the reference does: a sample's position is rounded to the
-    token whose own samples come next, and samples that leave the map are dropped with all that would follow from them.
+    """Follow each final token back through the mergings, as the reference does.
+
+    A sample's position is rounded to the nearest token, whose own samples come next. A sample that leaves the map is
+    dropped, with all that would follow from it.
 
     Args:
         offsets: of one image, the first merging's first, each `(8, h, w)`.
@@ -107,11 +96,6 @@ def spread(count: int, most: int) -> list[int]:
     """At most `most` of the numbers below `count`, evenly spaced."""
     most = min(count, most)
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
-
-
-def enlargement(height: int, width: int) -> int:
-    """How many times a picture is enlarged before anything is drawn or written in it."""
-    return math.ceil(LEGIBLE / min(height, width))
 
 
 def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: int) -> Image.Image:
@@ -141,20 +125,6 @@ def draw_sheet(pictures: Iterable[Image.Image], count: int, columns: int, most: 
         place = (i % columns * (width + gap), i // columns * (height + gap))
         sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
     return sheet
-
-
-def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options by which the three tasks' commands choose what :func:`write_offsets` writes."""
-    parser.add_argument("--grid", action="store_true", help="one sheet of all tokens in place of a picture for each")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the points with, instead")
-    help = "draw at most N rows and N columns of tokens, evenly spaced (all)"
-    parser.add_argument("--at-most", type=_positive, default=None, metavar="N", help=help)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return int(text)
 
 
 def write_offsets(
@@ -213,7 +183,7 @@ def page(image: Image.Image, chains: SamplingChains, title: str) -> str:
         "cell": chains.cell,
         "levels": [_numbers(points) for points in chains.points],
     }
-    template = files(__package__).joinpath("visualize.html").read_text(encoding="utf-8")
+    template = files(__package__).joinpath("offsets.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/ null", json.dumps(data).replace("<", "\\u003c"))
 
 
@@ -222,81 +192,3 @@ def _numbers(points: Tensor) -> list:
     if points.ndim > 1:
         return [_numbers(part) for part in points]
     return None if points.isnan().any() else [round(value, 1) for value in points.flip(0).tolist()]
-
-
-# ---- attention
-
-
-class QueryAttention(TorchFunctionMode):
-    """Records, in each call of `scaled_dot_product_attention` below it, the probabilities of one query token.
-
-    The call itself goes on as it is; only the one row of its score matrix is computed again.
-    """
-
-    def __init__(self, queries: Iterable[int]):
-        super().__init__()
-        self.queries = iter(queries)  # the index of the query token in each call
-        self.rows: list[Tensor] = []  # (B, heads, N)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key, _ = args
-            self.rows.append(self.probabilities(query, key, kwargs.get("attn_mask"), next(self.queries)))
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def probabilities(query: Tensor, key: Tensor, bias: Tensor | None, index: int) -> Tensor:
-        """Softmax of one row of the scores: `(B, heads, N)` from queries and keys `(B, heads, N, C/heads)`."""
-        scores = (query[:, :, index, None] @ key.transpose(2, 3)).squeeze(2) / math.sqrt(
-            query.shape[3]
-        )  # (B, heads, N)
-        return (scores if bias is None else scores + bias[:, :, index]).softmax(dim=-1)
-
-
-@torch.inference_mode()
-def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[int, Tensor]:
-    """Attention of one query token per stage to all tokens of its map.
-
-    Args:
-        model: any LIT in evaluation mode.
-        images: `(B, 3, H, W)`, normalised as in evaluation.
-        queries: for each stage, the number of the query token on the map, row by row; a class token does not count.
-
-    Returns:
-        For each stage that attends, by its number from 0, `(B, blocks, heads, h, w)`: probabilities, which add up to 1
-        over the map or, with a class token, to what the class token leaves.
-    """
-    attending = [
-        (i, stage.cls_token is not None)
-        for i, stage in enumerate(model.stages)
-        for block in stage.blocks
-        if isinstance(block, AttentionBlock)
-    ]
-    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(False)  # a kernel that looks biases up itself hides them from the recorder
-    try:
-        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
-            maps = model.forward_intermediates(images, intermediates_only=True)
-    finally:
-        set_fused_attn(fused, experimental)
-    stages: dict[int, list[Tensor]] = {}
-    for (i, prefix), row in zip(attending, recorder.rows, strict=True):
-        stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)
-    return {i: torch.stack(rows, dim=1) for i, rows in stages.items()}
-
-
-def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
-    """A heat map `(h, w)`, brightest at its own maximum, with the query token outlined, below a line of text."""
-    height, width = heat.shape
-    levels = (heat * (255 / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))).round().to(torch.uint8)
-    side = max(4, round(LEGIBLE / 2 / min(height, width)))  # of a token
-    picture = ImageOps.colorize(Image.fromarray(levels.cpu().numpy()), **HEAT)
-    picture = picture.resize((side * width, side * height), Image.Resampling.NEAREST)
-    y, x = side * (query // width), side * (query % width)
-    ImageDraw.Draw(picture).rectangle((x - 1, y - 1, x + side, y + side), None, CELL_COLOR, 2)
-    font, line = ImageFont.load_default(13), 20
-    labelled = Image.new("RGB", (picture.width, picture.height + line), "white")
-    labelled.paste(picture, (0, line))
-    ImageDraw.Draw(labelled).text((2, line / 2), caption, "black", font, anchor="lm")
-    return labelled
