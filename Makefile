@@ -8,7 +8,7 @@ DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench paper test test-slow lint format clean
+.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench paper test test-slow test-gpu lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -59,7 +59,7 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py --output outputs/benchmark
 	"$(PYTHON)" tools/plot_benchmark.py outputs/benchmark/*.json
 
-paper: env-mm ## train small LITs with more and less attention, with and without DTM, and compare; a few hours
+paper: env-mm ## train small LITs and their peers on photographs and compare, by finished trainings and new ones; hours
 	"$(PYTHON)" -m tools.paper
 
 test: env-test lint ## check the style, then run the test suite
@@ -67,6 +67,9 @@ test: env-test lint ## check the style, then run the test suite
 
 test-slow: env-mm ## run the tests that take minutes
 	"$(PYTHON)" $(PYTEST) -m slow
+
+test-gpu: env ## run the tests that need a GPU, alone
+	"$(PYTHON)" -m pytest tests/gpu
 
 lint: env ## check style and formatting
 	"$(PYTHON)" -m ruff check

@@ -107,7 +107,7 @@ def test_the_backbone_installs_alone(tmp_path: Path) -> None:
 
     use = """
 import timm, torch
-import lit_backbone, lit_backbone.images, lit_backbone.visualize
+import lit_backbone, lit_backbone.attention, lit_backbone.offsets
 print(lit_backbone.__file__, timm.create_model("lit_s", num_classes=0)(torch.zeros(1, 3, 64, 64)).shape)"""
     run = run_without_the_trainers_packages(use, target)
     assert run.stdout == f"{target / 'lit_backbone/__init__.py'} torch.Size([1, 768])\n", run.stderr

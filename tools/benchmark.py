@@ -167,7 +167,7 @@ def infer(model: nn.Module, images: Tensor) -> None:
 def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Forward, cross-entropy, backward and AdamW on random images."""
     model.train()
-    targets = torch.randint(1000, (len(images),), device=images.device)
+    targets = torch.randint(model.num_classes, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:

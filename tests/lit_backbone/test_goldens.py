@@ -79,8 +79,9 @@ def test_logits_and_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens:
 def training_step(model: LIT, state: Mapping[str, Tensor]) -> float:
     model.load_state_dict(state)
     model.train().zero_grad()
-    logits = model(image((4, 3, 224, 224), 11))
-    loss = (-soft_target(4, 1000, 12) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    device = next(model.parameters()).device
+    logits = model(image((4, 3, 224, 224), 11).to(device))
+    loss = (-soft_target(4, 1000, 12).to(device) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
     loss.backward()
     return loss.item()
 

@@ -1,16 +1,22 @@
-"""The comparison goes on where it was interrupted, and counts a difference only where chance does not explain it."""
+"""The comparison goes on where it was interrupted, compares like with like, and tells differences from chance."""
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tqdm import tqdm
 
+from demo.cifar10 import CLASSES
 from demo.digit_scenes import write_scenes
-from tools import paper
+from lit_classification.config_file import load_config
+from tools import paper, paper_runs, paper_tables
+from tools.paper_runs import CONFIGS, DENSE, LIT, MODELS, ROOT, Run, TrainingError
 
-ROOT = Path(__file__).parents[2]
+SHORT = ("TRAIN.EPOCHS", "2", "TRAIN.GLOBAL_BATCH", "8", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0")
 
 
 @pytest.fixture
@@ -19,18 +25,27 @@ def bar() -> Iterator[tqdm]:
         yield bar
 
 
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """For the real trainer to train for two epochs on a few images of noise."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, name, number in np.ndindex(2, len(CLASSES), 1):
+        path = root / ("train", "val")[split] / CLASSES[name] / f"{number}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+    return ("DATA.DATA_PATH", str(root), *SHORT)
+
+
 def test_every_training_is_planned_once(tmp_path: Path) -> None:
-    classification, dense = paper.classification_runs(tmp_path), paper.dense_runs(tmp_path)
-    runs = classification + dense
-    assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs) == 3 * (7 + 2 * 2)
-    pretrained = next(run for run in dense if run.key == "segmentation, pretrained, seed 2")
-    classifier = next(run for run in classification if run.key == "lit-0011, seed 2")
-    assert f"model.backbone.init_cfg.checkpoint={classifier.folder}/latest.pth" in pretrained.commands[0]
+    runs = paper.classification_runs(tmp_path, [*MODELS], [0, 1, 2]) + paper.dense_runs(tmp_path, [*DENSE], [0, 1, 2])
+    assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs) == 3 * (9 + 2 * 2)
+    assert len({run.digest for run in runs}) == len(runs)
+    assert [run.key for run in runs[:2]] == ["lit, seed 0", "lit-1111, seed 0"]
 
 
 def test_schedules_are_shorter_than_the_demos() -> None:
     Config = pytest.importorskip("mmengine.config").Config
-    for name, task in paper.DENSE.items():
+    for name, task in DENSE.items():
         values = set()
         demo = Config.fromfile(ROOT / name / "configs" / "demo" / f"{task.config}.py")
         for setting in task.schedule:
@@ -39,121 +54,117 @@ def test_schedules_are_shorter_than_the_demos() -> None:
             for part in key.split("."):
                 whole = whole[int(part) if part.isdigit() else part]
             values.add((int(value), whole))
-        ((ours, demos),) = values  # as long everywhere
-        assert ours < demos and str(ours) in task.last
+        ((ours, demos),) = values  # as long everywhere, and evaluated at the end
+        assert ours < demos
 
 
-def shorten(run, *options: str):
-    """The training with options at the end of all its commands."""
-    return run._replace(commands=tuple((*command, *options) for command in run.commands))
+def test_a_training_is_continued_and_counted(options: tuple[str, ...], tmp_path: Path, bar: tqdm) -> None:
+    """Started again, it only reports; with other settings, it is not done."""
+    run, other = (paper.classification_runs(tmp_path, [LIT], [0], *options, "TRAIN.EPOCHS", n)[0] for n in "23")
+    results = tmp_path / "results" / "results.json"
+    assert paper.finished(results, [run]) == {}
+    ((_, result),) = paper.train_all([run], 1, bar)
+    log = (run.folder / "log.jsonl").read_text()
+    assert (
+        result["reached"] == [json.loads(line)["val/acc1"] for line in log.splitlines()] and len(log.splitlines()) == 2
+    )
+    paper.keep(results, run.key, result)
+    paper.keep(results, "another, seed 1", result)
+    assert paper.finished(results, [run, other]) == {run.key: result}
+    assert paper.finished(results, [other]) == {}
+    ((_, again),) = paper.train_all([run], 1, bar)
+    assert again["reached"] == result["reached"] and again["cpu_seconds"] > result["cpu_seconds"] > 0
 
 
-def small_classification(data: Path, output: Path) -> list:
-    """Trainings by the real trainer, for two epochs on a few images."""
-    paper.write_images(data, train=70, val=10)
-    options = ("DATA.DATA_PATH", str(data), "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2")
-    return [shorten(run, *options) for run in paper.classification_runs(output)]
-
-
-@pytest.fixture
-def small_runs(tmp_path: Path) -> list:
-    return small_classification(tmp_path / "data", tmp_path / "out")[:2]
-
-
-def test_a_training_is_continued_and_read(small_runs: list, bar: tqdm) -> None:
-    """Started again, it only reports."""
-    run = small_runs[0]
-    ((_, accuracy),) = paper.train_all([run], 1, bar)
-    log = run.folder / "log.jsonl"
-    assert accuracy == [json.loads(line)["val/acc1"] for line in log.read_text().splitlines()][-1]
-    before = log.read_text()
-    assert list(paper.train_all([run], 1, bar)) == [(run, accuracy)] and log.read_text() == before
-    assert "finished already" in run.printed.read_text()
-
-
-def test_trainings_end_with_the_comparison(small_runs: list, bar: tqdm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted after the first, it leaves no process behind; the second can be gone on with."""
+def test_trainings_end_with_the_comparison(
+    options: tuple[str, ...], tmp_path: Path, bar: tqdm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One fails, and the other is not left behind."""
     started = []
-    start = paper.Run.start
-    monkeypatch.setattr(paper.Run, "start", lambda *args: started.append(start(*args)) or started[-1])
-    first, second = small_runs
-    slow = shorten(second, "TRAIN.EPOCHS", "1000")
-    trainings = paper.train_all([first, slow], 2, bar)
-    assert next(trainings)[0] == first
-    trainings.close()
-    assert [process.poll() is None for process in started] == [False, False] and started[1].returncode != 0
-    shorter = shorten(second, "TRAIN.RESUME_CHANGED", "true")
-    assert [run for run, _ in paper.train_all([shorter], 1, bar)] == [shorter]
-
-
-def test_a_training_that_fails_stops_all(small_runs: list, bar: tqdm) -> None:
-    run = small_runs[0]
-    broken = shorten(run, "TRAIN.NONE", "1")
-    with pytest.raises(paper.TrainingError, match="(?s)lit-1111, seed 0: ended with status 1; .*error: .*NONE"):
-        list(paper.train_all([broken, *small_runs], 1, bar))
-    assert not small_runs[1].folder.exists()
+    start = Run.start
+    monkeypatch.setattr(Run, "start", lambda run: started.append(start(run)) or started[-1])
+    long, broken = paper.classification_runs(tmp_path, ["resnet", LIT], [0], *options, "TRAIN.EPOCHS", "100000")
+    broken = broken._replace(command=(*broken.command, "TRAIN.NONE", "1"))
+    with pytest.raises(TrainingError, match="(?s)lit, seed 0: ended with status 1; .*error: .*NONE"):
+        list(paper.train_all([long, broken], 2, bar))
+    assert len(started) == 2 and all(process.returncode for process in started)
+    assert (long.folder / "seconds.txt").exists()
 
 
 @pytest.mark.slow
-def test_the_whole_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classifiers, and segmentors from their weights, each a few steps long; a second time nothing is trained."""
+def test_the_whole_comparison(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers, and segmentors from the weights of one, each a few steps long; then nothing is left to train."""
     load_file = pytest.importorskip("lit_backbone.mm.loading").load_file
-    scenes, output = tmp_path / "scenes", tmp_path / "out"
+    scenes, output, seeds = tmp_path / "scenes", tmp_path / "out", [0, 1]
     write_scenes(scenes, size=64, train=16, val=2)
-    monkeypatch.setattr(paper, "SEEDS", (0, 1))
-    monkeypatch.setattr(paper, "VARIANTS", {name: paper.VARIANTS[name] for name in (paper.LIT, "lit-0000")})
-    task = paper.DENSE["segmentation"]._replace(schedule=("train_cfg.max_iters=1",), last="iter_1.pth")
-    monkeypatch.setattr(paper, "DENSE", {"segmentation": task})
-    options = [f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "test")]
-    classification = small_classification(tmp_path / "digits", output)
-    dense = [shorten(run, "--cfg-options", *options) for run in paper.dense_runs(output)]
-    monkeypatch.setattr(paper, "classification_runs", lambda _: classification)
-    monkeypatch.setattr(paper, "dense_runs", lambda _: dense)
-    for data in ("write_images", "write_scenes"):
-        monkeypatch.setattr(paper, data, lambda _: None)
-    paper.main(["--output", str(output)])
-    done = json.loads((output / "results.json").read_text())
-    assert done.keys() == {run.key for run in classification + dense}
+    plan = paper.classification_runs
+    monkeypatch.setattr(paper, "classification_runs", lambda *args: plan(*args, *options))
+    weights = output / LIT / "seed-0" / "latest.pth"
+    monkeypatch.setitem(paper_runs.STARTS, "pretrained", f".checkpoint={weights}")
+    task = DENSE["segmentation"]
+    schedule = tuple(setting.replace("1000", "1") for setting in task.schedule if setting.startswith("train_cfg"))
+    monkeypatch.setitem(DENSE, "segmentation", task._replace(schedule=schedule))
+    data = tuple(f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "val"))
+    dense = [run._replace(command=(*run.command, *data)) for run in paper.dense_runs(output, ["segmentation"], seeds)]
+    monkeypatch.setattr(paper, "dense_runs", lambda *_: dense)
+    for name in ("write_images", "write_scenes"):
+        monkeypatch.setattr(paper, name, lambda _: None)
+    command = ["--output", str(output), "--results", str(tmp_path), "--seeds", "0", "1", "--jobs", "1"]
+    command += ["--models", LIT, "resnet", "segmentation"]
+    paper.main(command)
+    done = json.loads((tmp_path / "results.json").read_text())
+    assert done.keys() == {f"{name}, seed {seed}" for name in (LIT, "resnet") for seed in seeds} | {
+        x.key for x in dense
+    }
+    classifier = load_file(str(weights))["model"]
     for run in dense:
         weight = load_file(str(run.folder / "iter_1.pth"))["state_dict"]["backbone.stages.0.merge.proj.weight"]
-        classifier = load_file(str(output / paper.LIT / f"seed-{run.seed}" / "latest.pth"))["model"]
         moved = (weight - classifier["stages.0.merge.proj.weight"]).abs().max()
         assert (moved < 1e-3) == ("pretrained" in run.name), run.key
-    assert "segmentation, mIoU (%)" in (output / "tables.md").read_text() and (output / "paper.png").is_file()
-    monkeypatch.setattr(paper.Run, "start", None)
-    paper.main(["--output", str(output)])
-    assert json.loads((output / "results.json").read_text()) == done
+    monkeypatch.setattr(Run, "start", None)
+    paper.main(command)
+    assert json.loads((tmp_path / "results.json").read_text()) == done
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
 def test_differences_by_chance_are_not_resolved() -> None:
-    assert paper.difference([90.0, 92.0, 91.0], [90.5, 91.5, 90.0]).startswith("+0.33 (not resolved")
-    assert paper.difference([80.0, 80.2, 80.1], [90.0, 90.2, 90.3]).startswith("-10.07 (resolved")
-    assert paper.summary([1.0, 2.0, 3.0]) == "2.00 ± 0.58"
+    assert paper_tables.difference([90.0, 92.0, 91.0], [90.5, 91.5, 90.0]).startswith("+0.33 (not resolved")
+    assert paper_tables.difference([80.0, 80.2, 80.1], [90.0, 90.2, 90.3]).startswith("-10.07 (resolved")
+    assert paper_tables.difference([80.0], [90.0, 90.2, 90.3]) == ""
+    assert paper_tables.summary([1.0, 2.0, 3.0]) == "2.00 ± 0.58 (3 seeds)"
 
 
-def test_tables_and_plot(tmp_path: Path) -> None:
-    runs = paper.classification_runs(tmp_path) + paper.dense_runs(tmp_path)
-    found = {run.name: [90.0, 91.0, 92.5] for run in runs} | {"lit-0000": [50.0, 51.0, 52.0]}
-    cost = dict(parameters=1_234_567, multiply_adds=9.04e6, images_per_s=3210.4)
-    text = paper.tables(found, dict.fromkeys(paper.VARIANTS, cost), "a machine")
-    assert "| none | 51.00 ± 0.58 | -40.17 (resolved, p =" in text and "| 1.23 | 9.0 | 3210 |" in text
-    assert "| detection, box AP (%) | 91.17 ± 0.73 | 91.17 ± 0.73 | +0.00 (not resolved" in text
-    paper.draw(found, dict.fromkeys(paper.VARIANTS, cost), tmp_path / "paper.png")
-    assert (tmp_path / "paper.png").stat().st_size > 10_000
+def test_tables_and_plot_show_what_there_is(tmp_path: Path) -> None:
+    found = {LIT: [[80.0, 90.0], [81.0, 91.0]], "lit-0000": [[40.0, 50.0], [41.0, 51.0]], "swin": [[70.0, 85.0]]}
+    found["detection, pretrained"] = [[0.9], [0.92]]
+    cost = dict(parameters=1_234_567, multiply_adds=9.04e6, inference=3210.4, training=654.3)
+    costs = dict.fromkeys(MODELS, cost)
+    text = "\n".join(paper_tables.tables(found, costs))
+    assert "| attention in no stage | 50.50 ± 0.50 (2 seeds) | -40.00 (resolved, p =" in text
+    assert "| Swin | 85.00 (1 seed so far) |  | 1.23 | 9.0 | 3210 | 654 |" in text
+    assert "| ResNet | not run yet |" in text
+    assert "| detection, box AP (%) | 91.00 ± 1.00 (2 seeds) | not run yet |  |" in text
+    paper_tables.draw(found, costs, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
-def test_variants_differ_in_the_model_alone() -> None:
-    configs = {path.stem: paper.load_config(path) for path in (ROOT / "classification/configs/paper").iterdir()}
-    assert configs.keys() == paper.VARIANTS.keys()
-    lit = configs[paper.LIT]
-    for config in configs.values():
+def test_models_differ_in_the_model_alone() -> None:
+    configs = {path.stem: load_config(path) for path in CONFIGS.iterdir() if path.stem != "base"}
+    assert configs.keys() == MODELS.keys()
+    lit = configs[LIT]
+    for name, config in configs.items():
         assert config.model_copy(update={"MODEL": lit.MODEL, "BASE": lit.BASE}) == lit
         extra = config.MODEL.LIT.model_dump().items() - lit.MODEL.LIT.model_dump().items()
-        assert config.MODEL.model_copy(update={"LIT": lit.MODEL.LIT}) == lit.MODEL and len(extra) == (config != lit)
+        assert len(extra) == (name.startswith("lit-"))
+        own = {"NAME": lit.MODEL.NAME, "LIT": lit.MODEL.LIT, "KEYWORDS": {}}
+        assert config.MODEL.model_copy(update=own) == lit.MODEL
 
 
-def test_models_cost_what_attention_costs() -> None:
-    costs = {name: paper.multiply_adds(lambda name=name: paper._build(name), (64, 64)) for name in paper.VARIANTS}
-    stages = [f"lit-{code}" for code in ("0000", "0001", "0011", "0111", "1111")]
-    assert [costs[name] for name in stages] == sorted(costs[name] for name in stages)
-    assert costs["lit-0011-conv"] < costs["lit-0011"]
+def test_peers_cost_what_lit_costs() -> None:
+    """Multiply-adds within ten percent, and as many blocks."""
+    costs = {name: paper_tables.multiply_adds(partial(paper_tables.build, name), (64, 64)) for name in MODELS}
+    for name in ("lit-conv", "lit-conv-bn", "swin", "pvt-v2", "convnext", "resnet"):
+        assert costs[name] == pytest.approx(costs[LIT], rel=0.1), name
+        keywords = load_config(CONFIGS / f"{name}.yaml").model_keywords
+        assert sum(keywords.get("depths") or keywords["layers"]) == 5, name
+    assert costs["lit-0000"] < costs[LIT] < costs["lit-1111"]

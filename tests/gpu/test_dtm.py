@@ -1,0 +1,94 @@
+"""Deformable token merging as a GPU runs it, against torchvision's operator."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_backbone import dtm
+from lit_backbone.dtm import DeformableTokenMerging, deformable_sample
+from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
+from tests.lit_backbone.test_dtm import oracle, output_and_gradients, random_inputs, warp_and_merge
+
+
+def inputs_on_device(*shape: int, reach: float) -> list[Tensor]:
+    """Map, offsets of up to `reach` pixels, all zero for 0, weight and bias, in float64."""
+    x, offset, weight, bias = random_inputs(2, *shape, reach=reach)
+    offset = offset if reach else torch.zeros_like(offset)
+    return [tensor.double().to(DEVICE) for tensor in (x, offset, weight, bias)]
+
+
+def assert_agrees_with_torchvision(merge: Callable[..., Tensor], inputs: list[Tensor], tolerance: float) -> None:
+    actual, expected = (output_and_gradients(function, *inputs) for function in (merge, oracle))
+    for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
+        assert relative_error(result, reference) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("reach", [0.0, 0.5, 3.0, 60.0])  # the last is far outside
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 33, 21), (96, 56, 56), (130, 7, 12)])
+def test_agrees_with_torchvision(
+    shape: tuple[int, int, int], reach: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = [tensor.to(dtype) for tensor in inputs_on_device(*shape, reach=reach)]
+    assert_agrees_with_torchvision(warp_and_merge, inputs, tolerance)
+
+
+def test_compiled_agrees_with_torchvision() -> None:
+    inputs = [tensor.float() for tensor in inputs_on_device(3, 33, 21, reach=3.0)]
+    assert_agrees_with_torchvision(torch.compile(warp_and_merge, fullgraph=True), inputs, 2e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("channels", [1, 3, 96, 130])
+def test_half_precision_rounds_only_results(channels: int, dtype: torch.dtype, tolerance: float) -> None:
+    x, offset, _, _ = inputs_on_device(channels, 9, 14, reach=3.0)
+    x, offset = x.to(dtype), offset.float()
+    actual = output_and_gradients(lambda *args: deformable_sample(*args).double(), x, offset)
+    expected = output_and_gradients(deformable_sample, x.double(), offset.double())
+    for result, reference, name in zip(actual, expected, ["output", "x", "offset"], strict=True):
+        assert relative_error(result, reference) < tolerance, name
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_are_what_runs(dtype: torch.dtype) -> None:
+    assert dtm._use_kernels(torch.zeros(1, 4, 4, 96, dtype=dtype, device=DEVICE))
+
+
+@needs_gpu
+def test_running_out_of_memory_is_no_answer(recwarn: pytest.WarningsRecorder) -> None:
+    """It passes through, and what comes after still has its kernels."""
+    dtm._has_kernels.cache_clear()
+    x = torch.zeros(64, 96, 112, 112, dtype=torch.bfloat16, device=DEVICE)
+    offset = torch.zeros(64, 8, 56, 56, device=DEVICE)
+    torch.cuda.empty_cache()
+    share = (torch.cuda.memory_reserved() + 2**20) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            deformable_sample(x, offset)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert dtm._use_kernels(x.permute(0, 2, 3, 1)) and not recwarn.list
+    assert deformable_sample(x, offset).shape == x.shape
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offsets_are_computed_without_tf32(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    layer = DeformableTokenMerging(384, 768).offset.to(DEVICE)
+    torch.nn.init.normal_(layer.weight, std=0.1)
+    x = torch.randn(2, 384, 28, 28, device=DEVICE, requires_grad=True)
+    offset = torch.compile(layer, fullgraph=True)(x) if compiled else layer(x)
+    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2)
+    assert relative_error(offset, expected) < 2e-6
+    if ON_GPU and torch.cuda.get_device_capability() >= (8, 0):
+        assert relative_error(F.conv2d(x, layer.weight, layer.bias, stride=2), expected) > 1e-5  # TF32 is on
+    tensors = (x, layer.weight, layer.bias)
+    cotangent = torch.randn_like(offset)
+    gradients = torch.autograd.grad(offset, tensors, cotangent)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, tensors, cotangent.double()), strict=True):
+        assert relative_error(gradient, reference) < 2e-3
