@@ -5,7 +5,7 @@
 Trains small LITs with more and less attention, and with other mergings than DTM, and small models of other families, on
 CIFAR-10; then a detector and a segmentor on scenes of digits, from LIT's weights and from random ones. What is in
 results.json, with the settings of now, counts as done; what was interrupted goes on, within a training, too. Prints
-tables of what there is and draws accuracy.png, and sampling.png of the LIT in demo/; `--report` does only this.
+tables of what there is and draws accuracy.png, and sampling.png of lit.pth, LIT of seed 0; `--report` does only this.
 """
 
 import argparse
@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from demo.cifar10 import FetchError, write_images
 from demo.digit_scenes import write_scenes
-from tools.paper_runs import DENSE, MODELS, ROOT, WEIGHTS, Run, TrainingError, classification_runs, dense_runs
+from lit_backbone import read_checkpoint
+from tools.paper_runs import DENSE, LIT, MODELS, ROOT, Run, TrainingError, classification_runs, dense_runs
 from tools.paper_tables import draw_sampling, report
 
 
@@ -71,6 +73,15 @@ def keep(path: Path, key: str, result: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
+def keep_weights(path: Path, checkpoint: Path) -> None:
+    """Write what is needed to use a classifier of main.py: less than half of what continues its training."""
+    content = read_checkpoint(checkpoint)
+    used = {key: content[key] for key in ("model", "classes", "config")}
+    used["config"]["OUTPUT"] = ""  # a folder of this machine
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(used, path)
+
+
 def stop(signum: int, frame: object) -> None:
     sys.exit(f"interrupted by {signal.Signals(signum).name}; the same command goes on")
 
@@ -98,8 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signum, stop)
     models, tasks = ([name for name in args.models if name in group] for group in (MODELS, DENSE))
     options = ("TRAIN.EPOCHS", args.epochs, "RUNTIME.DEVICE", args.device, "RUNTIME.COMPILE", str(args.device != "cpu"))
-    output, results = args.output.resolve(), args.results.resolve() / "results.json"
-    runs = classification_runs(output, models, args.seeds, *options) + dense_runs(output, tasks, args.seeds)
+    output, folder = args.output.resolve(), args.results.resolve()
+    results, weights = folder / "results.json", folder / "lit.pth"
+    runs = classification_runs(output, models, args.seeds, *options) + dense_runs(output, tasks, args.seeds, weights)
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
     if todo:
@@ -111,13 +123,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"each training prints into its {output}/*/*/printed.txt")
         with tqdm(None, "trainings", total=len(runs), initial=len(done)) as bar:
             for run, result in train_all(todo, args.jobs, bar):
+                if run.key == f"{LIT}, seed 0":
+                    keep_weights(weights, run.folder / "latest.pth")
                 keep(results, run.key, result)
                 bar.write(f"{run.key}: {result['reached'][-1]:.4g}")
                 bar.update()
-    print(report(finished(results, runs), args.device, results.with_name("accuracy.png")))
-    photographs = [min(folder.iterdir()) for folder in sorted(ROOT.glob("data/cifar10/val/*"))]
-    if photographs and WEIGHTS.exists():
-        draw_sampling(WEIGHTS, photographs).save(results.with_name("sampling.png"))
+    print(report(finished(results, runs), args.device, folder / "accuracy.png"))
+    photographs = [min(path.iterdir()) for path in sorted(ROOT.glob("data/cifar10/val/*"))]
+    if photographs and weights.exists():
+        draw_sampling(weights, photographs).save(folder / "sampling.png")
 
 
 if __name__ == "__main__":

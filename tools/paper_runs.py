@@ -15,7 +15,6 @@ from lit_classification.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "classification/configs/cifar10"
-WEIGHTS = ROOT / "demo/lit_cifar10.pth"
 LIT = "lit"
 MODELS = {  # of CONFIGS, LIT first
     LIT: "LIT: attention in stages 3 and 4",
@@ -28,7 +27,7 @@ MODELS = {  # of CONFIGS, LIT first
     "convnext": "ConvNeXt",
     "resnet": "ResNet",
 }
-STARTS = {"pretrained": f".checkpoint={WEIGHTS}", "from scratch": "=None"}  # of the backbone's init_cfg
+STARTS = {"pretrained": ".checkpoint={}", "from scratch": "=None"}  # of the backbone's init_cfg
 
 
 class Dense(NamedTuple):
@@ -116,13 +115,14 @@ def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int
     return runs
 
 
-def dense_runs(output: Path, tasks: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+def dense_runs(output: Path, tasks: Sequence[str], seeds: Sequence[int], weights: Path) -> list[Run]:
     """By mmengine's tools, from the weights of a LIT trained on CIFAR-10, and from random ones."""
     runs = []
     for seed, name, start in product(seeds, tasks, STARTS):
         task = DENSE[name]
         path, folder = f"configs/demo/{task.config}.py", output / f"{name}-{start.replace(' ', '-')}" / f"seed-{seed}"
-        options = (f"randomness.seed={seed}", f"model.backbone.init_cfg{STARTS[start]}", *task.schedule)
+        init_cfg = f"model.backbone.init_cfg{STARTS[start].format(weights)}"
+        options = (f"randomness.seed={seed}", init_cfg, *task.schedule)
         command = (f"{name}/tools/train.py", path, "--work-dir", str(folder), "--resume", "--cfg-options", *options)
         computed = [(ROOT / name / path).read_text(), start, seed, task.schedule]
         runs.append(Run(f"{name}, {start}", seed, folder, command, computed, "*/vis_data/[0-9]*.json", task.metric))

@@ -91,7 +91,7 @@ class Images(Dataset):
             image, target = self.read(key)
         else:
             image, target = self.read_or_skip(key.index) if self.skip else self.read(key.index)
-            seed_everything("augmentation", self.seed, key.epoch, key.position)
+            seed_everything("augmentation", self.seed, key.epoch, key.position, devices=False)
         return self.transform(image), target
 
     def read_or_skip(self, index: int) -> tuple[Image.Image, int]:

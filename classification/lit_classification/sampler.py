@@ -19,12 +19,16 @@ def derive_seed(purpose: str, *key: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def seed_everything(purpose: str, *key: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, see :func:`derive_seed`."""
+def seed_everything(purpose: str, *key: int, devices: bool = True) -> None:
+    """Seed the generators of Python, NumPy and PyTorch, see :func:`derive_seed`.
+
+    Without devices, PyTorch's on the CPU alone: for a device not in use, torch.manual_seed formats a stack trace to
+    remember, and that takes as long as reading a small image.
+    """
     seed = derive_seed(purpose, *key)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from demo.cifar10 import CLASSES
 from demo.digit_scenes import write_scenes
 from lit_classification.config_file import load_config
-from tools import paper, paper_runs, paper_tables
+from tools import paper, paper_tables
 from tools.paper_runs import CONFIGS, DENSE, LIT, MODELS, ROOT, Run, TrainingError
 
 SHORT = ("TRAIN.EPOCHS", "2", "TRAIN.GLOBAL_BATCH", "8", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0")
@@ -37,7 +37,9 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def test_every_training_is_planned_once(tmp_path: Path) -> None:
-    runs = paper.classification_runs(tmp_path, [*MODELS], [0, 1, 2]) + paper.dense_runs(tmp_path, [*DENSE], [0, 1, 2])
+    runs = paper.classification_runs(tmp_path, [*MODELS], [0, 1, 2]) + paper.dense_runs(
+        tmp_path, [*DENSE], [0, 1, 2], tmp_path / "lit.pth"
+    )
     assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs) == 3 * (9 + 2 * 2)
     assert len({run.digest for run in runs}) == len(runs)
     assert [run.key for run in runs[:2]] == ["lit, seed 0", "lit-1111, seed 0"]
@@ -99,13 +101,13 @@ def test_the_whole_comparison(options: tuple[str, ...], tmp_path: Path, monkeypa
     write_scenes(scenes, size=64, train=16, val=2)
     plan = paper.classification_runs
     monkeypatch.setattr(paper, "classification_runs", lambda *args: plan(*args, *options))
-    weights = output / LIT / "seed-0" / "latest.pth"
-    monkeypatch.setitem(paper_runs.STARTS, "pretrained", f".checkpoint={weights}")
+    weights = tmp_path / "lit.pth"
     task = DENSE["segmentation"]
     schedule = tuple(setting.replace("1000", "1") for setting in task.schedule if setting.startswith("train_cfg"))
     monkeypatch.setitem(DENSE, "segmentation", task._replace(schedule=schedule))
     data = tuple(f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "val"))
-    dense = [run._replace(command=(*run.command, *data)) for run in paper.dense_runs(output, ["segmentation"], seeds)]
+    planned = paper.dense_runs(output, ["segmentation"], seeds, weights)
+    dense = [run._replace(command=(*run.command, *data)) for run in planned]
     monkeypatch.setattr(paper, "dense_runs", lambda *_: dense)
     for name in ("write_images", "write_scenes"):
         monkeypatch.setattr(paper, name, lambda _: None)
