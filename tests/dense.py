@@ -1,9 +1,10 @@
 """What the tests of detection and segmentation share: short runs of the tools, on a few scenes."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,18 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
 
 
 def output_of(*command: str | Path) -> str:
-    """What a tool that succeeds has printed.
+    """What a tool that succeeds has printed; it has a process of its own."""
+    return Program(*command, prepare=forget_runs).finish()
 
-    Tools have processes of their own in the tests, because mmengine keeps visualizer and logger for a whole process.
-    """
-    return Program(*command).finish()
+
+def forget_runs() -> None:
+    """Drops the visualizer, logger and the like of runs so far, which mmengine keeps for a whole process."""
+    from mmengine.utils import ManagerMixin  # not in an environment for classification alone
+
+    kinds = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
 
 
 def output_of_script(*command: str | Path) -> str:
@@ -59,6 +67,17 @@ def error_of(tool: Callable[..., Any], *args: Any) -> str:
     message = str(ended.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_configs() -> Iterator[None]:
+    """A run's config is written without yapf, whose layout takes longer than the runs; model indices are read once."""
+    from mmengine.config import utils  # not in an environment for classification alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda code, **_: (code, True))
+        patch.setattr(utils, "_get_cfg_metainfo", functools.cache(utils._get_cfg_metainfo))
+        yield
 
 
 def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) -> None:

@@ -39,7 +39,7 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> Iterator[tuple[Run, dict
             while waiting and len(processes) < jobs:
                 run = waiting.popleft()
                 processes[run.start()] = run
-            bar.set_postfix_str("; ".join(run.key for run in processes.values()))
+                bar.set_postfix_str("; ".join(run.key for run in processes.values()))
             time.sleep(1)
             for process in [process for process, run in processes.items() if run.has_ended(process)]:
                 run = processes.pop(process)
@@ -103,8 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
     if todo:
-        write_images(ROOT / "data/cifar10")
-        write_scenes(ROOT / "data/digit_scenes")
+        if models:
+            write_images(ROOT / "data/cifar10")
+        if tasks:
+            write_scenes(ROOT / "data/digit_scenes")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of each training
         print(f"each training prints into its {output}/*/*/printed.txt")
         with tqdm(None, "trainings", total=len(runs), initial=len(done)) as bar:

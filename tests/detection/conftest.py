@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests import dense
+from tests.dense import quick_configs  # noqa: F401, a fixture
 from tests.programs import single_thread  # noqa: F401, a fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
@@ -38,3 +39,11 @@ def classes_of_all_splits(classes: tuple[str, ...]) -> str:
 def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
     return lambda work_dir="run", **changes: build_options(scenes, digits_checkpoint, tmp_path / work_dir, **changes)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def imported() -> None:
+    """What mmengine would import in each process that a test forks."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)

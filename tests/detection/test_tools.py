@@ -190,7 +190,7 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
     assert "epoch_2.pth: not a checkpoint of RetinaNet with lit_s" in message
     cut = tmp_path / "cut.pth"
     cut.write_bytes(last.read_bytes()[:10_000])
-    assert "cut.pth: unreadable or truncated" in test_error(cut)
+    assert "cut.pth: damaged, unreadable or truncated" in test_error(cut)
     assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
     assert "none.pth: no such file" in train_error(options, model__backbone__init_cfg__checkpoint=tmp_path / "none.pth")
 

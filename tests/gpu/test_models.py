@@ -25,7 +25,7 @@ def released(name: str, goldens: Mapping[str, Any]) -> tuple[nn.Module, dict[str
     return model, state
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize("name", ["lit_s", "lit_ti", "pvt_small_full_msa"])
 def test_logits(name: str, dtype: torch.dtype, tolerance: float, goldens: dict[str, Any]) -> None:
     model, _ = released(name, goldens)

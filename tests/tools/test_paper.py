@@ -102,7 +102,7 @@ def test_the_whole_comparison(options: tuple[str, ...], tmp_path: Path, monkeypa
     weights = output / LIT / "seed-0" / "latest.pth"
     monkeypatch.setitem(paper_runs.STARTS, "pretrained", f".checkpoint={weights}")
     task = DENSE["segmentation"]
-    schedule = tuple(setting.replace("1000", "1") for setting in task.schedule)
+    schedule = tuple(setting.replace("1000", "1") for setting in task.schedule if setting.startswith("train_cfg"))
     monkeypatch.setitem(DENSE, "segmentation", task._replace(schedule=schedule))
     data = tuple(f"{split}_dataloader.dataset.data_root={scenes}/" for split in ("train", "val"))
     dense = [run._replace(command=(*run.command, *data)) for run in paper.dense_runs(output, ["segmentation"], seeds)]
