@@ -9,9 +9,10 @@ from timm.models._hub import generate_readme
 
 from lit_backbone import __version__
 from lit_backbone.text import printable
-from lit_classification.config import Config, settings
-from lit_classification.model import Classifier, stored_config
-from lit_classification.resume import RunRecords, read_run
+from lit_classification.config import Config
+from lit_classification.model import Classifier, stored_config, stored_records
+from lit_classification.recipe import describe_settings
+from lit_classification.resume import RunRecords
 
 USAGE = """
 ```python
@@ -46,7 +47,7 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
     """
     config, unknown = classifier.config, f"{printable(checkpoint.name, 100)} does not say"
     stored = stored_config(content, checkpoint)
-    run = read_run(content, checkpoint)[0] if "updates_per_epoch" in content else None
+    run = stored_records(content, checkpoint, RunRecords) if "updates_per_epoch" in content else None
     height, width = config.DATA.IMG_SIZE
     parameters = sum(p.numel() for p in classifier.model.parameters())
     details = {
@@ -95,4 +96,4 @@ def _training(config: Config, run: RunRecords) -> str:
 
 def _recipe(config: Config) -> dict[str, str]:
     """Every setting on which the result depends."""
-    return {key: printable(value, 200) for key, value in settings(config.model_dump(mode="json")).items()}
+    return {key: printable(value, 200) for key, value in describe_settings(config).items()}
