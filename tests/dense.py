@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lit_backbone.offsets import sampling_chains
 from tests.programs import Program
@@ -21,6 +21,25 @@ def derive(path: Path, base: Path, changes: str) -> Path:
     """Writes a config that inherits from another one; for what options cannot say, such as class names of digits."""
     path.write_text(f"_base_ = {str(base)!r}\n{changes}\n")
     return path
+
+
+# Options that make LIT-S in a published config small, as a user would, and its start random
+TINY = ["load_from=None", "model.backbone.init_cfg=None", "model.backbone.arch._delete_=True"]
+TINY += ["model.backbone.arch.embed_dims=(8,16,32,64)", "model.backbone.arch.num_heads=(1,2,4,8)"]
+TINY += ["model.backbone.arch.depths=(1,1,1,1)", "model.neck.in_channels=[8,16,32,64]", "model.neck.out_channels=16"]
+
+
+def draw_shapes(seed: int) -> tuple[Image.Image, Image.Image, list[tuple[int, int, int, int]]]:
+    """A picture of 96 x 72 pixels, its mask (1 in a disc, 2 in a square), and the boxes of the two: x, y, w, h."""
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(100, size=(72, 96, 3), dtype=np.uint8))
+    mask, boxes = Image.new("L", picture.size), []
+    for left, number, color, shape in ((0, 1, "red", "ellipse"), (48, 2, "blue", "rectangle")):
+        x, y = left + int(rng.integers(16)), int(rng.integers(40))
+        for image, fill in ((picture, color), (mask, number)):
+            getattr(ImageDraw.Draw(image), shape)((x, y, x + 29, y + 29), fill=fill)
+        boxes.append((x, y, 30, 30))
+    return picture, mask, boxes
 
 
 def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, **changes: Any) -> list[str]:

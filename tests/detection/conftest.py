@@ -35,6 +35,14 @@ def classes_of_all_splits(classes: tuple[str, ...]) -> str:
     return "\n".join(f"{split}_dataloader = {dataset}" for split in ("train", "val", "test"))
 
 
+@pytest.fixture(scope="package", autouse=True)
+def imported() -> None:
+    """What the forked programs import, once for all of them."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+
+
 @pytest.fixture
 def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""

@@ -27,6 +27,14 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
     return dense.build_options(scenes, digits_checkpoint, work_dir, **(keys | changes))
 
 
+@pytest.fixture(scope="package", autouse=True)
+def imported() -> None:
+    """What the forked programs import, once for all of them."""
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+
+
 @pytest.fixture
 def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
