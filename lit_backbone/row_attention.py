@@ -40,19 +40,20 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
         strips = bias_strips(table.to(q.dtype), width)
-        biases = strips.unfold(2, height, 1).permute(2, 0, 1, 4, 3)  # -> (H, heads, W, H, W), the last row's first
-        biases = biases.flatten(3)  # -> (H, heads, W, N), a view
-        # rows of queries as a batch of their own: on a CPU all of them, where the fused kernel reads biases from the
-        # view; other kernels may copy what they are given, and get one
+        biases = strips.unfold(2, height, 1).permute(0, 2, 1, 4, 3)  # -> (heads, H, W, H, W), the last row's first
+        biases = biases.flatten(3)  # -> (heads, H, W, N), a view
+        # To the kernel, heads are images and rows are heads: what it reads for one head stays in the cache. On a CPU it
+        # reads biases from the view; elsewhere it may copy what it is given, and gets one row.
         rows = height if q.device.type == "cpu" else 1
         images = []
-        for query, key, value in zip(q, k, v, strict=True):
-            query = query.unflatten(1, (height, width)).transpose(0, 1).flip(0)  # (heads, N, C) -> (H, heads, W, C)
+        for query, key, value in zip(q, k.contiguous(), v.contiguous(), strict=True):
+            query = query.unflatten(1, (height, width)).flip(1)  # (heads, N, C) -> (heads, H, W, C)
+            key, value = (x[:, None].expand(-1, rows, -1, -1) for x in (key, value))  # -> (heads, rows, N, C), views
             parts = [
-                F.scaled_dot_product_attention(part, key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), bias)
-                for part, bias in zip(query.split(rows), biases.split(rows), strict=True)
+                F.scaled_dot_product_attention(part, key, value, bias)
+                for part, bias in zip(query.split(rows, 1), biases.split(rows, 1), strict=True)
             ]
-            images.append(torch.cat(parts).flip(0).transpose(0, 1).flatten(1, 2))  # -> (heads, N, C)
+            images.append(torch.cat(parts, 1).flip(1).flatten(1, 2))  # -> (heads, N, C)
         return torch.stack(images) if images else q.clone()
 
     @staticmethod
@@ -70,7 +71,7 @@ class RowAttention(torch.autograd.Function):
         grads = torch.zeros(3, *q.shape, dtype=dtype, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
             for tensors, image_grads in zip(zip(grad_out, out, q, k, v, strict=True), grads.unbind(1), strict=True):
-                _add_gradients(*(x.to(dtype) for x in tensors), strips, image_grads, grad_strips)
+                _add_gradients(*(x.to(dtype).contiguous() for x in tensors), strips, image_grads, grad_strips)
         return *grads.to(q.dtype), _table_gradient(grad_strips).to(table.dtype), None, None
 
 
