@@ -39,11 +39,3 @@ def imported() -> None:
 def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
     return lambda work_dir="run", **changes: build_options(scenes, digits_checkpoint, tmp_path / work_dir, **changes)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def imported() -> None:
-    """What mmengine would import in each process that a test forks."""
-    from mmseg.utils import register_all_modules
-
-    register_all_modules(init_default_scope=False)
