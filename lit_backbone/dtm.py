@@ -7,11 +7,12 @@ the whole map followed by an ordinary convolution: no im2col, nothing to build w
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
-from timm.layers import register_notrace_function, register_notrace_module
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from .layers import HAS_TRITON, is_exporting
@@ -144,6 +145,7 @@ def _backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
 _sample_tokens.register_autograd(_backward, setup_context=_save)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Bilinear samples of a map at learned positions, laid out as the input of a 2x2 stride-2 convolution.
@@ -206,26 +208,27 @@ def _convolution_backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor
 _convolve_without_tf32.register_autograd(_convolution_backward, setup_context=_save)
 
 
-@register_notrace_module
-class OffsetConv2d(nn.Conv2d):
-    """A convolution that stays in float32: bfloat16 would round an offset of 10 pixels by up to 0.03.
-
-    Neither autocast nor TF32, which a GPU's convolutions use by PyTorch's default, touches what it returns.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast
-            return super().forward(x)
-        with torch.autocast(device, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@torch.fx.wrap
+@register_notrace_function
+def convolve_offsets(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 2x2 stride-2 convolution in the weight's dtype, which neither autocast nor TF32 rounds."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # the meta device has none
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        x = x.to(weight.dtype) if autocast else x
         if x.is_cuda and x.dtype == torch.float32 and not is_exporting():
             return _convolve_without_tf32(x, weight, bias)
-        return super()._conv_forward(x, weight, bias)
+        return F.conv2d(x, weight, bias, stride=2)
 
 
+class OffsetConv2d(nn.Conv2d):
+    """A convolution that stays in float32: bfloat16 would round an offset of 10 pixels by up to 0.03, TF32 by less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_offsets(x, self.weight, self.bias)
+
+
+@torch.fx.wrap
 @register_notrace_function
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to which autocast rounds a convolution's input `x`."""

@@ -22,11 +22,12 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces the model. (PyTorch's and timm's functions of this name are also true, up to PyTorch
-    2.11, under torch.compile, which may take the sizes of its example for granted.)"""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+    """Whether torch.export or torch.jit.trace traces the model. (PyTorch's and timm's functions of this name are also
+    true, up to PyTorch 2.11, under torch.compile, which may take the sizes of its example for granted.)"""
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 
+@torch.fx.wrap
 @register_notrace_function
 def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Interpolate a position table `(1, C, h, w)` to `(1, C, height, width)`, in float32, keeping its dtype.
@@ -40,6 +41,7 @@ def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear
     return F.interpolate(table.float(), (height, width), mode=mode, align_corners=False).to(table.dtype)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     """Bias of attention over a whole map, looked up by the displacement from key to query.
@@ -119,7 +121,7 @@ def _is_large(q: Tensor, tokens: int) -> bool:
     if q.is_cuda:
         return not is_exporting() and tokens >= LARGE_MAP_ON_GPU
     # a graph for all sizes must not depend on one
-    traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or is_exporting()
     return not (traced or q.is_meta) and tokens >= LARGE_MAP
 
 
@@ -135,6 +137,7 @@ def _use_flex_attention(q: Tensor) -> bool:
     )
 
 
+@torch.fx.wrap
 @register_notrace_function
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes.
@@ -149,9 +152,22 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
             table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
             return RowAttention.apply(q, k, v, table, height, width)
     bias = relative_position_bias(table.to(q.dtype), height, width)
+    if torch.onnx.is_in_onnx_export():  # a mask that asks for gradients takes a path that PyTorch cannot export
+        bias = bias.detach()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@torch.fx.wrap
+@register_notrace_function
+def require_size(x: Tensor, smallest: int) -> Tensor:
+    """The images `(B, C, H, W)`; raises ValueError if a side has fewer than `smallest` pixels."""
+    if not is_exporting() and min(x.shape[2:]) < smallest:
+        size = f"{x.shape[2]} x {x.shape[3]}"
+        raise ValueError(f"an input of {size} pixels is too small, the smallest is {smallest} x {smallest}")
+    return x
+
+
+@torch.fx.wrap
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a map `(B, C, H, W)` on the right and at the bottom until `multiple` divides H and W."""
@@ -223,7 +239,7 @@ class Attention(nn.Module):
             trunc_normal_(self.rel_pos_bias, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        qkv = self.qkv(x).flatten(1, -2).unflatten(2, (3, self.num_heads, x.shape[-1] // self.num_heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, heads, C/heads) -> 3 x (B, heads, N, C/heads)
         if self.rel_pos_bias is None:
             out = F.scaled_dot_product_attention(q, k, v)

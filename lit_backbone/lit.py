@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from .dtm import DeformableTokenMerging
 from .fit import checkpoint_filter_fn
-from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, resize_table
+from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, require_size, resize_table
 from .released import load_released_layout
 
+torch.fx.wrap("require_size")
+torch.fx.wrap("resize_table")
 PATCH_SIZE = 4  # of the first stage; the other stages halve the map
 
 
@@ -287,6 +289,8 @@ class LIT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` to normalised tokens `(B, H/32, W/32, C)`, or `(B, 1 + N, C)` with a class token."""
+        # padding adds up to three pixels
+        x = require_size(x, PATCH_SIZE * 2 ** (len(self.stages) - 1) - self.pad_input * (PATCH_SIZE - 1))
         x = self.stages(x.permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C), a view
         return self.norm(x)
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from timm.models import FeatureGraphNet, group_parameters
 from timm.models._features import FeatureGetterNet
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lit_backbone import LIT
 from lit_backbone.layers import Attention, AttentionBlock, MlpBlock
@@ -344,6 +346,52 @@ def test_bfloat16_autocast(kind: str) -> None:
     assert out.dtype == torch.bfloat16
     assert F.cosine_similarity(out.float(), expected).min() > 0.99
     assert (model.bfloat16()(x.bfloat16())).dtype == torch.bfloat16
+
+
+OTHER_SIZES = [(1, 3, 64, 64), (3, 3, 96, 70), (1, 3, 45, 128)]
+
+
+def test_a_model_that_jit_traces_takes_other_sizes(kind: str) -> None:
+    model = small_lit(kind).eval()
+    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))  # which compares the outputs
+    for size in OTHER_SIZES:
+        x = torch.randn(size)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_torchvision_extracts_features(kind: str) -> None:
+    model = small_lit(kind).eval()
+    extractor = create_feature_extractor(model, {"stages.1": "map", "head": "logits"})
+    for size in OTHER_SIZES:
+        x = torch.randn(size)
+        found = extractor(x)
+        torch.testing.assert_close(found["logits"], model(x))
+        torch.testing.assert_close(found["map"], model.stages[:2](x.permute(0, 2, 3, 1)))
+
+
+def test_onnx_exports_a_model_that_could_train(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = small_lit(depths=(1, 1, 1, 1)).eval(), torch.randn(2, 3, 64, 96)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_may_be_empty(kind: str) -> None:
+    model = small_lit(kind).eval()
+    x = torch.zeros(0, 3, 64, 64, requires_grad=True)
+    logits = model(x)
+    logits.sum().backward()
+    assert logits.shape == (0, model.num_classes) and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("padded, smallest", [(True, 29), (False, 32)])
+def test_an_input_that_is_too_small_is_told_the_smallest(padded: bool, smallest: int) -> None:
+    model = small_lit(pad_input=padded).eval()
+    assert model(torch.randn(1, 3, smallest, smallest)).shape == (1, model.num_classes)
+    with pytest.raises(ValueError, match=f"an input of 64 x {smallest - 1} pixels .* is {smallest} x {smallest}$"):
+        model(torch.randn(1, 3, 64, smallest - 1))
 
 
 @pytest.mark.timeout(600)
