@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from traceback import walk_stack
 
@@ -416,7 +417,8 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
         run_update(trainer, batches)
 
     monkeypatch.setattr(training.Trainer, "run_update", break_the_third)
-    monkeypatch.setattr(lit_classification.run, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
+    unscaled = partial(GradScaler, init_scale=1.0)
+    monkeypatch.setattr(lit_classification.run, "GradScaler", lambda device, enabled: unscaled(device))
     options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
     assert_fails(capsys, ["--cfg", tiny_cfg(), *options], "loss 0.0, gradient norm nan in epoch 0, update 2;")
     assert json.loads((folder / "failed.json").read_text())["update"] == 2
