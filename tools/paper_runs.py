@@ -111,7 +111,7 @@ def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int
         path, tag, opts = str(CONFIGS / f"{name}.yaml"), f"seed-{seed}", ("SEED", str(seed), *options)
         command = ("classification/main.py", "--cfg", path, "--output", str(output), "--tag", tag, "--opts", *opts)
         computed = settings(load_config(path, opts).model_dump(mode="json", exclude_defaults=True))
-        runs.append(Run(name, seed, output / name / tag, command, computed, "log.jsonl", "val/acc1"))
+        runs.append(Run(name, seed, output / name / tag, command, [computed, options], "log.jsonl", "val/acc1"))
     return runs
 
 
