@@ -1,7 +1,7 @@
 # The environment is .venv unless PYTHON names the interpreter of another one, which is then used as it is:
 #   make test PYTHON=/home/anaconda3/envs/lit/bin/python
 PYTHON ?= $(CURDIR)/.venv/bin/python
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO_OUTPUT := output/lit-digits/default
 DIGITS_CLASSIFIER := classification/$(DEMO_OUTPUT)/latest.pth
 DETECTOR := retinanet_lit_digit_scenes

@@ -69,7 +69,7 @@ def _portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache
 def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
-    """Whether the Triton kernels compile for a device; the portable sampler steps in where they don't."""
+    """Whether the Triton kernels compile for a device; if not, PyTorch's sampler is used."""
     if device.type != "cuda" or not HAS_TRITON:
         return False
     from .dtm_triton import compile_kernels

@@ -1,5 +1,6 @@
 """The parts of LIT's stages: convolutional patch merging, position tables, attention, MLP and attention blocks."""
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,9 +12,11 @@ from timm.layers import DropPath, Mlp, register_notrace_function, trunc_normal_,
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-# tokens of a map from which on a GPU looks its bias up in the kernel: for 12 heads, that is 100 MB in bfloat16;
-# timm's switch, TIMM_FUSED_ATTN=0 or set_fused_attn(False), keeps the bias a tensor
-FLEX_TOKENS = 2048
+from .row_attention import RowAttention, bias_strips
+
+# Tokens of a map from which its bias is no longer a tensor. On a CPU rows of queries are then as fast, and save memory;
+# on a GPU the number is a guess, not measured: for 12 heads, the bias has 100 MB in bfloat16.
+LARGE_MAP, LARGE_MAP_ON_GPU = 576, 2048
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -55,9 +58,9 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
         # not table.flatten(2)[..., index]: its backward is several times slower on a CPU
         bias = table.flatten(2).index_select(2, (query[:, None] - key).flatten())  # (1, heads, L) -> (1, heads, N * N)
         return bias.unflatten(2, (tokens, tokens))  # -> (1, heads, N, N)
-    # the table's window at a query token holds its biases from the last key token to the first
-    windows = table.unfold(2, height, 1).unfold(3, width, 1)  # -> (1, heads, H, W, H, W), a view
-    return windows.reshape(1, -1, tokens, tokens).flip(3)  # -> (1, heads, N, N)
+    biases = bias_strips(table, width).unfold(2, height, 1)  # -> (heads, W, H, W, H), a view: the last row's first
+    biases = biases.permute(0, 2, 1, 4, 3).flip(1)  # -> (heads, H, W, H, W), a copy
+    return biases.reshape(1, -1, tokens, tokens)  # -> (1, heads, N, N)
 
 
 def displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,6 +83,7 @@ def flex_attention_with_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, hei
         `(B, heads, N, C/heads)`.
     """
     table = resize_table(table.float(), 2 * height - 1, 2 * width - 1, mode="bicubic")[0].flatten(1)  # (heads, L)
+    table = table.clone()  # of a view that is captured, the compiler's `aot_eager` backend loses the gradient
     query, key = displacements(height, width, q.device)
     # sizes are read from tensors, not from numbers, so that one compilation serves every map
 
@@ -95,20 +99,55 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@register_notrace_function
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
-    """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes."""
-    if (
+@lru_cache
+def _has_flex_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlexAttention compiles with a bias, forward and backward; rows of queries step in where it doesn't."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        q, k, v = torch.zeros(3, 2, 2, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
+        table = torch.zeros(1, 2, 31, 31, device=device, requires_grad=True)
+        try:
+            flex_attention_with_bias(q, k, v, table, 16, 16).sum().backward()
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the kernel
+            raise
+        except Exception as error:
+            warnings.warn(f"large maps are attended to more slowly: FlexAttention failed with {error!r}", stacklevel=1)
+            return False
+    return True
+
+
+def _is_large(q: Tensor, tokens: int) -> bool:
+    if q.is_cuda:
+        return not is_exporting() and tokens >= LARGE_MAP_ON_GPU
+    # a graph for all sizes must not depend on one
+    traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
+    return not (traced or q.is_meta) and tokens >= LARGE_MAP
+
+
+def _use_flex_attention(q: Tensor) -> bool:
+    return (
         q.is_cuda
         and HAS_TRITON
-        and use_fused_attn()
-        and not is_exporting()
         and not torch.are_deterministic_algorithms_enabled()  # its gradients come by atomic additions
-        and height * width >= FLEX_TOKENS
         and q.shape[-1] >= 16  # which it asks for
         and q.dtype != torch.float64
-    ):
-        return flex_attention_with_bias(q, k, v, table, height, width)
+        # in a graph that is being compiled nothing can be tried out
+        and (torch.compiler.is_compiling() or _has_flex_attention(q.device, q.dtype, q.shape[-1]))
+    )
+
+
+@register_notrace_function
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes.
+
+    The bias of a large map is looked up in the kernel or by rows of queries. It stays a tensor in exported models, on a
+    CPU in compiled ones, and at timm's switch: TIMM_FUSED_ATTN=0 or `set_fused_attn(False)`.
+    """
+    if use_fused_attn() and _is_large(q, height * width):
+        if _use_flex_attention(q):
+            return flex_attention_with_bias(q, k, v, table, height, width)
+        if not torch.compiler.is_compiling():
+            table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
+            return RowAttention.apply(q, k, v, table, height, width)
     bias = relative_position_bias(table.to(q.dtype), height, width)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 

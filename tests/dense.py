@@ -1,16 +1,17 @@
 """What the tests of detection and segmentation share: short runs of the tools, on a few scenes."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lit_backbone.offsets import sampling_chains
 from tests.programs import Program
@@ -20,6 +21,25 @@ def derive(path: Path, base: Path, changes: str) -> Path:
     """Writes a config that inherits from another one; for what options cannot say, such as class names of digits."""
     path.write_text(f"_base_ = {str(base)!r}\n{changes}\n")
     return path
+
+
+# Options that make LIT-S in a published config small, as a user would, and its start random
+TINY = ["load_from=None", "model.backbone.init_cfg=None", "model.backbone.arch._delete_=True"]
+TINY += ["model.backbone.arch.embed_dims=(8,16,32,64)", "model.backbone.arch.num_heads=(1,2,4,8)"]
+TINY += ["model.backbone.arch.depths=(1,1,1,1)", "model.neck.in_channels=[8,16,32,64]", "model.neck.out_channels=16"]
+
+
+def draw_shapes(seed: int) -> tuple[Image.Image, Image.Image, list[tuple[int, int, int, int]]]:
+    """A picture of 96 x 72 pixels, its mask (1 in a disc, 2 in a square), and the boxes of the two: x, y, w, h."""
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(100, size=(72, 96, 3), dtype=np.uint8))
+    mask, boxes = Image.new("L", picture.size), []
+    for left, number, color, shape in ((0, 1, "red", "ellipse"), (48, 2, "blue", "rectangle")):
+        x, y = left + int(rng.integers(16)), int(rng.integers(40))
+        for image, fill in ((picture, color), (mask, number)):
+            getattr(ImageDraw.Draw(image), shape)((x, y, x + 29, y + 29), fill=fill)
+        boxes.append((x, y, 30, 30))
+    return picture, mask, boxes
 
 
 def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, **changes: Any) -> list[str]:
@@ -36,10 +56,7 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
 
 
 def output_of(*command: str | Path) -> str:
-    """What a tool that succeeds has printed.
-
-    Tools have processes of their own in the tests, because mmengine keeps visualizer and logger for a whole process.
-    """
+    """What a tool that succeeds has printed; it has a process of its own."""
     return Program(*command).finish()
 
 
@@ -59,6 +76,17 @@ def error_of(tool: Callable[..., Any], *args: Any) -> str:
     message = str(ended.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_configs() -> Iterator[None]:
+    """A run's config is written without yapf, whose layout takes longer than the runs; model indices are read once."""
+    from mmengine.config import utils  # not in an environment for classification alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda code, **_: (code, True))
+        patch.setattr(utils, "_get_cfg_metainfo", functools.cache(utils._get_cfg_metainfo))
+        yield
 
 
 def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ class Program(multiprocessing.get_context("fork").Process):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         torch.cuda.is_available = lambda: False  # what the tests' own process has begun there cannot be forked
+        forget_runs()
         self.prepare()
         sys.argv = self.command
         sys.path.insert(0, str(Path(self.command[0]).parent))
@@ -54,6 +55,14 @@ class Program(multiprocessing.get_context("fork").Process):
         assert self.exitcode == status, printed
         assert all(part in printed for part in parts), printed
         return printed
+
+
+def forget_runs() -> None:
+    """Drops the visualizer, logger and the like of runs so far, which mmengine keeps for a whole process."""
+    kinds = [sys.modules["mmengine.utils"].ManagerMixin] if "mmengine.utils" in sys.modules else []
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
 
 
 def start_pair(*commands: list[str | Path]) -> list[Program]:

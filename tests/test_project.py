@@ -1,4 +1,4 @@
-"""What the top of the repository promises: README's examples run as they stand there, torch.hub's entry points load,
+"""What the top of the repository promises: examples run as they stand on its pages, torch.hub's entry points load,
 the backbone installs alone.
 """
 
@@ -20,7 +20,8 @@ import hubconf
 import lit_backbone
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = (ROOT / "README.md").read_text() + (ROOT / "docs/faq.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
 @pytest.fixture
@@ -65,6 +66,13 @@ def test_torchvision_detector() -> None:
     assert all(p.grad is not None for p in detector.backbone.body.model.stages[0].parameters())
     detector.eval()
     assert detector([torch.rand(3, 160, 200)])[0].keys() == {"boxes", "labels", "scores"}
+
+
+def test_memory_of_an_image() -> None:
+    names = run_example("kept_bytes")
+    assert names["besides"] > 16 * 27_973_720
+    names["model"].set_grad_checkpointing()
+    assert names["kept_bytes"](names["model"], torch.zeros(2, 3, 224, 224)) < names["two"] / 2
 
 
 def test_torch_hub(folder: Path) -> None:

@@ -6,33 +6,42 @@
   torch-export  lit_s.pt2, a graph for torch.export.load
   safetensors   lit_s.safetensors, the weights alone, e.g. for timm.create_model("lit_s", checkpoint_path=...)
   hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True), once lit_backbone is
-                imported
+                imported, or for the Hub, with a model card, README.md
   released      lit_s-released.pth, the weights in the layout of the authors' code
 
 Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels (torch-export: 64 x 64, for
 PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
 `(B, C, H / s, W / s)` for s = 4, 8, 16, 32, as timm's features_only gives them (the class token of LIT-Ti takes part).
+The files of onnx (as metadata), torch-export (as extra_files) and safetensors (as metadata) tell the architecture, and
+in JSON the classes and how timm prepares an image. In an ONNX file, DTM is the operator DeformConv, which onnxruntime
+runs from 1.25 on; with --grid-sample, GridSample and Conv, slower, but known to more runtimes.
 onnx needs the packages onnx and onnxscript: `bash setup_env.sh --dev` installs them.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor
+from torchvision.ops import deform_conv2d
 
-from lit_backbone import LIT, CheckpointError
+from lit_backbone import LIT, CheckpointError, DeformableTokenMerging, read_checkpoint
 from lit_backbone.released import to_released
 from lit_classification.augmentation import evaluation_input
 from lit_classification.model import Classifier, load_classifier
+from lit_classification.model_card import model_card
 
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
 
@@ -43,27 +52,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint, named after it)")
     parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
+    parser.add_argument("--grid-sample", action="store_true", help="onnx for runtimes without DeformConv; slower")
     args = parser.parse_args(argv)
+    if args.grid_sample and args.format != "onnx":
+        parser.error(f"argument --grid-sample: no choice of the {args.format} format; use it with onnx")
     if args.dense and args.format not in ("onnx", "torch-export"):
         parser.error(f"argument --dense: a {args.format} export has no graph; use it with onnx or torch-export")
     return args
 
 
-def write_onnx(classifier: Classifier, path: Path) -> None:
+def description(classifier: Classifier) -> dict[str, str]:
+    """What one must know to use the model: its architecture, and in JSON its classes and its way to prepare images."""
+    preprocessing = resolve_data_config(evaluation_input(classifier.config), pretrained_cfg={})
+    return {
+        "architecture": classifier.config.MODEL.NAME,
+        "classes": json.dumps(classifier.classes),
+        "preprocessing": json.dumps(preprocessing),
+    }
+
+
+class DeformConvMerging(DeformableTokenMerging):
+    """DTM as the single operator that it equals, in runtimes the faster way (docs/performance.md)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        x = deform_conv2d(x, self.offset(x), self.proj.weight, self.proj.bias, stride=2)  # -> (B, C', H//2, W//2)
+        return self.act(self.norm(x)).permute(0, 2, 3, 1)  # -> (B, H//2, W//2, C')
+
+
+def write_onnx(classifier: Classifier, path: Path, grid_sample: bool = False) -> None:
+    model = deepcopy(classifier.model)
+    for module in model.modules():
+        if isinstance(module, DeformableTokenMerging) and not grid_sample:
+            module.__class__ = DeformConvMerging
     free = {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad():  # with gradients, attention's bias would not be a constant
         example = torch.zeros(EXAMPLE_SHAPE)
-        outputs = classifier.model(example)
+        outputs = model(example)
         names = ["logits"] if isinstance(outputs, Tensor) else [f"map{i}" for i in range(len(outputs))]
         program = torch.onnx.export(
-            classifier.model,
+            model,
             (example,),
             input_names=["images"],
             output_names=names,
+            opset_version=20,  # DeformConv's is 19
             dynamic_shapes=(free,),
             dynamo=True,
             verbose=False,
         )
+    program.model.metadata_props.update(description(classifier))
     program.save(path)
 
 
@@ -71,12 +108,11 @@ def write_torch_export(classifier: Classifier, path: Path) -> None:
     free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
     with torch.no_grad():
         program = torch.export.export(classifier.model, (torch.zeros(EXAMPLE_SHAPE),), dynamic_shapes=(free,))
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files=description(classifier))
 
 
 def write_safetensors(classifier: Classifier, path: Path) -> None:
-    name = classifier.model.pretrained_cfg["architecture"]
-    save_file(classifier.model.state_dict(), path, metadata={"format": "pt", "architecture": name})
+    save_file(classifier.model.state_dict(), path, metadata={"format": "pt"} | description(classifier))
 
 
 def write_hf(classifier: Classifier, path: Path) -> None:
@@ -115,20 +151,31 @@ def export(checkpoint: Path, output: Path, write: Callable[[Classifier, Path], N
     unfinished = output.with_name(f".{output.name}.tmp{output.suffix}")  # PyTorch wants the suffix of its graphs
     try:
         write(classifier, unfinished)
-        if unfinished.is_dir():
+        if unfinished.is_dir():  # for the Hub
+            (unfinished / "README.md").write_text(model_card(classifier, read_checkpoint(checkpoint), checkpoint))
             output.mkdir(exist_ok=True)
             for file in unfinished.iterdir():
-                os.replace(file, output / file.name)
+                publish(file, output / file.name)
         else:
-            os.replace(unfinished, output)
+            publish(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
 
 
+def publish(file: Path, output: Path) -> None:
+    """Give a whole file its name, and the mode that the user's files have: safetensors' is their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+    os.replace(file, output)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     ending, write = FORMATS[args.format]
+    if args.grid_sample:
+        write = partial(write_onnx, grid_sample=True)
     output = args.output or args.checkpoint.with_name(args.checkpoint.stem + ending)
     if output.resolve() == args.checkpoint.resolve():
         sys.exit(f"error: {output}: is the checkpoint itself; name another --output")

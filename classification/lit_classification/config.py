@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_serializer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -49,6 +49,13 @@ class Section(BaseModel):
     """What every section has in common: no unknown key, no conversion of types ("128" is no integer), no change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
+            raise PydanticCustomError("text", "Input should be UTF-8 text without NUL")
+        return value
 
 
 class Data(Section):

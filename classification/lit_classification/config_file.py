@@ -48,13 +48,15 @@ RENAMED_KEYS = {  # keys of the original that are gone, and LIT keywords that ha
 def locate_run(cfg: str) -> tuple[str, list[str]]:
     """Name of the run that a file configures, and options that come before the command's.
 
-    The `config.yaml` that a run has left continues this run, wherever it lies and whatever the command's folder.
+    The `config.yaml` that a run has left continues this run, wherever it lies. A relative DATA_PATH in it counts from
+    the command's folder, as in any file.
     """
     folder = Path(os.path.abspath(cfg)).parent
     if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
         return Path(cfg).stem, []
     own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
-    return folder.parent.name, [text for key, value in own.items() for text in (key, json.dumps(value))]
+    options = [text for key, value in own.items() for text in (key, json.dumps(value, ensure_ascii=False))]
+    return folder.parent.name, options
 
 
 def load_config(
@@ -135,7 +137,7 @@ def _parse(text: str | bytes, origin: str) -> Any:
 def _files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:
     """Yield (name, mapping) of every file that `path` inherits from, ancestors first, and of `path`."""
     wanted = f"{heirs[-1]}: BASE: {path}" if heirs else path
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor a name that no file can have
         beside = ", ".join(sorted(file.name for file in path.parent.glob("*.y*ml"))) or "no YAML file"
         raise ConfigError(f"{wanted}: no such file; {path.parent} holds {beside}")
     if any(path.samefile(heir) for heir in heirs):
@@ -207,7 +209,14 @@ def _explain(error: ErrorDetails) -> tuple[list[str], str]:
         return [key], RENAMED_KEYS.get(key) or f"unknown key; {_nearest(key, valid, siblings)}"
     expected = _WORDING.get(error["type"]) or error["msg"].replace("Input should be", "expected")
     meaning = f" ({fields[key].description})" if key in fields else ""
-    return [key], f"{expected}, got {shortened(error['input'])}{meaning}"
+    return [key], f"{expected}, got {_shown(error['input'])}{meaning}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _nearest(name: str, valid: Iterable[str], choices: Iterable[str] = ()) -> str:
@@ -241,7 +250,8 @@ def _model_errors(config: Config) -> Iterator[tuple[list[str], str]]:
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in timm.create_model(**config.model_keywords).parameters())
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            if is_lit or isinstance(error, TypeError):  # others may be made of real tensors only
+            # some of timm's are made of real tensors only
+            if is_lit or isinstance(error, TypeError) or "pretrained tag" in str(error):
                 yield [key], f"makes no model: {str(error).splitlines()[0]}"
         if size > MAX_PARAMETERS:
             yield [key], f"makes a model of {size:.1e} parameters; at most {MAX_PARAMETERS:.0e} are allowed"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_classification.config import Config, ConfigError
-from lit_classification.signals import end_with_parent
 
 _logger = logging.getLogger(__name__)
 
@@ -105,8 +103,6 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
         device: `cpu`, `cuda`, `mps`, or `auto` for a GPU of CUDA's where there is one.
         minutes: a process that waits longer for the others fails instead of hanging for ever.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun
-        end_with_parent(signal.SIGTERM)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():

@@ -1,4 +1,5 @@
 """A program that imports this ends with a word on Ctrl-C, and without one where nobody reads what it prints (`| head`).
+Under torchrun, it does not outlive that.
 
 Outside of training, there is nothing to save. Training goes on unheard; its log has a file.
 """
@@ -10,6 +11,8 @@ import signal
 import sys
 from contextlib import suppress
 from types import TracebackType
+
+from lit_classification.signals import end_with_parent
 
 
 def end(number: int, frame: object) -> None:
@@ -47,5 +50,7 @@ for _number in range(3):
 sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
 sys.excepthook = end_unheard
 atexit.register(drop_unheard)
+if "TORCHELASTIC_RUN_ID" in os.environ:  # from the start: torchrun, which started this process, may be killed at once
+    end_with_parent(signal.SIGTERM)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after `nohup`
     signal.signal(signal.SIGINT, end)

@@ -97,6 +97,7 @@ class Records(BaseModel):
 
     classes: Annotated[list[Annotated[str, Field(max_length=MAX_TEXT)]], Field(min_length=1)]
     config: dict[str, Any]
+    model_ema: dict[str, Any] | None = None
 
 
 R = TypeVar("R", bound=Records)

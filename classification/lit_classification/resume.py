@@ -238,7 +238,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     if misfit and not config.TRAIN.RESUME_CHANGED:
         remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"
         if len(run.classes) == len(state.classes):
-            remedy += "; if they have only been renamed, go on with --opts TRAIN.RESUME_CHANGED true"
+            remedy += "; if they have only been renamed, in the same order, go on with --opts TRAIN.RESUME_CHANGED true"
         raise CheckpointError(f"{path}: {misfit}; {remedy}")
     if run.updates_per_epoch != state.updates_per_epoch:
         raise CheckpointError(
@@ -252,6 +252,8 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     average = None  # a run that switches EMA on starts it here
     if state.ema and run.model_ema:
         average = fit_state_dict(run.model_ema, state.model, path, new_head=False)
+    if run.update and not run.optimizer.get("state"):
+        raise CheckpointError(f"{path}: its optimiser state is empty; start from its weights with --pretrained")
     check_optimizer_state(run.optimizer, state.optimizer, path)
     if run.scaler and state.scaler.is_enabled() and run.scaler.keys() != state.scaler.state_dict().keys():
         raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")

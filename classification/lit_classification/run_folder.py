@@ -106,7 +106,7 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
             raise  # not by PyTorch's writer
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "no room left, or a broken disk"
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
         ) from error

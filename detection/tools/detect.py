@@ -6,14 +6,18 @@ try:
     from lit_backbone.images import enlargement, find_images
     from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
+    from lit_backbone.mm.screen import quiet_imports
     from lit_backbone.text import printable
+
+    with quiet_imports():
+        from mmdet.apis import inference_detector
+        from mmdet.structures import DetDataSample
+        from mmdet.visualization import DetLocalVisualizer
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
-from mmdet.apis import inference_detector
-from mmdet.structures import DetDataSample
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
+from torchvision.ops import nms
 from tqdm import tqdm
 
 
@@ -23,17 +27,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         pictures = find_images(args.images)
-        model = load_model(args.config, args.checkpoint, args.device)
+        model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
+        test_cfg = model.test_cfg.get("rcnn", model.test_cfg)
+        threshold = test_cfg.get("nms", {}).get("iou_threshold", 0.5)
         visualizer = DetLocalVisualizer()
         visualizer.dataset_meta = model.dataset_meta
         for picture, output in outputs(pictures, args.out_dir):
             image = read_rgb(picture)
             result = inference_detector(model, image[..., ::-1]).cpu()  # (H, W, 3), BGR as mmcv reads files
             found = result.pred_instances[result.pred_instances.scores >= args.score_thr]
+            found = one_per_thing(found, threshold)
             image, found = enlarge(image, found, factor=enlargement(*image.shape[:2]))
             sample = DetDataSample(pred_instances=found)
             visualizer.add_datasample(picture, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
             tqdm.write(printable(f"{picture}: {len(found)} detections, drawn in {output}"))  # past the progress bar
+
+
+def one_per_thing(instances: InstanceData, iou_threshold: float) -> InstanceData:
+    """The likeliest of the instances that overlap, whatever their classes; the likeliest of all last, to be on top."""
+    return instances[nms(instances.bboxes, instances.scores, iou_threshold).flip(0)]
 
 
 def enlarge(image: np.ndarray, instances: InstanceData, factor: int) -> tuple[np.ndarray, InstanceData]:

@@ -5,11 +5,14 @@ import sys
 
 try:
     from lit_backbone.mm.runner import test
+    from lit_backbone.mm.screen import quiet_imports
+
+    with quiet_imports():
+        from mmdet.engine.hooks.utils import trigger_visualization_hook
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 from argparse import Namespace
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmengine.config import Config
 
 

@@ -2,8 +2,9 @@
 
 from mmengine.config.utils import MODULE2PACKAGE
 
+from ..images import DataError
 from .backbone import LITBackbone
-from .hooks import AverageBuffersHook, CheckDataHook, DataError
+from .hooks import AverageBuffersHook, CheckDataHook
 from .loading import load_file
 
 __all__ = ["AverageBuffersHook", "CheckDataHook", "DataError", "LITBackbone", "load_file"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointError, unwrap_state_dict
 from ..fit import fit_state_dict
+from ..images import DataError
 from ..lit import ARCHS, LIT
 from ..released import convert_released
-from .hooks import DataError
 from .loading import load_file
 
 # What a backbone does not take from a classifier's checkpoint; the last norm does not become an output norm.

@@ -1,21 +1,16 @@
 """What mmengine's loops lack: the same BatchNorm on all processes, and a look at the data before the first batch."""
 
-import os
-import re
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-from mmengine.dist import get_world_size, master_only
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from timm.utils import distribute_bn
-from torch import nn
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from ..images import DataError
+from .data import check_dataset, check_heads, leaves, name_files
 
 
 @HOOKS.register_module()
@@ -45,54 +40,23 @@ class AverageBuffersHook(Hook):
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Stops before the first batch if a data set lacks files or categories, or a head is for another number of these.
+    """Stops before the first batch if a data set lacks files or categories, or a head is for another number of these,
+    and later at a file that cannot be used, with its name.
 
-    (mmdetection's NumClassCheckHook does the last for detectors alone, by an assertion that names no key.)
+    (mmdetection's NumClassCheckHook does the second for detectors alone, by an assertion that names no key.)
     """
 
     def before_train(self, runner: Runner) -> None:
         check_heads(runner.model, runner.train_dataloader.dataset.metainfo["classes"])
-        check_dataset(runner.train_dataloader.dataset)
+        self._check(runner.train_dataloader)
         if runner.val_loop is not None:
-            check_dataset(runner.val_dataloader.dataset)
+            self._check(runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
-        check_dataset(runner.test_dataloader.dataset)
+        self._check(runner.test_dataloader)
 
-
-def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Raise DataError if a detector's or segmentor's head is not for as many classes as the data have, if these say."""
-    for name, module in model.named_modules():
-        number = getattr(module, "num_classes", None)
-        if not classes or number in (None, len(classes)):
-            continue
-        if re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):  # in a cascade they are numbered
-            key = f"model.{name.removeprefix('module.')}.num_classes"
-            raise DataError(f"{key}={number}: the data has {len(classes)} classes; set it so")
-
-
-@master_only
-def check_dataset(dataset: Any) -> None:
-    """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
-    wrapped = getattr(dataset, "datasets", None) or ([dataset.dataset] if hasattr(dataset, "dataset") else [])
-    for part in wrapped:
-        check_dataset(part)
-    if wrapped:
-        return
-    source = getattr(dataset, "ann_file", "") or dataset.data_root
-    classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    if found is not None and len(found) != len(classes):
-        remedy = "name the file's own in metainfo.classes of the data set"
-        raise DataError(f"{source}: holds {len(found)} of the config's {len(classes)} categories; {remedy}")
-    if not len(dataset):
-        raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
-    names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-    missing = []
-    for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
-        info = dataset.get_data_info(i)
-        for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
-            folder, name = os.path.split(path)
-            if "://" not in path and name not in names_in(folder):
-                missing.append(path)
-    if missing:
-        raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
+    def _check(self, loader: DataLoader) -> None:
+        for part in leaves(loader):
+            if is_main_process():
+                check_dataset(part)
+            name_files(part.pipeline, part)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from ..command_line import add_offset_arguments
 from ..images import DataError, find_images, open_rgb
 from ..offsets import write_offsets
 from ..text import printable
-from .hooks import check_heads
+from .data import check_heads
 from .loading import fit_weights, load_file
-from .runner import read_config
+from .runner import add_cfg_options, read_config
+from .screen import import_package
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -28,6 +30,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="pictures, or folders of them at any depth")
     parser.add_argument("--config", required=True, metavar="FILE", help="config that the checkpoint was trained with")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours or the original's")
+    add_cfg_options(parser, "model.backbone.arch=lit_ti, as in training")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_usable_device, default=device, help="(%(default)s)")
@@ -42,8 +45,8 @@ def _usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_model(config: str, checkpoint: str, device: str | torch.device) -> nn.Module:
-    """The model of a config with a checkpoint's weights, in evaluation mode.
+def load_model(config: str, checkpoint: str, device: str | torch.device, **overrides: Any) -> nn.Module:
+    """The model of a config, less some of its values, with a checkpoint's weights, in evaluation mode.
 
     As mmdetection's and mmsegmentation's own functions expect, it has the config as `cfg`, and names and colours of
     the classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
@@ -52,7 +55,8 @@ def load_model(config: str, checkpoint: str, device: str | torch.device) -> nn.M
         CheckpointError: the checkpoint cannot be read safely, or is another model's or that of other classes.
         DataError: the config cannot be read.
     """
-    cfg = read_config(config, "model", "test_dataloader")
+    cfg = read_config(config, "model", "test_dataloader", **overrides)
+    import_package(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     cfg.model.backbone.init_cfg = None  # the checkpoint brings all weights
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -103,7 +107,7 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     pictures = find_images(args.images)
     if args.html and len(pictures) > 1:
         raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
-    model = load_model(args.config, args.checkpoint, args.device)
+    model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
     for picture, output in outputs(pictures, args.out_dir):
         image, flags = read_rgb(picture), dict(grid=args.grid, html=args.html, at_most=args.at_most)
         x = normalize(model, image)

@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built wit
 import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.logging import print_log
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.utils import apply_to
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints import CheckpointError, other_classes
 from ..fit import check_optimizer_state
-from .hooks import DataError
+from ..images import DataError
+from .data import check_classes, check_dataset, leaves
 from .loading import fit_weights, load_file
+from .screen import import_package, is_of_interest
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -38,15 +43,32 @@ class StrictRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """As mmengine's; raises DataError where a data set turns out to be empty."""
+        """As mmengine's; raises DataError where classes are one string, or a data set turns out to be empty."""
+        configs = [leaf for leaf in leaves(dataloader) if isinstance(leaf, dict)]
+        for config in configs:
+            check_classes(config)
         try:
-            return Runner.build_dataloader(dataloader, *args, **kwargs)
+            with redirect_stdout(StringIO()):  # pycocotools counts its steps
+                return Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
             if "need at least one array" not in str(error):  # numpy, on no samples at all
                 raise
-            source = dataloader["dataset"].get("ann_file") or dataloader["dataset"].get("data_root")
-            remedy = "see data_root, data_prefix and metainfo.classes"
-            raise DataError(f"{source}: no image with annotations for the config's categories; {remedy}") from error
+            for config in configs:
+                check_dataset(DATASETS.build(dict(config, serialize_data=False)))
+            raise
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        with redirect_stdout(StringIO()):
+            return super().build_evaluator(evaluator)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """As mmengine's, but for what is in the file only; begins with a header."""
+        logger = super().build_logger(*args, **kwargs)
+        logger.handlers[0].addFilter(is_of_interest)  # the screen's
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        where = f"on {self._world_size} x {device}, in {self.work_dir}"
+        logger.info(f"{self.cfg.filename}: {where}; environment and config are in {logger.log_file}")
+        return logger
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """As mmengine's, with float32 arithmetic, and BN for SyncBN without a GPU, for which alone PyTorch has it."""
@@ -191,10 +213,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="file of the run, e.g. one of configs/lit")
     parser.add_argument("--work-dir", metavar="DIR", help="where the run is written (work_dirs/<name of the config>)")
-    help = "override keys of the config, e.g. train_dataloader.batch_size=4 model.backbone.with_cp=True"
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=help)
+    add_cfg_options(parser, "e.g. train_dataloader.batch_size=4 model.backbone.with_cp=True")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the option by which a command line replaces values of a config."""
+    help = f"override keys of the config, {example}"
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=help)
 
 
 def load_config(args: argparse.Namespace, *needed: str) -> Config:
@@ -228,6 +255,7 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
 
 def build_runner(cfg: Config) -> StrictRunner:
     """The runner of a config; without a GPU in float32, and with gloo between processes."""
+    import_package(cfg)
     if torch.cuda.is_available():
         return StrictRunner.from_cfg(cfg)
     if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
@@ -246,6 +274,10 @@ def _augment_tests(cfg: Config) -> None:
     dataset = cfg.test_dataloader.dataset
     while "dataset" in dataset:
         dataset = dataset.dataset
+    steps = [step for aug in cfg.tta_pipeline for group in aug.get("transforms", ()) for step in group]
+    own, scales = ([x["scale"] for x in part if "scale" in x] for part in (dataset.pipeline, steps))
+    for step in filter(lambda step: own and "scale" in step, steps):  # mmdetection's are COCO's, the test's own first
+        step["scale"] = tuple(round(a * b / c) for a, b, c in zip(step["scale"], to_2tuple(own[0]), scales[0]))
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 

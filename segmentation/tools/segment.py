@@ -6,11 +6,14 @@ try:
     from lit_backbone.images import DataError, enlargement, find_images
     from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
     from lit_backbone.mm.runner import one_line_errors
+    from lit_backbone.mm.screen import quiet_imports
     from lit_backbone.text import printable
+
+    with quiet_imports():
+        from mmseg.apis import inference_model
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 import numpy as np
-from mmseg.apis import inference_model
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         pictures = find_images(args.images)
-        model = load_model(args.config, args.checkpoint, args.device)
+        model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
         names, palette = (model.dataset_meta[key] for key in ("classes", "palette"))
         for picture, output in outputs(pictures, args.out_dir):
             image = read_rgb(picture)

@@ -10,7 +10,7 @@ from timm.data.mixup import Mixup, rand_bbox_minmax
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.layers import AttentionBlock
 from lit_classification.config import Config, ConfigError, Lit, Section
-from lit_classification.config_file import dump, load_config
+from lit_classification.config_file import dump, load_config, locate_run
 from lit_classification.sampler import accumulation_steps
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"
@@ -141,6 +141,10 @@ MISTAKES = [
     ("MODEL.NUM_CLASSES", "1000000000", None, "expected less than or equal to 100000, got 1000000000"),
     ("DATA.BATCH_SIZE", "9" * 4000, None, "expected less than or equal to 1000000, got 9999"),
     ("TRAIN.BASE_LR", "9" * 4000, None, "BASE_LR"),
+    ("SEED", "0x" + "f" * 6000, None, "expected less than 9223372036854775808, got a number of thousands of digits"),
+    # names that no file can have
+    ("OUTPUT", '"a\\0b"', None, "expected UTF-8 text without NUL"),
+    ("DATA.DATA_PATH", '"\\ud800"', None, "expected UTF-8 text without NUL"),
     # names of folders that lie elsewhere
     ("TAG", "../../x", None, "expected other text, got '../../x' (name of the run, a folder within OUTPUT; holds no /"),
     ("TAG", "/tmp", None, "expected other text, got '/tmp'"),
@@ -162,6 +166,7 @@ MISTAKES = [
         "has no meaning for resnet18; give",
     ),
     ("MODEL.NAME", "lit_s.no:such", None, "makes no model: "),
+    ("MODEL", "{NAME: resnet18.foo}", "MODEL.NAME", "makes no model: Invalid pretrained tag (foo)"),
     ("MODEL.KEYWORDS", "{depths: 1}", None, "has no meaning for lit_s; give its keywords by MODEL.LIT"),
     ("MODEL", "{NAME: resnet18, KEYWORDS: {pretrained: true}}", "MODEL.KEYWORDS.pretrained", "cannot be set here"),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS", "makes no model: "),
@@ -207,6 +212,7 @@ def test_several_mistakes_are_all_reported_one_line_each(write):
         ("DATA: &a {DATA: *a}", "not YAML: line 1: *a is an alias"),
         ("[" * 5000 + "]" * 5000, "not YAML: maximum recursion depth exceeded"),
         ("BASE: [1]", "BASE: expected a list of YAML files, got [1]"),
+        ('"\\e[31mX": 1\n"\\e[31mX": 2\n', 'not YAML: line 2: found duplicate key "\\x1b[31mX"'),
     ],
 )
 def test_a_broken_file_names_file_and_line(write, text, words):
@@ -546,3 +552,13 @@ def test_ablations_differ_from_their_recipe_in_the_model_alone(name):
 
 def test_every_ablation_is_tested():
     assert {path.stem for path in (CONFIGS / "ablations").iterdir()} == ABLATIONS.keys()
+
+
+def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path):
+    folder = tmp_path / "résumé 😀" / "mine" / "default"
+    folder.mkdir(parents=True)
+    (folder / "starts.jsonl").touch()
+    (folder / "config.yaml").write_text(dump(Config()))
+    name, options = locate_run(str(folder / "config.yaml"))
+    config = load_config(folder / "config.yaml", options)
+    assert Path(config.OUTPUT) / name / config.TAG == folder

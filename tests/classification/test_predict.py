@@ -237,7 +237,7 @@ def test_unusable_checkpoints(photos, tmp_path):
     photo = photos / "10.png"
     assert complaint(photo, "--checkpoint", path).startswith(f"{path}: no such file")
     path.write_bytes(b"no checkpoint")
-    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: unreadable or truncated")
+    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: damaged, unreadable or truncated")
     torch.save({"classes": ["cat"], "config": {"MODEL": {"NAME": 5}}, "model": {}}, path)
     assert complaint(photo, "--checkpoint", path).startswith(f"{path}: its configuration: MODEL.NAME: expected text")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests import dense
+from tests.dense import quick_configs  # noqa: F401, a fixture
 from tests.programs import single_thread  # noqa: F401, a fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
@@ -32,6 +33,14 @@ def classes_of_all_splits(classes: tuple[str, ...]) -> str:
     """Lines of a config that give the three data sets their categories."""
     dataset = dict(dataset=dict(metainfo=dict(classes=classes)))
     return "\n".join(f"{split}_dataloader = {dataset}" for split in ("train", "val", "test"))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def imported() -> None:
+    """What the forked programs import, once for all of them."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
 
 
 @pytest.fixture

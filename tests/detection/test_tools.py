@@ -16,7 +16,7 @@ from lit_backbone.images import find_images
 from lit_backbone.mm import DataError, load_file, runner
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.detection.conftest import DEMO, DETECTION, PUBLISHED, build_options, classes_of_all_splits
-from tests.programs import Program
+from tests.programs import Program, start_pair
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 TOOLS = DETECTION / "tools"
@@ -108,7 +108,9 @@ def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path
     assert "no GPU: training in float32" in output
     assert "Scaling the original LR by 0.5" in output  # 2 x 2 images, where the recipe has 8
     assert load_file(str(tmp_path / "two" / "epoch_1.pth"))["meta"]["iter"] == 2  # 6 images, 2 processes x 2
-    output_of_script(TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "epoch_1.pth", 2, *options("two"))
+    command = [TOOLS / "test.py", CONFIG, tmp_path / "two" / "epoch_1.pth", *options("two"), "--launcher", "pytorch"]
+    for program in start_pair(command, command):
+        program.finish()
 
 
 def test_fine_tuning_starts_a_head_for_other_classes_anew(
@@ -190,7 +192,7 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
     assert "epoch_2.pth: not a checkpoint of RetinaNet with lit_s" in message
     cut = tmp_path / "cut.pth"
     cut.write_bytes(last.read_bytes()[:10_000])
-    assert "cut.pth: unreadable or truncated" in test_error(cut)
+    assert "cut.pth: damaged, unreadable or truncated" in test_error(cut)
     assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
     assert "none.pth: no such file" in train_error(options, model__backbone__init_cfg__checkpoint=tmp_path / "none.pth")
 

@@ -252,6 +252,22 @@ def test_operator_is_registered_in_full(memory_format: torch.memory_format) -> N
     torch.library.opcheck(dtm._sample_tokens, (x.permute(0, 2, 3, 1).requires_grad_(), offset, torch.bfloat16))
 
 
+def test_offset_convolution_is_one_and_registered_in_full() -> None:
+    shapes = ((2, 4, 7, 6), (8, 4, 2, 2), (8,))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    torch.library.opcheck(dtm._convolve_without_tf32, inputs)
+    expected = output_and_gradients(lambda *args: F.conv2d(*args, stride=2), *inputs)
+    torch.testing.assert_close(output_and_gradients(dtm._convolve_without_tf32, *inputs), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels compile on a GPU")
+def test_where_kernels_do_not_compile_the_portable_sampler_is_used() -> None:
+    pytest.importorskip("triton")
+    dtm._has_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="Triton kernels do not compile"):
+        assert not dtm._has_kernels(torch.device("cuda"), torch.float32, 96)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 96, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_round_only_their_results(channels: int, dtype: torch.dtype) -> None:

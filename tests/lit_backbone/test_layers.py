@@ -1,12 +1,19 @@
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import set_fused_attn
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from lit_backbone import layers
 from lit_backbone.dtm import DeformableTokenMerging
 from lit_backbone.layers import (
     Attention,
@@ -18,6 +25,7 @@ from lit_backbone.layers import (
     relative_position_bias,
     resize_table,
 )
+from lit_backbone.row_attention import RowAttention
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -124,6 +132,38 @@ def test_bias_looked_up_in_the_kernel(map_size: tuple[int, int], monkeypatch: py
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
 
 
+def test_captured_table_gets_its_gradient_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend that also compiles backward on a CPU. Of a view that is captured, it loses the gradient."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    inputs = [torch.randn(2, 3, 24, 16) for _ in range(3)]
+    table = torch.randn(1, 3, 7, 11)
+    expected = looked_up(biased_attention, 4, 6, *inputs, table)
+    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
+    monkeypatch.setattr("lit_backbone.layers._compiled_flex_attention", lambda: compiled)
+    for result, reference in zip(looked_up(flex_attention_with_bias, 4, 6, *inputs, table), expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_is_tried_out_once_and_warns() -> None:
+    """On a CPU it has no backward pass."""
+    layers._has_flex_attention.cache_clear()
+    with pytest.warns(UserWarning, match="FlexAttention failed"):
+        assert not layers._has_flex_attention(torch.device("cpu"), torch.float32, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not layers._has_flex_attention(torch.device("cpu"), torch.float32, 16)
+
+
+def test_lack_of_memory_says_nothing_about_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layers._has_flex_attention.cache_clear()
+    monkeypatch.setattr("lit_backbone.layers._compiled_flex_attention", lambda: fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        layers._has_flex_attention(torch.device("cpu"), torch.float32, 16)
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_one_compilation_looks_up_the_biases_of_all_maps() -> None:
@@ -144,3 +184,94 @@ def test_evaluation_sees_every_change_of_a_table() -> None:
     fresh = Attention(12, 3, map_size=(4, 4))
     fresh.load_state_dict(attention.state_dict())
     assert torch.equal(attention(x), fresh(x)) and not torch.equal(attention(x), before)
+
+
+# ---- rows of queries
+
+
+def by_index(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Attention written out, its bias gathered by each pair's displacement."""
+    y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
+    bias = table[0][:, y[:, None] - y + height - 1, x[:, None] - x + width - 1]  # (heads, N, N)
+    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("batch, map_size", [(1, (5, 7)), (2, (6, 3)), (3, (1, 4)), (2, (4, 1)), (0, (3, 4))])
+def test_rows_of_queries_by_the_formula(batch: int, map_size: tuple[int, int]) -> None:
+    tokens, (height, width) = math.prod(map_size), map_size
+    inputs = torch.randn(batch, tokens, 3, 2, 8, dtype=torch.float64).permute(2, 0, 3, 1, 4)  # as a layer's: strided
+    table = torch.randn(1, 2, 2 * height - 1, 2 * width - 1, dtype=torch.float64)
+    expected = looked_up(by_index, height, width, *inputs, table)
+    for result, reference in zip(looked_up(RowAttention.apply, height, width, *inputs, table), expected, strict=True):
+        torch.testing.assert_close(result, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_of_queries_in_low_precision(dtype: torch.dtype, autocast: bool) -> None:
+    inputs, table = torch.randn(3, 2, 3, 24, 16).to(dtype), torch.randn(1, 3, 7, 11)
+    expected = looked_up(by_index, 4, 6, *inputs.float(), table)
+    with torch.autocast("cpu", dtype) if autocast else nullcontext():
+        out, *gradients = looked_up(RowAttention.apply, 4, 6, *inputs, table)
+    assert [x.dtype for x in (out, *gradients)] == [dtype] * 4 + [torch.float32]
+    for result, reference in zip((out, *gradients), expected, strict=True):
+        error = (result.float() - reference).norm() / reference.norm()
+        assert error < 0.01
+
+
+def test_rows_of_queries_have_no_silent_wrong_derivative() -> None:
+    q, k, v, table = (
+        torch.randn(1, 2, 12, 8),
+        torch.randn(1, 2, 12, 8),
+        torch.randn(1, 2, 12, 8),
+        torch.randn(1, 2, 5, 7),
+    )
+
+    def loss(table: Tensor) -> Tensor:
+        return RowAttention.apply(q, k, v, table, 3, 4).square().sum()
+
+    (expected,) = torch.autograd.grad(by_index(q, k, v, table.requires_grad_(), 3, 4).square().sum(), table)
+    torch.testing.assert_close(torch.func.grad(loss)(table.detach()), expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(loss(table), table, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="vmap support"):
+        torch.vmap(loss)(table.detach()[None])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most entries that a tensor's memory has while it is active."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.entries = max(self.entries, size)
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_large_maps_on_a_cpu_have_no_large_tensor(checkpointing: bool) -> None:
+    """In the forward and backward pass of a layer, whose table is resized; the results are those of a bias tensor."""
+    attention, x = Attention(32, 2, map_size=(4, 4)), torch.randn(1, 24, 25, 32)
+    torch.nn.init.normal_(attention.rel_pos_bias)
+    parameters = list(attention.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        out = checkpoint(attention, x, use_reentrant=False) if checkpointing else attention(x)
+        return out, *torch.autograd.grad(out.square().sum(), parameters)
+
+    with LargestTensor() as largest:
+        actual = run()
+    assert largest.entries < 2 * 600 * 600 // 4
+    set_fused_attn(False)
+    try:
+        with LargestTensor() as largest:
+            expected = run()
+    finally:
+        set_fused_attn(True)
+    assert largest.entries >= 2 * 600 * 600
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests import dense
+from tests.dense import quick_configs  # noqa: F401, a fixture
 from tests.programs import single_thread  # noqa: F401, a fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
@@ -24,6 +25,14 @@ def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, 
     keys = dict(train_dataloader__batch_size=2, train_cfg__max_iters=1, train_cfg__val_interval=1)
     keys |= dict(default_hooks__checkpoint__interval=1, default_hooks__logger__interval=1)
     return dense.build_options(scenes, digits_checkpoint, work_dir, **(keys | changes))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def imported() -> None:
+    """What the forked programs import, once for all of them."""
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_whole_and_sliding_inference(trained: Path) -> None:
     assert slid.shape == whole.seg_logits.data.shape and not torch.equal(slid, whole.seg_logits.data)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
     output = output_of_script(TOOLS / "dist_train.sh", still_config, 2, *options("two", train_cfg__max_iters=2))
     assert "GPU number: 2" in output  # so mmengine calls the processes it knows of

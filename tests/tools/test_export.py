@@ -1,13 +1,18 @@
 """What is exported computes what the checkpoint computes, read by the program that it is meant for."""
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import safetensors
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,6 +20,7 @@ from lit_backbone import load_checkpoint
 from lit_backbone.lit import ARCHS
 from lit_backbone.released import to_released
 from lit_classification.model import load_classifier
+from lit_classification.model_card import model_card
 from tests.lit_backbone.small import small_lit
 from tests.programs import Program
 from tools.export import main, write_onnx
@@ -24,6 +30,8 @@ KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 2, 1], num_heads=[1, 2
 CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
 SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
+FILES = {"train/ant": "20 files 0a", "train/bee": "9 files 0b", "val/ant": "4 files 0c"}
+RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5, recipe=FILES)
 
 
 def build(name: str) -> nn.Module:
@@ -44,14 +52,16 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A file as the trainer writes it, and its model."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}}
-    config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random"}, "TEST": {"CROP": name == "lit_ti"}}
+    config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random", "DATA_PATH": "/home/me/insects"}}
+    config |= {"TEST": {"CROP": name == "lit_ti"}}
     model = build(name)
-    torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES}, folder / "digits.pth")
+    torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES} | RUN, folder / "digits.pth")
     return folder / "digits.pth", model
 
 
 def export(*args: str | Path) -> str:
-    return Program(ROOT / "tools" / "export.py", *args).finish().splitlines()[-1]
+    run = Program(ROOT / "tools" / "export.py", *args, prepare=partial(os.umask, 0o027))
+    return run.finish().splitlines()[-1]
 
 
 def run_onnx(path: Path, x: Tensor) -> list[Tensor]:
@@ -63,14 +73,39 @@ def maps_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     return model.forward_intermediates(x, intermediates_only=True)
 
 
+def check_description(metadata: dict[str, str], path: Path, model: nn.Module) -> None:
+    """By it alone, a picture becomes the input that the checkpoint's own transform makes of it."""
+    classifier = load_classifier(path, torch.device("cpu"))
+    assert metadata["architecture"] == model.pretrained_cfg["architecture"]
+    assert json.loads(metadata["classes"]) == CLASSES
+    transform = timm.data.create_transform(**json.loads(metadata["preprocessing"]))
+    assert torch.equal(transform(photo()), classifier.transform(photo()))
+
+
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8))
+
+
+def mode(path: Path) -> int:
+    return os.stat(path).st_mode & 0o777
+
+
+@pytest.mark.parametrize("operator", ["DeformConv", "GridSample"])
 @pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
 @torch.no_grad()
-def test_onnx(checkpoint: tuple[Path, nn.Module]) -> None:
+def test_onnx(checkpoint: tuple[Path, nn.Module], operator: str) -> None:
     path, model = checkpoint
-    assert export(path, "--format", "onnx").endswith(str(path.with_suffix(".onnx")))
+    file = path.with_suffix(".onnx")
+    options = ["--grid-sample"] if operator == "GridSample" else []
+    assert export(path, "--format", "onnx", *options).endswith(str(file))
     for shape in SHAPES:
         x = torch.randn(shape)
-        torch.testing.assert_close(run_onnx(path.with_suffix(".onnx"), x), [model(x)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_onnx(file, x), [model(x)], rtol=1e-4, atol=1e-4)
+    graph = onnx.load(file, load_external_data=False).graph
+    operators = {node.op_type for node in graph.node}
+    assert operators & {"DeformConv", "GridSample"} == {operator}
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    check_description(session.get_modelmeta().custom_metadata_map, path, model)
 
 
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
@@ -92,10 +127,10 @@ def test_onnx_of_the_dense_backbone(checkpoint: tuple[Path, nn.Module], tmp_path
     backbone = randomize(
         LITBackbone(ARCHS["lit_ti"] | KEYWORDS, img_size=SIZE, out_indices=(1, 2, 3), out_norms=(1, 3))
     )
+    images = [torch.randn(shape) for shape in SHAPES]
+    maps = [list(backbone(x)) for x in images]
     write_onnx(load_classifier(checkpoint[0], torch.device("cpu"))._replace(model=backbone), tmp_path / "backbone.onnx")
-    for shape in SHAPES:
-        x = torch.randn(shape)
-        expected = list(backbone(x))
+    for x, expected in zip(images, maps):
         torch.testing.assert_close(run_onnx(tmp_path / "backbone.onnx", x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +140,9 @@ def test_onnx_of_the_dense_backbone(checkpoint: tuple[Path, nn.Module], tmp_path
 def test_torch_export(checkpoint: tuple[Path, nn.Module]) -> None:
     path, model = checkpoint
     export(path, "--format", "torch-export")
-    graph = torch.export.load(path.with_suffix(".pt2")).module()
+    metadata = dict.fromkeys(("architecture", "classes", "preprocessing"), "")
+    graph = torch.export.load(path.with_suffix(".pt2"), extra_files=metadata).module()
+    check_description(metadata, path, model)
     for shape in (SHAPES[0], (1, 3, 64, 64), SHAPES[2]):
         x = torch.randn(shape)
         torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
@@ -117,9 +154,13 @@ def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
     export(path, "--format", "safetensors")
     keywords = dict(KEYWORDS, num_classes=len(CLASSES), img_size=SIZE)
     name = model.pretrained_cfg["architecture"]
-    read = timm.create_model(name, checkpoint_path=path.with_suffix(".safetensors"), **keywords).eval()
+    file = path.with_suffix(".safetensors")
+    read = timm.create_model(name, checkpoint_path=file, **keywords).eval()
     x = torch.randn(SHAPES[0])
     assert torch.equal(read(x), model(x))
+    with safetensors.safe_open(file, "pt") as opened:
+        check_description(opened.metadata(), path, model)
+    assert mode(file) == 0o640  # what the umask leaves
 
 
 @torch.no_grad()
@@ -131,9 +172,36 @@ def test_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
     x = torch.randn(SHAPES[0])
     assert torch.equal(read(x), model(x))
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASSES
-    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
-    assert torch.equal(transform(photo), load_classifier(path, torch.device("cpu")).transform(photo))
+    assert torch.equal(transform(photo()), load_classifier(path, torch.device("cpu")).transform(photo()))
+    assert {mode(file) for file in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
+def test_model_card(
+    checkpoint: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It tells what the checkpoint knows and no more, and its example runs as it stands there."""
+    path = checkpoint[0]
+    export(path, "--format", "hf")
+    monkeypatch.chdir(path.parent)
+    card = Path("digits-hf/README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert (header["license"], header["library_name"], header["pipeline_tag"]) == (
+        "apache-2.0", "timm", "image-classification"
+    )  # fmt: skip
+    for fact in ("insects, 29 images to train on, 4 to validate", "97.50 % top-1", "2.5 of 300 epochs", "3, named in"):
+        assert fact in card
+    assert "TRAIN.WEIGHT_DECAY: 0.05\n" in card and "/home/me" not in card
+    photo().save("photo.jpg")
+    example = card.split("```python\n")[1].split("```")[0]
+    exec(example.replace("FOLDER", "digits-hf"), {})
+    assert capsys.readouterr().out.strip() in CLASSES
+
+    weights = {"model": timm.create_model("lit_s").state_dict()}
+    torch.save(weights, "bare.pth")
+    card = model_card(load_classifier("bare.pth", torch.device("cpu")), weights, Path("bare.pth"))
+    assert card.count("bare.pth does not say") == 4 and "WEIGHT_DECAY" not in card
 
 
 def test_released_layout_is_the_authors(goldens: dict) -> None:
@@ -185,6 +253,7 @@ def test_what_cannot_be_exported(
     path = checkpoint[0]
     assert "is not square" in export(path, "--format", "released", status=1)
     assert "--dense" in export(path, "--format", "hf", "--dense", status=2)
+    assert "--grid-sample" in export(path, "--format", "hf", "--grid-sample", status=2)
     assert "is the checkpoint itself" in export(path, "--format", "released", "--output", path, status=1)
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx", status=1)
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")

@@ -1,0 +1,22 @@
+# All three tasks with the tools for tests, on a machine with NVIDIA GPUs and Docker's NVIDIA toolkit:
+#
+#   docker build --tag lit .
+#   docker run --rm --gpus all --shm-size 16g lit make test
+#   docker run --rm --gpus all --shm-size 16g --volume /data:/data --volume "$PWD/output:/lit/output" \
+#       lit bash classification/scripts/lit-s.sh 8 --data-path /data/imagenet
+#
+# Not tried: no image has been built from this file. Of its commands, setup_env.sh was run in a fresh clone, without --mm.
+
+# the CUDA version of the constraints' torch, with the compiler that mmcv needs
+FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
+
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ git libgl1 libglib2.0-0 make python3-dev \
+    python3-venv && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /lit
+COPY . .
+
+# mmcv's CUDA operators, though no GPU is seen while building: for A100, and for H100 and later
+ARG TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"
+RUN FORCE_CUDA=1 PIP_NO_CACHE_DIR=1 bash setup_env.sh --dev --mm
+ENV PATH=/lit/.venv/bin:$PATH

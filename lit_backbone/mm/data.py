@@ -1,0 +1,107 @@
+"""Looks at data sets and their files, so that a mistake there ends a run in one line that names the place."""
+
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import Compose, LoadAnnotations, LoadImageFromFile
+from mmengine.fileio import load
+from torch import nn
+from tqdm import tqdm
+
+from ..checkpoints import name_some
+from ..images import DataError
+
+
+def leaves(dataset: Any) -> list[Any]:
+    """The data sets within a loader and wrappers such as ConcatDataset, or those within their configs."""
+    inner = dataset if isinstance(dataset, dict) else {k: getattr(dataset, k, None) for k in ("dataset", "datasets")}
+    parts = inner.get("datasets") or [inner.get("dataset")]
+    return [dataset] if parts == [None] else [leaf for part in parts for leaf in leaves(part)]
+
+
+def check_classes(config: dict[str, Any]) -> None:
+    """Raise DataError if the classes in a data set's config are one string, which has letters for items."""
+    classes = (config.get("metainfo") or {}).get("classes")
+    if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine takes a file of names, too
+        raise DataError(f'metainfo.classes={classes!r}: is a string; a single class needs a comma: ("{classes}",)')
+
+
+def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
+    """Raise DataError if a detector's or segmentor's head is not for as many classes as the data have, if these say."""
+    for name, module in model.named_modules():
+        number = getattr(module, "num_classes", None)
+        if not classes or number in (None, len(classes)):
+            continue
+        if re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):  # in a cascade they are numbered
+            key = f"model.{name.removeprefix('module.')}.num_classes"
+            raise DataError(f"{key}={number}: the data has {len(classes)} classes; set it so")
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
+    source = getattr(dataset, "ann_file", "") or dataset.data_root
+    classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
+    if found is not None and len(found) != len(classes):
+        own = [category["name"] for category in load(dataset.ann_file)["categories"]]
+        odd = name_some([name for name in classes if own.count(name) != 1])
+        raise DataError(f"{source}: has no single category {odd}; name its own in metainfo.classes: {', '.join(own)}")
+    if not len(dataset):
+        folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
+        if suffix and not dataset.ann_file:
+            there = sorted({Path(name).suffix for _, _, names in os.walk(folder) for name in names})
+            raise DataError(f"{folder}: no file ends in the data set's img_suffix, {suffix}; there are {there}")
+        raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
+    names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    missing = []
+    for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
+        info = dataset.get_data_info(i)
+        for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
+            folder, name = os.path.split(path)
+            if "://" not in path and name not in names_in(folder):
+                missing.append(path)
+    if missing:
+        raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
+
+
+class Loading:
+    """A step of a pipeline that reads an image, its annotations or mask; raises DataError that names a bad file."""
+
+    def __init__(self, step: LoadImageFromFile | LoadAnnotations, dataset: Any):
+        self.step = step
+        self.classes = len(dataset.metainfo["classes"] or ()) if hasattr(dataset, "label_map") else 0  # of masks
+        self.ignored, self.first = getattr(dataset, "ignore_index", 255), int(getattr(dataset, "reduce_zero_label", 0))
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        path = isinstance(self.step, LoadAnnotations) and results.get("seg_map_path") or results["img_path"]
+        try:
+            loaded = self.step(results)
+        except Exception as error:  # decoders fail in many ways
+            raise DataError(f"{path}: it, or its annotations, cannot be read ({error!r})") from error
+        if self.classes and loaded and "gt_seg_map" in loaded:
+            self.check_mask(loaded["gt_seg_map"], loaded["ori_shape"], path)
+        return loaded
+
+    def check_mask(self, mask: np.ndarray, shape: tuple[int, int], path: str) -> None:
+        """Raise DataError if a mask `(H, W)` is none, or does not fit its image's `shape` or the classes."""
+        if mask.ndim != 2:
+            raise DataError(f"{path}: has {mask.shape[-1]} channels; a mask has one, of class numbers")
+        if mask.shape != shape:
+            raise DataError(f"{path}: has height and width {mask.shape}, its image {shape}")
+        odd = mask[(mask >= self.classes) & (mask != self.ignored)]
+        if odd.size:
+            span = f"{self.first} to {self.classes - 1 + self.first}, or {self.ignored} for none"
+            raise DataError(f"{path}: holds {odd[0] + self.first}; by metainfo.classes it is {span}")
+
+
+def name_files(pipeline: Compose, dataset: Any) -> None:
+    """Make the loading steps of a data set's pipeline name the files that they cannot use."""
+    for i, step in enumerate(pipeline.transforms):
+        for routine in getattr(step, "subroutines", ()):  # of TestTimeAug
+            name_files(routine, dataset)
+        if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
+            pipeline.transforms[i] = Loading(step, dataset)

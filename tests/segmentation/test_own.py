@@ -1,0 +1,112 @@
+"""One's own classes, by the config to copy and the README's words; and what a mistake in the data is told."""
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from lit_backbone.mm import load_file, runner
+from tests.dense import TINY, derive, draw_shapes, error_of
+from tests.programs import Program
+from tests.segmentation.conftest import SEGMENTATION
+
+OWN, TOOLS = SEGMENTATION / "configs" / "own" / "lit_s_fpn_own.py", SEGMENTATION / "tools"
+SMALL = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16"]
+SMALL += ["model.data_preprocessor.size=(64,64)"]
+SHORT = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+SHORT += ["default_hooks.logger.interval=1"]
+SHORT += ["train_dataloader.dataset.pipeline.2.scale=(96,72)", "train_dataloader.dataset.pipeline.3.crop_size=(64,64)"]
+for _split in ("train", "val", "test"):
+    SHORT += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
+for _split in ("val", "test"):
+    SHORT += [f"{_split}_dataloader.dataset.pipeline.1.scale=(96,72)"]
+
+
+def write_pictures(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array) -> None:
+    """Ten pictures and their masks, in which two rows have no class; `change` is made to the masks."""
+    for split, seeds in (("train", range(6)), ("val", range(6, 10))):
+        for folder in ("images", "masks"):
+            (root / folder / split).mkdir(parents=True)
+        for seed in seeds:
+            picture, mask, _ = draw_shapes(seed)
+            picture.save(root / "images" / split / f"{seed}{suffix}")
+            numbers = np.array(mask)
+            numbers[:2] = 255
+            Image.fromarray(change(numbers)).save(root / "masks" / split / f"{seed}.png")
+
+
+def train(config: Path, folder: Path, *options: str) -> str:
+    arguments = [config, "--work-dir", "run", "--cfg-options", *SMALL, *SHORT, *options]
+    return Program(TOOLS / "train.py", *arguments, prepare=partial(os.chdir, folder)).finish()
+
+
+def test_own_classes_train_and_are_painted(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "own")
+    before, _, after = train(OWN, tmp_path).partition("Iter(train)")
+    assert len(before.splitlines()) <= 8 and re.search(r"mIoU: \d", after)
+    meta = load_file(str(tmp_path / "run" / "iter_2.pth"))["meta"]["dataset_meta"]
+    assert meta["classes"] == ("ground", "disc", "square")
+    cfg = Config.fromfile(OWN)
+    assert cfg.load_from.endswith("/sem_fpn_lit_s.pth")
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4 * cfg.train_dataloader.batch_size / 16
+    assert len(OWN.read_text().splitlines()) <= 40
+
+    drawn = []
+    picture = tmp_path / "data" / "own" / "images" / "val" / "9.jpg"
+    for i, config in enumerate([[OWN, "--cfg-options", *SMALL, *SHORT], [tmp_path / "run" / OWN.name]]):
+        out = tmp_path / f"drawn{i}"
+        flags = ["--checkpoint", tmp_path / "run" / "iter_2.pth", "--out-dir", out, "--config", *config]
+        Program(TOOLS / "segment.py", picture, *flags).finish()
+        drawn.append((out / "9.png").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+def test_what_the_config_has_comments_on(tmp_path: Path) -> None:
+    """Images of another suffix; masks in which 0 is no class, and the first of two classes is 1."""
+    write_pictures(tmp_path / "data" / "own", suffix=".bmp")
+    kinds = dict(img_suffix=".bmp", reduce_zero_label=True, metainfo=dict(classes=("disc", "square")))
+    kinds["metainfo"]["palette"] = [(230, 25, 75), (0, 130, 200)]
+    changes = "\n".join(f"{split}_dataloader = dict(dataset={kinds})" for split in ("train", "val", "test"))
+    config = derive(tmp_path / "two.py", OWN, f"{changes}\nmodel = dict(decode_head=dict(num_classes=2))")
+    assert re.search(r"\|\s+disc\s+\|", train(config, tmp_path))
+
+
+def test_another_value_for_no_class(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "own", change=lambda mask: np.where(mask == 255, 7, mask).astype(np.uint8))
+    copied = tmp_path / "copied.py"
+    text = OWN.read_text().replace("ignore = 255", "ignore = 7")
+    copied.write_text(text.replace('"../lit', f'"{OWN.parents[1]}/lit'))
+    train(copied, tmp_path)
+
+
+# ---- mistakes
+
+
+def test_a_suffix_that_no_image_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "data" / "own", suffix=".png")
+    monkeypatch.chdir(tmp_path)
+    message = error_of(runner.train, "", [str(OWN), "--cfg-options", *SMALL, *SHORT])
+    assert "data/own/images/train: no file ends in the data set's img_suffix, .jpg; there are ['.png']" in message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda mask: mask + 1, "holds 3; by metainfo.classes it is 0 to 2, or 255 for none"),
+        (lambda mask: np.stack([mask] * 3, 2), "has 3 channels; a mask has one, of class numbers"),
+        (lambda mask: mask[:, 1:], "has height and width (72, 95), its image (72, 96)"),
+    ],
+    ids=["value", "channels", "size"],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_that_is_none_is_named(change: Callable, message: str, workers: int, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "own", change=change)
+    command = [TOOLS / "train.py", OWN, "--cfg-options", *SMALL, *SHORT, f"train_dataloader.num_workers={workers}"]
+    line = Program(*command, prepare=partial(os.chdir, tmp_path)).finish(status=1).splitlines()[-1]
+    assert re.fullmatch(rf"error: data/own/masks/train/\d.png: {re.escape(message)}", line)
