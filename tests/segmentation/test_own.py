@@ -101,9 +101,7 @@ def load_first(folder: Path) -> None:
 
 def test_a_suffix_that_no_image_has(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", suffix=".png")
-    with pytest.raises(
-        DataError, match="data/own/images/train: no file ends in the data set.s img_suffix, .jpg"
-    ):
+    with pytest.raises(DataError, match="data/own/images/train: no file ends in the data set.s img_suffix, .jpg"):
         load_first(tmp_path)
 
 

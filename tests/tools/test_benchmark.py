@@ -38,7 +38,7 @@ def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
     for (what, name), row in operator.items():
         if name != "ours":
             assert found["ratios"][f"{what}, time: {name} / ours"] == row["ms"] / operator[what, "ours"]["ms"]
-    assert printed.splitlines()[-1].split(maxsplit=1)[1] == list(found["ratios"])[-1]
+    assert all(name in printed for name in found["ratios"])
 
 
 def test_what_was_found_is_drawn(results: tuple[str, Path]) -> None:
