@@ -167,12 +167,6 @@ def test_missing_image(options: Any, scenes: Path, tmp_path: Path) -> None:
     assert "images/val/00002.jpg: no such file" in message and "names 1 files that are not there" in message
 
 
-def test_missing_categories(options: Any, tmp_path: Path) -> None:
-    config = derive(tmp_path / "eleven.py", CONFIG, classes_of_all_splits(("0", "1", "eleven")))
-    message = train_error(options, config, model__bbox_head__num_classes=3)
-    assert "annotations/train.json: holds 2 of the config's 3 categories" in message
-
-
 def test_a_head_for_another_number_of_classes(options: Any) -> None:
     assert "num_classes" in train_error(options, model__bbox_head__num_classes=80)
 

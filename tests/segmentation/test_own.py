@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
 
-from lit_backbone.mm import load_file, runner
-from tests.dense import TINY, derive, draw_shapes, error_of
+from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm.data import name_files
+from tests.dense import TINY, derive, draw_shapes
 from tests.programs import Program
 from tests.segmentation.conftest import SEGMENTATION
 
@@ -88,11 +90,21 @@ def test_another_value_for_no_class(tmp_path: Path) -> None:
 # ---- mistakes
 
 
-def test_a_suffix_that_no_image_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def load_first(folder: Path) -> None:
+    """Loads the first training image and mask of `data/own`."""
+    cfg = runner.read_config(str(OWN), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
+    init_default_scope(cfg.default_scope)
+    dataset = runner.StrictRunner.build_dataloader(cfg.train_dataloader).dataset
+    name_files(dataset.pipeline, dataset)
+    dataset[0]
+
+
+def test_a_suffix_that_no_image_has(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", suffix=".png")
-    monkeypatch.chdir(tmp_path)
-    message = error_of(runner.train, "", [str(OWN), "--cfg-options", *SMALL, *SHORT])
-    assert "data/own/images/train: no file ends in the data set's img_suffix, .jpg; there are ['.png']" in message
+    with pytest.raises(
+        DataError, match="data/own/images/train: no file ends in the data set.s img_suffix, .jpg"
+    ):
+        load_first(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +116,14 @@ def test_a_suffix_that_no_image_has(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
     ids=["value", "channels", "size"],
 )
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_mask_that_is_none_is_named(change: Callable, message: str, workers: int, tmp_path: Path) -> None:
+def test_a_mask_that_is_none_is_named(change: Callable, message: str, tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", change=change)
-    command = [TOOLS / "train.py", OWN, "--cfg-options", *SMALL, *SHORT, f"train_dataloader.num_workers={workers}"]
+    with pytest.raises(DataError, match=f"masks/train/0.png: {re.escape(message)}"):
+        load_first(tmp_path)
+
+
+def test_one_line_names_a_mask_that_a_worker_loads(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "own", change=lambda mask: mask[:, 1:])
+    command = [TOOLS / "train.py", OWN, "--cfg-options", *SMALL, *SHORT, "train_dataloader.num_workers=1"]
     line = Program(*command, prepare=partial(os.chdir, tmp_path)).finish(status=1).splitlines()[-1]
-    assert re.fullmatch(rf"error: data/own/masks/train/\d.png: {re.escape(message)}", line)
+    assert re.match(r"error: data/own/masks/train/\d.png: has height and width \(72, 95\), its image", line)
