@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from .row_attention import RowAttention, bias_strips
 
-# Tokens of a map from which its bias is no longer a tensor. On a CPU rows of queries are then as fast, and save memory;
+# Tokens of a map from which its bias is no longer a tensor. On a CPU rows of queries are then faster, and save memory;
 # on a GPU the number is a guess, not measured: for 12 heads, the bias has 100 MB in bfloat16.
 LARGE_MAP, LARGE_MAP_ON_GPU = 576, 2048
 
