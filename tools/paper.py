@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the classifiers (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at a time (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/paper", help="of trainings (%(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/paper", help="of what came out (%(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/paper", help="of one device (%(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:

@@ -59,7 +59,7 @@ class Run(NamedTuple):
     seed: int
     folder: Path  # that it writes
     command: tuple[str, ...]  # that starts or continues it
-    settings: Any  # all that its result depends on, as JSON
+    settings: Any  # all that its result depends on, as JSON, less the defaults
     logs: str  # of evaluations, in the folder
     metric: str  # in a log's lines
 
@@ -110,8 +110,8 @@ def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int
     for seed, name in product(seeds, models):
         path, tag, opts = str(CONFIGS / f"{name}.yaml"), f"seed-{seed}", ("SEED", str(seed), *options)
         command = ("classification/main.py", "--cfg", path, "--output", str(output), "--tag", tag, "--opts", *opts)
-        computed = settings(load_config(path, opts).model_dump(mode="json"))
-        runs.append(Run(name, seed, output / name / tag, command, computed, "log.jsonl", "val/acc1"))
+        computed = settings(load_config(path, opts).model_dump(mode="json", exclude_defaults=True))
+        runs.append(Run(name, seed, output / name / tag, command, [computed, options], "log.jsonl", "val/acc1"))
     return runs
 
 

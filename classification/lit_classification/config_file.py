@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from lit_classification.config import MIXING_ODD, SIDES, Config, ConfigError, Lit, key_fields
 
 MAX_PARAMETERS = 2 * 10**9
+MAX_DEPTH = 20  # of lists and sections in each other
 RESERVED_KEYWORDS = {  # of timm.create_model, beside those that other keys set
     *("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("drop_path_rate", "drop_rate", "in_chans", "model_name", "num_classes"),
@@ -123,15 +124,24 @@ def _yaml() -> YAML:
 
 def _parse(text: str | bytes, origin: str) -> Any:
     try:
-        for event in _yaml().parse(text):
-            if isinstance(event, AliasEvent):  # with aliases, a small file can be endless or of any size
-                problem = f"*{event.anchor} is an alias; write out what it stands for"
-                raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        _refuse_bombs(text)
         return _yaml().load(text)
-    except (YAMLError, ValueError, RecursionError) as error:  # the latter: a number too long, lists too deep
+    except (YAMLError, ValueError) as error:  # the latter: a number too long
         mark = getattr(error, "problem_mark", None)
         problem = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())
         raise ConfigError(f"{origin}: not YAML: {problem:.300}") from None
+
+
+def _refuse_bombs(text: str | bytes) -> None:
+    """Raise YAMLError for what makes a small file endless, of any size, or slow to read."""
+    depth = 0
+    for event in _yaml().parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent):
+            problem = f"*{event.anchor} is an alias; write out what it stands for"
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if depth > MAX_DEPTH:
+            raise MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=event.start_mark)
 
 
 def _files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:

@@ -106,7 +106,9 @@ def join_processes(device: str = "auto", minutes: float = 30) -> Iterator[Proces
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
-        raise ConfigError(f"RUNTIME.DEVICE: is {device}, but PyTorch sees none; use auto or cpu, or check the driver")
+        raise ConfigError(
+            f"RUNTIME.DEVICE: is {device}, but PyTorch sees no GPU for it; use auto or cpu, or check the driver"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is LOCAL_RANK
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and local_rank >= torch.cuda.device_count():

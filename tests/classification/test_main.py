@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from traceback import walk_stack
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
+import lit_classification.run
 import main
 import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
@@ -391,7 +393,7 @@ def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg, folder, monkeypatch):
         criterion = build_criterion(config)
         return lambda *args: 16 * criterion(*args)
 
-    monkeypatch.setattr(main, "GradScaler", scaler_that_starts_too_high)
+    monkeypatch.setattr(lit_classification.run, "GradScaler", scaler_that_starts_too_high)
     monkeypatch.setattr(training, "build_criterion", criterion_times_16)
     main.main(["--cfg", str(tiny_cfg()), "--opts", "TRAIN.EPOCHS", "2"])
     halved = 127 - math.log2(scalers[0].get_scale())
@@ -415,7 +417,8 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, folder, 
         run_update(trainer, batches)
 
     monkeypatch.setattr(training.Trainer, "run_update", break_the_third)
-    monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
+    unscaled = partial(GradScaler, init_scale=1.0)
+    monkeypatch.setattr(lit_classification.run, "GradScaler", lambda device, enabled: unscaled(device))
     options = ["--opts", "PRINT_FREQ", "4", "TRAIN.SAVE_STEPS", "0"]
     assert_fails(capsys, ["--cfg", tiny_cfg(), *options], "loss 0.0, gradient norm nan in epoch 0, update 2;")
     assert json.loads((folder / "failed.json").read_text())["update"] == 2

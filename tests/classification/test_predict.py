@@ -175,7 +175,7 @@ def test_folders_of_imagenet_are_named_in_words(trained, photos, capsys):
 
 @pytest.mark.parametrize("batch_size", [2, 32])  # with loader processes and without
 def test_folder_comes_in_natural_order(batch_size, trained, photos, capsys, monkeypatch):
-    monkeypatch.setattr(predict, "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(loaders, "FILES_BATCH", batch_size)
     path, model, _ = trained()
     lines = run_json(capsys, photos, "--checkpoint", path, "--topk", "1")
     order = ("2.JPG", "9.jpeg", "10.png", "a/1.png", "a/b/0.png")
