@@ -252,9 +252,9 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     average = None  # a run that switches EMA on starts it here
     if state.ema and run.model_ema:
         average = fit_state_dict(run.model_ema, state.model, path, new_head=False)
+    check_optimizer_state(run.optimizer, state.optimizer, path)
     if run.update and not run.optimizer.get("state"):
         raise CheckpointError(f"{path}: its optimiser state is empty; start from its weights with --pretrained")
-    check_optimizer_state(run.optimizer, state.optimizer, path)
     if run.scaler and state.scaler.is_enabled() and run.scaler.keys() != state.scaler.state_dict().keys():
         raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")
     check_unchanged(path, run.recipe, state.recipe, config.TRAIN.RESUME_CHANGED)

@@ -131,18 +131,18 @@ def test_attention_of_the_papers_model(
 def test_attention_is_averaged_over_the_images(image_folder: Path) -> None:
     model = timm.create_model("lit_s", **TINY_LIT, img_size=64, num_classes=3).eval()
     classes = load_images(image_folder)
-    loader = torch.utils.data.DataLoader(classes, batch_size=2)
+    loader = torch.utils.data.DataLoader(classes, batch_size=2, collate_fn=list)
     queries = [5, 5, 5, 1]
     average = visualize_attention.average_attention(model, loader, queries, torch.device("cpu"))
-    alone = [visualize_attention.query_attention(model, x[None], queries) for x, _ in classes]
+    alone = [visualize_attention.query_attention(model, x[None], queries) for _, x in classes]
     for stage, maps in average.items():
         torch.testing.assert_close(maps.float(), torch.stack([one[stage][0] for one in alone]).mean(0))
 
 
-def load_images(folder: Path) -> list[tuple[torch.Tensor, str]]:
+def load_images(folder: Path) -> list[tuple[str, torch.Tensor]]:
     paths = sorted((folder / "val").rglob("*.jpg"))[:5]
     images = [np.array(Image.open(path).resize((64, 64)), dtype=np.float32) for path in paths]
-    return [(torch.from_numpy(image / 255).permute(2, 0, 1), str(path)) for image, path in zip(images, paths)]
+    return [(str(path), torch.from_numpy(image / 255).permute(2, 0, 1)) for image, path in zip(images, paths)]
 
 
 def test_tokens_are_those_of_the_paper_or_at_their_places() -> None:
