@@ -106,8 +106,8 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container", str(error)):
             raise  # not by PyTorch's writer
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        if "enforce fail" in reason:  # PyTorch's writer, of bytes that did not arrive
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rpartition("strerror: ")[2]
+        if "unexpected pos" in reason:  # so PyTorch's writer says that bytes did not arrive
             reason = "no room left, or a broken disk"
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); what was saved before is intact. Make room, then run again"
