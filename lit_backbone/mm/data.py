@@ -46,10 +46,15 @@ def check_dataset(dataset: Any) -> None:
     """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
     classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    if found is not None and len(found) != len(classes):
-        own = [category["name"] for category in load(dataset.ann_file)["categories"]]
-        odd = name_some([name for name in classes if own.count(name) != 1])
-        raise DataError(f"{source}: has no single category {odd}; name its own in metainfo.classes: {', '.join(own)}")
+    if found is not None and list(classes) != list(dataset.METAINFO.get("classes", ())):  # COCO's own are right
+        categories = load(dataset.ann_file)["categories"]
+        own, names = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
+        if odd := name_some([name for name in classes if own.count(name) != 1]):
+            raise DataError(
+                f"{source}: has no single category {odd}; name its own in metainfo.classes: {', '.join(own)}"
+            )
+        if list(classes) != (order := [names[number] for number in found]):  # as mmdetection numbers them
+            raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
     if not len(dataset):
         folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
         if suffix and not dataset.ann_file:
