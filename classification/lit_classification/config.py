@@ -25,7 +25,7 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-SIDES = (32, 2048)  # of an input in pixels; at more, attention's bias alone takes gigabytes for each block
+SIDES = (32, 2048)  # of an input in pixels; at 2048, 16,384 tokens attend to each other in stage 3
 
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Side = Annotated[int, Field(gt=0, multiple_of=SIDES[0], le=SIDES[1])]
