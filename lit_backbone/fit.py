@@ -115,16 +115,19 @@ def fit_state_dict(
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what} ({name_some(keys)})" for what, keys in problems.items() if keys)
-        name = name or cfg.get("architecture", type(model).__name__)
-        raise CheckpointError(f"{path}: not a checkpoint of {name}: {found}")
+        raise CheckpointError(f"{path}: not a checkpoint of {name or _architecture(model)}: {found}")
     if misfit and own_classes > 0:  # a model without a head needs none
         if not new_head:
             raise CheckpointError(f"{path}: {misfit}; {remedy}")
         _logger.warning(f"{path}: {misfit}; the head is initialised anew")
     if odd := [key for key, value in state_dict.items() if not value.isfinite().all()]:
-        remedy = "use a checkpoint from before the training failed"
-        raise CheckpointError(f"{path}: {len(odd)} weights are not finite ({name_some(odd)}); {remedy}")
+        odd = f"{len(odd)} weights are not finite ({name_some(odd)})"
+        raise CheckpointError(f"{path}: {odd}; use a checkpoint from before the training failed")
     return state_dict
+
+
+def _architecture(model: nn.Module) -> str:
+    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
 
 
 def _length(tensor: Tensor | None) -> int:

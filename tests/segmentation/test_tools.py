@@ -226,4 +226,4 @@ def test_demo_learns(digits_classifier: Path, tmp_path: Path) -> None:
     changes |= dict(default_hooks__checkpoint__interval=1000, default_hooks__logger__interval=50)
     changes |= dict(train_dataloader__batch_size=8)
     output = train(CONFIG, *build_options(tmp_path / "scenes", digits_classifier, tmp_path / "run", **changes))
-    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 80
+    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 70
