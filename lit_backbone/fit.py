@@ -115,7 +115,7 @@ def fit_state_dict(
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what} ({name_some(keys)})" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"{path}: not a checkpoint of {name or _architecture(model)}: {found}")
+        raise CheckpointError(f"{path}: not a checkpoint of {name or architecture(model)}: {found}")
     if misfit and own_classes > 0:  # a model without a head needs none
         if not new_head:
             raise CheckpointError(f"{path}: {misfit}; {remedy}")
@@ -126,7 +126,8 @@ def fit_state_dict(
     return state_dict
 
 
-def _architecture(model: nn.Module) -> str:
+def architecture(model: nn.Module) -> str:
+    """What messages call a model."""
     return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
 from ..checkpoints import CheckpointError, name_some, read_checkpoint, unwrap_state_dict
-from ..fit import fit_state_dict
+from ..fit import architecture, fit_state_dict
 from ..released import load_released_layout
 
 ADDRESSES = ("http://", "https://")
@@ -197,5 +197,5 @@ def fit_weights(
             print_log(f"{path}: {name_some(differing)} do not fit and stay as initialised", level=logging.WARNING)
         kept = {key: value for key, value in state_dict.items() if key not in differing}
         state_dict = own | kept
-    arch = getattr(model.backbone, "pretrained_cfg", {}).get("architecture", type(model.backbone).__name__)
+    arch = architecture(model.backbone)
     return fit_state_dict(state_dict, model, path, name=f"{type(model).__name__} with {arch}")
