@@ -124,10 +124,12 @@ def test_fine_tuning_starts_a_head_for_other_classes_anew(
 def test_fine_tuning_starts_a_head_for_as_many_other_classes_anew(
     trained: Path, still_config: Path, options: Any, tmp_path: Path
 ) -> None:
-    config = derive(tmp_path / "swapped.py", still_config, classes_of_all_splits(tuple("1023456789")))
+    content = torch.load(trained / "epoch_2.pth", weights_only=False)
+    content["meta"]["dataset_meta"]["classes"] = tuple("1023456789")
+    torch.save(content, tmp_path / "swapped.pth")
     still = dict(optim_wrapper__optimizer__lr=0.0, train_cfg__max_epochs=1)
-    output = train(config, *options("fine", load_from=trained / "epoch_2.pth", **still))
-    assert "its classes are not those of the data: 10 with 0, 1 against 10 with 1, 0; what depends on them" in output
+    output = train(still_config, *options("fine", load_from=tmp_path / "swapped.pth", **still))
+    assert "its classes are not those of the data: 10 with 1, 0 against 10 with 0, 1; what depends on them" in output
     before, after = weights(trained / "epoch_2.pth"), weights(tmp_path / "fine" / "epoch_1.pth")
     changed = [key for key in before if key.startswith("bbox_head") and not torch.equal(before[key], after[key])]
     assert changed == ["bbox_head.retina_cls.weight", "bbox_head.retina_cls.bias"]
