@@ -34,6 +34,16 @@ def forget_compiled_code() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.fixture
+def bfloat16_attention() -> None:
+    """Skips where PyTorch's own attention fails in bfloat16: ATEN_CPU_CAPABILITY=default on CPUs that have AMX."""
+    x = torch.zeros(1, 1, 64, 8, dtype=torch.bfloat16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(autouse=True)
 def end_programs() -> Iterator[None]:
     """However a test ends, nobody waits for what it has started."""

@@ -104,7 +104,7 @@ def bfloat16() -> torch.autocast:
 
 
 @pytest.fixture(params=["retinanet", "mask_rcnn"])
-def plain(request: pytest.FixtureRequest) -> nn.Module:
+def plain(request: pytest.FixtureRequest, bfloat16_attention: None) -> nn.Module:
     """A small detector, as mmdetection computes it."""
     cfg = Config.fromfile(DEMO / f"{request.param}_lit_digit_scenes.py")
     init_default_scope(cfg.default_scope)

@@ -337,6 +337,7 @@ def test_copies(kind: str, copy_of: Any) -> None:
     assert model.norm.weight.count_nonzero() > 0
 
 
+@pytest.mark.usefixtures("bfloat16_attention")
 def test_bfloat16_autocast(kind: str) -> None:
     model = small_lit(kind)
     x = torch.randn(4, 3, 64, 64)
