@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     options = ("TRAIN.EPOCHS", args.epochs, "RUNTIME.DEVICE", args.device, "RUNTIME.COMPILE", str(args.device != "cpu"))
     output, folder = args.output.resolve(), args.results.resolve()
     results, weights = folder / "results.json", folder / "lit.pth"
-    runs = classification_runs(output, models, args.seeds, *options) + dense_runs(output, tasks, args.seeds, weights)
+    runs = classification_runs(output, models, args.seeds, *options)
+    runs += dense_runs(output, tasks, args.seeds, weights, *options)
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
     if todo:

@@ -110,20 +110,25 @@ def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int
     for seed, name in product(seeds, models):
         path, tag, opts = str(CONFIGS / f"{name}.yaml"), f"seed-{seed}", ("SEED", str(seed), *options)
         command = ("classification/main.py", "--cfg", path, "--output", str(output), "--tag", tag, "--opts", *opts)
-        computed = settings(load_config(path, opts).model_dump(mode="json", exclude_defaults=True))
-        runs.append(Run(name, seed, output / name / tag, command, [computed, options], "log.jsonl", "val/acc1"))
+        computed = [_settings(path, *opts), options]
+        runs.append(Run(name, seed, output / name / tag, command, computed, "log.jsonl", "val/acc1"))
     return runs
 
 
-def dense_runs(output: Path, tasks: Sequence[str], seeds: Sequence[int], weights: Path) -> list[Run]:
-    """By mmengine's tools, from the weights of a LIT trained on CIFAR-10, and from random ones."""
-    runs = []
+def _settings(path: str, *opts: str) -> dict[str, Any]:
+    """What a classifier's result depends on."""
+    return settings(load_config(path, opts).model_dump(mode="json", exclude_defaults=True))
+
+
+def dense_runs(output: Path, tasks: Sequence[str], seeds: Sequence[int], weights: Path, *options: str) -> list[Run]:
+    """By mmengine's tools, from the weights of LIT's seed 0, trained with these options, and from random ones."""
+    runs, origin = [], _settings(str(CONFIGS / f"{LIT}.yaml"), "SEED", "0", *options)
     for seed, name, start in product(seeds, tasks, STARTS):
         task = DENSE[name]
         path, folder = f"configs/demo/{task.config}.py", output / f"{name}-{start.replace(' ', '-')}" / f"seed-{seed}"
         init_cfg = f"model.backbone.init_cfg{STARTS[start].format(weights)}"
-        options = (f"randomness.seed={seed}", init_cfg, *task.schedule)
-        command = (f"{name}/tools/train.py", path, "--work-dir", str(folder), "--resume", "--cfg-options", *options)
-        computed = [(ROOT / name / path).read_text(), start, seed, task.schedule]
+        changes = (f"randomness.seed={seed}", init_cfg, *task.schedule)
+        command = (f"{name}/tools/train.py", path, "--work-dir", str(folder), "--resume", "--cfg-options", *changes)
+        computed = [(ROOT / name / path).read_text(), origin if start == "pretrained" else start, seed, task.schedule]
         runs.append(Run(f"{name}, {start}", seed, folder, command, computed, "*/vis_data/[0-9]*.json", task.metric))
     return runs

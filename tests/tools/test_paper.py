@@ -60,6 +60,15 @@ def test_schedules_are_shorter_than_the_demos() -> None:
         assert ours < demos
 
 
+def test_what_starts_from_another_lit_is_another_training(tmp_path: Path) -> None:
+    """Also where its weights lie in the same file; what starts from random weights stays done."""
+    ten, hundred = (
+        paper.dense_runs(tmp_path, ["detection"], [0], tmp_path / "lit.pth", "TRAIN.EPOCHS", n) for n in ("10", "100")
+    )
+    same = {run.name: run.digest == other.digest for run, other in zip(ten, hundred, strict=True)}
+    assert same == {"detection, pretrained": False, "detection, from scratch": True}
+
+
 def test_a_training_is_continued_and_counted(options: tuple[str, ...], tmp_path: Path, bar: tqdm) -> None:
     """Started again, it only reports; with other settings, it is not done."""
     run, other = (paper.classification_runs(tmp_path, [LIT], [0], *options, "TRAIN.EPOCHS", n)[0] for n in "23")
