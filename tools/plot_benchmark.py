@@ -21,7 +21,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     lines = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(5 * columns, 3 * lines), layout="constrained")
     for i, (title, panel) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(lines, columns, i, title=title)
+        axes = figure.add_subplot(lines, columns, i)
+        axes.set_title(title, fontsize="medium")
         curves(axes, panel) if panel[0]["section"] == "growth" else bars(axes, panel)
     return figure
 
@@ -42,7 +43,7 @@ def curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(row["name"] for row in rows):
         own = {int(row["what"].split()[-1]): row["ms"] for row in rows if row["name"] == name}
         axes.loglog(own.keys(), own.values(), "o-", label=name)
-        axes.set_xticks([*own], labels=[*own])
+        axes.set_xticks([*own], labels=[*own], fontsize="small")
     axes.minorticks_off()
     axes.set(xlabel="side in pixels", ylabel="ms")
     axes.legend()
