@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        image = open_rgb(args.vis_image)  # before the model: what is wrong with it is said at once
         classifier = load_model(args, device)
-        x = classifier.transform(open_rgb(args.vis_image))
+        x = classifier.transform(image)
         folder, flags = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
         print(printable(write_offsets(classifier.model, x.to(device), to_picture(x), folder, **flags)))
     except (CheckpointError, DataError, OSError) as error:

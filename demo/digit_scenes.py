@@ -212,9 +212,7 @@ def write_split(root: Path, split: str, info: dict[str, Any]) -> None:
     unfinished.replace(unfinished.with_suffix(""))
 
 
-def write_scenes(
-    root: Path, size: int = 128, train: int = 4800, val: int = 200, seed: int = 0, force: bool = False
-) -> bool:
+def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200, seed: int = 0) -> bool:
     """Writes both splits, unless they are already there; returns whether it has written any."""
     written = False
     for split, scenes in zip(SPLITS, (train, val)):
@@ -225,7 +223,7 @@ def write_scenes(
             "scenes": scenes,
         }
         info |= {"digits": list(NUM_DIGITS), "sides": list(DIGIT_SIDE), "overlap": MAX_OVERLAP, "dimmed": DIMMED}
-        if force or not is_complete(root, split, info):
+        if not is_complete(root, split, info):
             write_split(root, split, info)
             written = True
     return written
@@ -255,13 +253,12 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="number of scenes to hold out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number gives other scenes (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="write again what is already there")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="also draw eight scenes of each split, annotated")
     args = parser.parse_args()
     if args.size < MIN_SIZE or min(args.train, args.val) < 1 or args.seed < 0:
         parser.error(f"--size starts at {MIN_SIZE}, --train and --val at 1, --seed at 0")
 
-    written = write_scenes(args.output, args.size, args.train, args.val, args.seed, args.force)
+    written = write_scenes(args.output, args.size, args.train, args.val, args.seed)
     if args.preview:
         composers = [Composer(split, args.size, args.seed) for split in SPLITS]
         draw_sheet([composer.compose(number) for composer in composers for number in range(8)]).save(args.preview)

@@ -40,12 +40,12 @@ def is_complete(paths: list[Path], size: int) -> bool:
         return image.size == (size, size)
 
 
-def write_digits(root: Path, size: int = 64, force: bool = False) -> bool:
+def write_digits(root: Path, size: int = 64) -> bool:
     """Writes the image folder `root`, unless it is already there; returns whether it has written."""
     digits = load_digits()
     scans = [(split, i) for split, members in split_digits(digits.target).items() for i in members]
     paths = [root / split / str(digits.target[i]) / f"{i:04d}.png" for split, i in scans]
-    if not force and is_complete(paths, size):
+    if is_complete(paths, size):
         return False
     for path, (_, i) in zip(tqdm(paths, "writing digits", delay=1, disable=None), scans):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image folder.")
     parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder to write to (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="height and width of the images (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="write again what is already there")
     args = parser.parse_args()
 
-    written = write_digits(args.output, args.size, args.force)
+    written = write_digits(args.output, args.size)
     counts = ", ".join(f"{sum(1 for _ in (args.output / split).rglob('*.png'))} {split}" for split in ("train", "val"))
     print(f"{args.output}: {counts} images of {args.size} x {args.size}{'' if written else ', already there'}")
 

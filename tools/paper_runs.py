@@ -81,6 +81,8 @@ class Run(NamedTuple):
 
     def has_ended(self, process: subprocess.Popen[bytes], wait: bool = False) -> bool:
         """Whether a process that this started is no more; its CPU time is noted in the folder."""
+        if process.returncode is not None:
+            return True
         pid, status, usage = os.wait4(process.pid, 0 if wait else os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)

@@ -137,6 +137,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny_cfg, output):
 
 def test_a_second_ctrl_c_ends_a_run_at_once(capfd):
     def press_twice() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
         with stop_requests() as stop:
             signal.raise_signal(signal.SIGINT)
             print(stop.signal, flush=True)
@@ -510,7 +511,8 @@ def test_a_disk_that_is_full_when_a_run_starts(tiny_cfg, output):
     assert read_checkpoint(output / "default" / LATEST)["update"] == UPDATES
 
 
-@pytest.mark.parametrize("closed", ["| head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["| head -n 1", ">&- 2>&-"])
 def test_a_run_goes_on_when_nobody_reads_its_output(tiny_cfg, output, closed):
     """Its log is in its folder. What is there for its output alone ends, as other programs do."""
     shell = dict(shell=True, executable="bash", capture_output=True, text=True, timeout=300)

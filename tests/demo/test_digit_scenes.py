@@ -179,7 +179,6 @@ def test_complete_set_is_left_alone_and_any_other_is_written(tmp_path):
     (tmp_path / "semantic" / "val" / "00001.png").unlink()
     assert write_scenes(tmp_path, **settings)
     assert content(tmp_path) == before
-    assert write_scenes(tmp_path, **settings, force=True)
     assert write_scenes(tmp_path, **settings | {"seed": 1})
     assert content(tmp_path) != before
 

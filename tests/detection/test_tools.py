@@ -102,6 +102,7 @@ def test_masks_are_not_averaged() -> None:
     assert "--tta: mmdetection averages boxes only" in error_of(runner.test, "", lambda cfg, args: None, arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
     flags = ["--amp", "--auto-scale-lr"]
     output = output_of_script(TOOLS / "dist_train.sh", still_config, 2, *options("two"), *flags)

@@ -61,7 +61,7 @@ def expected_tests(model: str) -> set[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "models",
-    [("lit_ti", "lit_s"), pytest.param(("pvt_small_full_msa",), marks=pytest.mark.slow)],
+    [("lit_s",), pytest.param(("lit_ti", "pvt_small_full_msa"), marks=pytest.mark.slow)],
     ids=" ".join,
 )
 def test_timm_model_tests(models: tuple[str, ...], timm_tests: Path) -> None:

@@ -99,6 +99,7 @@ def test_trainings_end_with_the_comparison(
     with pytest.raises(TrainingError, match="(?s)lit, seed 0: ended with status 1; .*error: .*NONE"):
         list(paper.train_all([long, broken], 2, bar))
     assert len(started) == 2 and all(process.returncode for process in started)
+    assert long.has_ended(started[0]) and broken.has_ended(started[1])  # still, as where both end in the same second
     assert (long.folder / "seconds.txt").exists()
 
 
