@@ -108,6 +108,7 @@ def test_onnx(checkpoint: tuple[Path, nn.Module], operator: str) -> None:
     check_description(session.get_modelmeta().custom_metadata_map, path, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
 @torch.no_grad()
 def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
