@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from demo.cifar10 import CLASSES
 from demo.digit_scenes import write_scenes
 from lit_classification.config_file import load_config
+from lit_classification.model import load_classifier
 from tools import paper, paper_tables
 from tools.paper_runs import CONFIGS, DENSE, LIT, MODELS, ROOT, Run, TrainingError
 
@@ -67,6 +69,15 @@ def test_what_starts_from_another_lit_is_another_training(tmp_path: Path) -> Non
     )
     same = {run.name: run.digest == other.digest for run, other in zip(ten, hundred, strict=True)}
     assert same == {"detection, pretrained": False, "detection, from scratch": True}
+
+
+def test_what_the_repository_keeps_is_of_the_settings_of_now() -> None:
+    folder = ROOT / "docs/paper"
+    options = ("TRAIN.EPOCHS", "10", "RUNTIME.DEVICE", "cpu", "RUNTIME.COMPILE", "False")
+    runs = paper.classification_runs(ROOT, [*MODELS], [0, 1, 2], *options)
+    runs += paper.dense_runs(ROOT, [*DENSE], [0, 1, 2], folder / "lit.pth", *options)
+    assert paper.finished(folder / "results.json", runs) == paper.read(folder / "results.json") != {}
+    assert load_classifier(folder / "lit.pth", torch.device("cpu")).classes == [*CLASSES]
 
 
 def test_a_training_is_continued_and_counted(options: tuple[str, ...], tmp_path: Path, bar: tqdm) -> None:
