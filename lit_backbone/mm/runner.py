@@ -185,13 +185,8 @@ def train(description: str, argv: list[str] | None = None) -> None:
         runner.train()
 
 
-def test(
-    description: str, prepare: Callable[[Config, argparse.Namespace], Any], argv: list[str] | None = None
-) -> dict[str, float]:
-    """Evaluate a checkpoint: the body of `tools/test.py`. Returns the metrics by name.
-
-    `prepare` makes a config show, draw and write predictions as the flags `--show`, `--show-dir` and `--out` say.
-    """
+def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
+    """Evaluate a checkpoint: the body of `tools/test.py`. Returns the metrics by name."""
     parser = _parser(description)
     parser.add_argument("checkpoint", help="file to evaluate, ours or the original's")
     parser.add_argument("--out", metavar="PATH", help="write the predictions")
@@ -203,7 +198,7 @@ def test(
     with one_line_errors():
         cfg = load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
         cfg.load_from, cfg.resume = args.checkpoint, False  # a run that was resumed says so in its config
-        prepare(cfg, args)
+        _show_and_write(cfg, args)
         if args.tta:
             _augment_tests(cfg)
         return build_runner(cfg).test()
@@ -266,6 +261,23 @@ def build_runner(cfg: Config) -> StrictRunner:
         torch.distributed.init_process_group("gloo")
         cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     return StrictRunner.from_cfg(cfg)
+
+
+def _show_and_write(cfg: Config, args: argparse.Namespace) -> None:
+    """Make a config show, draw and write predictions as the command line says."""
+    is_detection = cfg.get("default_scope") == "mmdet"
+    if args.show or args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and is_detection:
+        cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)  # else within the run's folder
+    elif args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+    if args.out and is_detection:
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise DataError(f"--out {args.out}: use a name that ends in .pkl")
+        cfg.test_evaluator = [cfg.test_evaluator, dict(type="DumpDetResults", out_file_path=args.out)]
+    elif args.out:
+        cfg.test_evaluator.output_dir = args.out
 
 
 def _augment_tests(cfg: Config) -> None:

@@ -6,20 +6,6 @@ try:
     from lit_backbone.mm.runner import test
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
-from argparse import Namespace
-
-from mmengine.config import Config
-
-
-def prepare(cfg: Config, args: Namespace) -> None:
-    """Make a config show, draw and write predictions as the command line says."""
-    if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
-    if args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
-    if args.out:
-        cfg.test_evaluator.output_dir = args.out
-
 
 if __name__ == "__main__":
-    test(__doc__, prepare)
+    test(__doc__)

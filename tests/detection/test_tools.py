@@ -71,7 +71,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
         torch.testing.assert_close(again[key], whole[key], msg=key)
     assert not torch.equal(start["bbox_head.retina_cls.weight"], whole["bbox_head.retina_cls.weight"])
     # the config that the run leaves says that it resumes; its checkpoints can be tested with it nevertheless
-    found = runner.test("", lambda cfg, args: None, [str(work_dir / "still.py"), str(work_dir / "epoch_2.pth")])
+    found = runner.test("", [str(work_dir / "still.py"), str(work_dir / "epoch_2.pth")])
     assert "coco/bbox_mAP_50" in found
 
 
@@ -99,7 +99,7 @@ def test_test(trained: Path, still_config: Path, options: Any, flags: list[str],
 
 def test_masks_are_not_averaged() -> None:
     arguments = [str(PUBLISHED / "mask_rcnn_lit_ti_fpn_1x_coco.py"), "none.pth", "--tta"]
-    assert "--tta: mmdetection averages boxes only" in error_of(runner.test, "", lambda cfg, args: None, arguments)
+    assert "--tta: mmdetection averages boxes only" in error_of(runner.test, "", arguments)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_head_for_another_number_of_classes(options: Any) -> None:
 
 def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
-        return error_of(runner.test, "", lambda cfg, args: None, [str(config), str(checkpoint), *options(**changes)])
+        return error_of(runner.test, "", [str(config), str(checkpoint), *options(**changes)])
 
     last = trained / "epoch_2.pth"
     other = derive(tmp_path / "other.py", CONFIG, classes_of_all_splits(tuple("1023456789")))

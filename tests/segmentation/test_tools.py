@@ -191,14 +191,14 @@ def test_configs_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)
     assert message in error_of(runner.train, "", [str(path)])
-    assert message in error_of(runner.test, "", lambda cfg, args: None, [str(path), "none.pth"])
+    assert message in error_of(runner.test, "", [str(path), "none.pth"])
     with pytest.raises((DataError, FileNotFoundError), match=re.escape(message)):
         load_model(str(path), "none.pth", "cpu")
 
 
 def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
-        return error_of(runner.test, "", lambda cfg, args: None, [str(config), str(checkpoint), *options(**changes)])
+        return error_of(runner.test, "", [str(config), str(checkpoint), *options(**changes)])
 
     last = trained / "iter_4.pth"
     names = dict(dataset=dict(metainfo=dict(classes=("background", *"1023456789"))))
