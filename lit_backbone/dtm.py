@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from .layers import HAS_TRITON, is_exporting
@@ -146,7 +145,6 @@ _sample_tokens.register_autograd(_backward, setup_context=_save)
 
 
 @torch.fx.wrap
-@register_notrace_function
 def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Bilinear samples of a map at learned positions, laid out as the input of a 2x2 stride-2 convolution.
 
@@ -209,7 +207,6 @@ _convolve_without_tf32.register_autograd(_convolution_backward, setup_context=_s
 
 
 @torch.fx.wrap
-@register_notrace_function
 def convolve_offsets(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A 2x2 stride-2 convolution in the weight's dtype, which neither autocast nor TF32 rounds."""
     device = x.device.type
@@ -229,7 +226,6 @@ class OffsetConv2d(nn.Conv2d):
 
 
 @torch.fx.wrap
-@register_notrace_function
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to which autocast rounds a convolution's input `x`."""
     device = x.device.type

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -27,8 +27,6 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 
-@torch.fx.wrap
-@register_notrace_function
 def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Interpolate a position table `(1, C, h, w)` to `(1, C, height, width)`, in float32, keeping its dtype.
 
@@ -41,8 +39,6 @@ def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear
     return F.interpolate(table.float(), (height, width), mode=mode, align_corners=False).to(table.dtype)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
     """Bias of attention over a whole map, looked up by the displacement from key to query.
 
@@ -138,7 +134,6 @@ def _use_flex_attention(q: Tensor) -> bool:
 
 
 @torch.fx.wrap
-@register_notrace_function
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes.
 
@@ -157,8 +152,6 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def require_size(x: Tensor, smallest: int) -> Tensor:
     """The images `(B, C, H, W)`; raises ValueError if a side has fewer than `smallest` pixels."""
     if not is_exporting() and min(x.shape[2:]) < smallest:
@@ -168,7 +161,6 @@ def require_size(x: Tensor, smallest: int) -> Tensor:
 
 
 @torch.fx.wrap
-@register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a map `(B, C, H, W)` on the right and at the bottom until `multiple` divides H and W."""
     bottom = (multiple - x.shape[2] % multiple) % multiple
