@@ -25,9 +25,6 @@ from ..fit import architecture, fit_state_dict
 from ..released import load_released_layout
 
 ADDRESSES = ("http://", "https://")
-# Every scheme that mmengine knows; those beside files and http(s) would reach its own, unsafe reader.
-SCHEMES = ["", *ADDRESSES, "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://", "modelzoo://", "torchvision://"]
-SCHEMES += ["open-mmlab://", "openmmlab://", "mmcls://"]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # a file's SHA-256, as PyTorch and OpenMMLab name it
 
 
@@ -143,7 +140,8 @@ def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in Records.model_fields} | taken
 
 
-CheckpointLoader.register_scheme(SCHEMES, load_file, force=True)
+CheckpointLoader._schemes.clear()  # others than files and http(s) would reach mmengine's own, unsafe reader
+CheckpointLoader.register_scheme("", load_file)
 
 
 def _read(path: str | Path, device: Any = "cpu") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.checkpoints import stored_meta
-from lit_backbone.mm.loading import SCHEMES, load_file
+from lit_backbone.mm.loading import load_file
 from tests.damage import damaged
 
 
@@ -36,8 +36,8 @@ class Call:
 
 
 def test_all_schemes_are_ours() -> None:
-    assert {loader.__module__ for loader in CheckpointLoader._schemes.values()} == {"lit_backbone.mm.loading"}
-    assert set(CheckpointLoader._schemes) == set(SCHEMES)
+    addresses = ["w.pth", "https://a/w.pth", "a:s3://w.pth", "torchvision://resnet50", "mmcls://w.pth", "new://w.pth"]
+    assert {CheckpointLoader._get_checkpoint_loader(address) for address in addresses} == {load_file}
 
 
 @pytest.mark.parametrize(
