@@ -126,21 +126,12 @@ def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     return clean_state_dict(weights)
 
 
-def stored_meta(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's class names as `classes`, and in detection and segmentation their colours as `palette`."""
+def stored_classes(content: dict[str, Any]) -> list[str]:
+    """A checkpoint's class names in their order, whoever wrote it; empty if it names none."""
     stored = content  # as our trainer stores them; mmcv 1 and mmengine do below
     for key in ("meta", "dataset_meta"):
         stored = stored[key] if isinstance(stored.get(key), dict) and stored[key] else stored
-    keys = ("classes", "palette", "CLASSES", "PALETTE")
-    found = {key.lower(): stored[key] for key in keys if isinstance(stored.get(key), (list, tuple))}
-    if len(found.get("palette", ())) < len(found.get("classes", ())):  # mmdetection takes one colour for all classes
-        found.pop("palette", None)
-    return found
-
-
-def stored_classes(content: dict[str, Any]) -> list[str]:
-    """A checkpoint's class names in their order, whoever wrote it; empty if it names none."""
-    classes = stored_meta(content).get("classes", ())
+    classes = next((stored[key] for key in ("CLASSES", "classes") if isinstance(stored.get(key), (list, tuple))), ())
     return list(classes) if all(isinstance(name, str) for name in classes) else []
 
 

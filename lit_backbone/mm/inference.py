@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import CheckpointError, stored_meta
+from ..checkpoints import CheckpointError, stored_classes
 from ..command_line import add_offset_arguments
 from ..images import DataError, find_images, open_rgb
 from ..offsets import write_offsets
@@ -49,7 +49,7 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
     """The model of a config, less some of its values, with a checkpoint's weights, in evaluation mode.
 
     As mmdetection's and mmsegmentation's own functions expect, it has the config as `cfg`, and names and colours of
-    the classes as `dataset_meta`: those in the checkpoint, else those of the config's test data.
+    the classes as `dataset_meta`: those of the config's test data, but the names in the checkpoint where it has any.
 
     Raises:
         CheckpointError: the checkpoint cannot be read safely, or is another model's or that of other classes.
@@ -64,9 +64,10 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
     model.load_state_dict(fit_weights(content, model, checkpoint))
     model.cfg = cfg
     tested = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-    model.dataset_meta = dict(tested.metainfo) | stored_meta(content)
+    classes = stored_classes(content) or tested.metainfo.get("classes")
+    model.dataset_meta = dict(tested.metainfo, classes=classes)
     try:
-        check_heads(model, model.dataset_meta.get("classes"))
+        check_heads(model, classes)
     except DataError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     return model.to(device).eval()

@@ -69,15 +69,11 @@ for _name in ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Names = tuple[Annotated[StrictStr, Field(max_length=200)], ...] | None
-Value = Annotated[StrictInt, Field(ge=0, le=255)]
-Colors = BeforeValidator(lambda palette: palette if isinstance(palette, list) else None)  # it may be a palette's name
-Palette = Annotated[list[tuple[Value, Value, Value]] | None, Colors]
 HOOKS_KEYS = ("best_score", "best_ckpt", "keep_ckpt_ids")  # with several metrics, the first two end in their names
 
 
 class DatasetMeta(BaseModel):
     classes: Names = None
-    palette: Palette = None
 
 
 class Meta(BaseModel):
@@ -86,7 +82,6 @@ class Meta(BaseModel):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] | None = None
     dataset_meta: DatasetMeta | None = None
     CLASSES: Names = None  # of mmcv 1
-    PALETTE: Palette = None
 
 
 class RuntimeInfo(BaseModel, extra="allow"):
