@@ -1,7 +1,6 @@
 """What a run prints: a header, progress and results. The rest is in its log file only."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -22,11 +21,9 @@ def is_of_interest(record: logging.LogRecord) -> bool:
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Hides that packages are missing which mmdetection and mmsegmentation can use, and nothing here does."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()) as printed:
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.filterwarnings("ignore", "faster_coco_eval is not installed")
         yield
-    lines = printed.getvalue().splitlines(keepends=True)
-    sys.stdout.writelines(line for line in lines if not line.startswith("Could not import OneDL"))
 
 
 def import_package(cfg: Config) -> None:
