@@ -23,7 +23,12 @@ TABLE_MODES = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}  # how each k
 
 
 def load_checkpoint(
-    path: str | PathLike[str], model: nn.Module | None = None, *, classes: Sequence[str] = (), new_head: bool = True
+    path: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    classes: Sequence[str] = (),
+    new_head: bool = True,
+    content: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Read a checkpoint's weights, their moving average where it has one, as a state dict in this package's layout.
 
@@ -32,22 +37,12 @@ def load_checkpoint(
         model: if given, the result is made to load strictly into it: see :func:`fit_state_dict`.
         classes: names of the classes that `model` is for, to be compared with those in the file, if it names any.
         new_head: whether a head for other classes is replaced by that of `model` or is an error.
+        content: of the file, by :func:`read_checkpoint`, where it has been read already.
 
     Raises:
         CheckpointError: the file cannot be read safely, holds no weights, or does not fit `model`.
     """
-    return weights_of(read_checkpoint(path), path, model, classes=classes, new_head=new_head)
-
-
-def weights_of(
-    content: dict[str, Any],
-    path: str | PathLike[str],
-    model: nn.Module | None = None,
-    *,
-    classes: Sequence[str] = (),
-    new_head: bool = True,
-) -> dict[str, Tensor]:
-    """:func:`load_checkpoint` for the content of a file that has been read already."""
+    content = read_checkpoint(path) if content is None else content
     state_dict = unwrap_state_dict(content)
     # other timm models have names like the released ones
     if model is None or not state_dict.keys() <= model.state_dict().keys():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
-from lit_backbone.fit import weights_of
+from lit_backbone.fit import load_checkpoint
 from lit_backbone.released import convert_released
 from lit_classification.augmentation import build_transform
 from lit_classification.config import SIDES, Config, ConfigError, differences, settings
@@ -84,9 +84,9 @@ def model_of(
     if timm.models.is_model_in_modules(config.MODEL.NAME, ["lit"]):  # timm's may not be made without memory
         with torch.device("meta"):
             outline = timm.create_model(**config.model_keywords)
-        weights_of(content, path, outline, classes=classes, new_head=False)
+        load_checkpoint(path, outline, classes=classes, new_head=False, content=content)
     model = build_model(config, device)
-    model.load_state_dict(weights_of(content, path, model, classes=classes, new_head=False))
+    model.load_state_dict(load_checkpoint(path, model, classes=classes, new_head=False, content=content))
     return model
 
 
