@@ -1,7 +1,6 @@
 """Image files: found in folders, opened and made RGB in one way, by training, evaluation and every tool."""
 
 import errno
-import heapq
 import math
 import os
 import re
@@ -9,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -53,24 +52,21 @@ def find_images(paths: list[str]) -> list[str]:
 
 def images_below(folder: str | Path) -> list[str]:
     """All files named like images, readable or not, in natural order. A folder that several links reach counts once."""
-    extensions, found, entered = get_img_extensions(), [], set()
-    folders = [(False, str(folder))]  # a heap, in which links come after all others
-    while folders:
-        _, here = heapq.heappop(folders)
-        try:
+    extensions, found, entered, starts = get_img_extensions(), [], set(), [str(folder)]
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: a folder that cannot be read ({error.strerror})") from error
+
+    while starts:  # links, after all that is reached without them
+        starts.sort()
+        for here, folders, names in os.walk(starts.pop(0), onerror=refuse):
             status = os.stat(here)
             if (status.st_dev, status.st_ino) in entered:
+                folders.clear()
                 continue
             entered.add((status.st_dev, status.st_ino))
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    is_link = entry.is_symlink()
-                    if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                        heapq.heappush(folders, (is_link, entry.path))
-                    elif entry.name.lower().endswith(extensions):
-                        found.append(entry.path)
-        except OSError as error:
-            raise DataError(f"{here}: a folder that cannot be read ({error.strerror})") from error
+            starts += filter(os.path.islink, (os.path.join(here, name) for name in folders))
+            found += [os.path.join(here, name) for name in names if name.lower().endswith(extensions)]
     return sorted(found, key=natural_key)
 
 
