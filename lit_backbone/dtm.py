@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 from .layers import HAS_TRITON, is_exporting
 
@@ -260,6 +261,20 @@ class DeformableTokenMerging(nn.Module):
         x = deformable_sample(x, self.offset(x), autocast_dtype(x))  # -> (B, C, 2(H//2), 2(W//2))
         x = self.act(self.norm(self.proj(x).to(dtype)))  # -> (B, C', H//2, W//2)
         return x.permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
+
+
+class _DeformConvMerging(DeformableTokenMerging):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2).contiguous()  # (B, H, W, C) -> (B, C, H, W)
+        x = deform_conv2d(x.float(), self.offset(x), self.proj.weight, self.proj.bias, stride=2)
+        return self.act(self.norm(x)).permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
+
+
+def use_deform_conv(model: nn.Module) -> None:
+    """Let a model compute DTM as the original does: by the operator that it equals, torchvision's, in float32."""
+    for module in model.modules():
+        if isinstance(module, DeformableTokenMerging):
+            module.__class__ = _DeformConvMerging
 
 
 @contextmanager

@@ -39,8 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
-from lit_backbone import DeformableTokenMerging
-from lit_backbone.dtm import deformable_sample
+from lit_backbone.dtm import deformable_sample, use_deform_conv
 
 DTM_SHAPES = ((96, 192, 56), (192, 384, 28), (384, 768, 14))  # of LIT-S at 224: channels in and out, side of the map
 ORIGINAL = "lit_s, torchvision's operator"
@@ -133,21 +132,10 @@ def _run_operator(merge: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)  # a plain convolution has no offsets
 
 
-class TorchvisionMerging(DeformableTokenMerging):
-    """DTM as the original computes it: torchvision's operator, in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2).contiguous()  # (B, H, W, C) -> (B, C, H, W)
-        x = deform_conv2d(x.float(), self.offset(x), self.proj.weight, self.proj.bias, stride=2)
-        return self.act(self.norm(x)).permute(0, 2, 3, 1).contiguous()  # -> (B, H//2, W//2, C')
-
-
 def build_model(name: str, bench: Bench, **kwargs) -> nn.Module:
     model = timm.create_model("lit_s" if name == ORIGINAL else name, **kwargs)
     if name == ORIGINAL:
-        for module in model.modules():
-            if isinstance(module, DeformableTokenMerging):
-                module.__class__ = TorchvisionMerging
+        use_deform_conv(model)
     return model.to(bench.device, memory_format=torch.channels_last)
 
 

@@ -35,9 +35,9 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
-from lit_backbone import LIT, CheckpointError, DeformableTokenMerging, read_checkpoint
+from lit_backbone import LIT, CheckpointError, read_checkpoint
+from lit_backbone.dtm import use_deform_conv
 from lit_backbone.released import to_released
 from lit_classification.augmentation import evaluation_input
 from lit_classification.model import Classifier, load_classifier
@@ -71,20 +71,10 @@ def description(classifier: Classifier) -> dict[str, str]:
     }
 
 
-class DeformConvMerging(DeformableTokenMerging):
-    """DTM as the single operator that it equals, in runtimes the faster way (docs/performance.md)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-        x = deform_conv2d(x, self.offset(x), self.proj.weight, self.proj.bias, stride=2)  # -> (B, C', H//2, W//2)
-        return self.act(self.norm(x)).permute(0, 2, 3, 1)  # -> (B, H//2, W//2, C')
-
-
 def write_onnx(classifier: Classifier, path: Path, grid_sample: bool = False) -> None:
     model = deepcopy(classifier.model)
-    for module in model.modules():
-        if isinstance(module, DeformableTokenMerging) and not grid_sample:
-            module.__class__ = DeformConvMerging
+    if not grid_sample:
+        use_deform_conv(model)  # in runtimes the faster way (docs/performance.md)
     free = {0: "batch", 2: "height", 3: "width"}
     with torch.no_grad():  # with gradients, attention's bias would not be a constant
         example = torch.zeros(EXAMPLE_SHAPE)

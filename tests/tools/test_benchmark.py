@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.ops import deform_conv2d
 
+from lit_backbone import dtm
 from tests.programs import Program
 from tools import benchmark, plot_benchmark
 
@@ -64,7 +65,7 @@ def test_memory_is_what_a_call_holds_at_its_peak(results: tuple[str, Path]) -> N
 
 def test_the_original_way_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(benchmark, "deform_conv2d", lambda *args, **kw: calls.append(1) or deform_conv2d(*args, **kw))
+    monkeypatch.setattr(dtm, "deform_conv2d", lambda *args, **kw: calls.append(1) or deform_conv2d(*args, **kw))
     bench = benchmark.Bench(benchmark.parse_args(["--device", "cpu"]))
     small = dict(embed_dims=(8, 16, 16, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), img_size=64, num_classes=5)
     original = benchmark.build_model(benchmark.ORIGINAL, bench, **small).eval()
