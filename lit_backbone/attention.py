@@ -35,16 +35,12 @@ class QueryAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, _ = args
-            self.rows.append(self.probabilities(query, key, kwargs.get("attn_mask"), next(self.queries)))
+            (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
+            scores = torch.einsum("bhc,bhnc->bhn", query[:, :, index], key) / math.sqrt(query.shape[3])
+            if (bias := kwargs.get("attn_mask")) is not None:
+                scores = scores + bias[:, :, index]  # (1, heads, N, N)
+            self.rows.append(scores.softmax(dim=-1))
         return func(*args, **kwargs)
-
-    @staticmethod
-    def probabilities(query: Tensor, key: Tensor, bias: Tensor | None, index: int) -> Tensor:
-        """Softmax of one row of the scores: `(B, heads, N)` from queries and keys `(B, heads, N, C/heads)`."""
-        scores = query[:, :, index, None] @ key.transpose(2, 3) / math.sqrt(query.shape[3])  # (B, heads, 1, N)
-        scores = scores.squeeze(2)  # -> (B, heads, N)
-        return (scores if bias is None else scores + bias[:, :, index]).softmax(dim=-1)
 
 
 @torch.inference_mode()
