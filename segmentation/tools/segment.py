@@ -60,24 +60,17 @@ def draw_overlay(
     listed = [i for i in np.argsort(-shares, kind="stable") if shares[i] >= MIN_SHARE]
     letter = max(14, round(LETTER * min(picture.size)))
     font, line = ImageFont.load_default(letter), round(1.6 * letter)
-    rows = max(1, (picture.height - line) // line)
-    columns = [listed[start : start + rows] for start in range(0, len(listed), rows)]
-    widths = [3 * line + round(max(font.getlength(_entry(names[i], shares[i])) for i in column)) for column in columns]
-    sheet = Image.new("RGB", (picture.width + sum(widths), picture.height), "white")
+    entries = [f"{names[i]}  {shares[i]:.1%}" for i in listed]
+    width, height = 3 * line + round(max(map(font.getlength, entries))), (len(entries) + 1) * line
+    sheet = Image.new("RGB", (picture.width + width, max(picture.height, height)), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
     x = picture.width + line // 2
-    for column, width in zip(columns, widths):
-        for row, i in enumerate(column):
-            y = line // 2 + row * line
-            draw.rectangle((x, y, x + letter, y + letter), fill=tuple(palette[i].tolist()), outline="black")
-            draw.text((x + line, y + letter / 2), _entry(names[i], shares[i]), "black", font, anchor="lm")
-        x += width
+    for row, (i, entry) in enumerate(zip(listed, entries)):
+        y = line // 2 + row * line
+        draw.rectangle((x, y, x + letter, y + letter), fill=tuple(palette[i].tolist()), outline="black")
+        draw.text((x + line, y + letter / 2), entry, "black", font, anchor="lm")
     return sheet
-
-
-def _entry(name: str, share: float) -> str:
-    return f"{name}  {share:.1%}"
 
 
 if __name__ == "__main__":
