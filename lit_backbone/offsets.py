@@ -181,14 +181,7 @@ def page(image: Image.Image, chains: SamplingChains, title: str) -> str:
         "width": image.width,
         "height": image.height,
         "cell": chains.cell,
-        "levels": [_numbers(points) for points in chains.points],
+        "levels": [points.double().flip(-1).round(decimals=1).tolist() for points in chains.points],  # [x, y], or NaNs
     }
     template = files(__package__).joinpath("offsets.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/ null", json.dumps(data).replace("<", "\\u003c"))
-
-
-def _numbers(points: Tensor) -> list:
-    """`(h, w, n, 2)` as lists of [x, y] or None, rounded to a tenth of a pixel."""
-    if points.ndim > 1:
-        return [_numbers(part) for part in points]
-    return None if points.isnan().any() else [round(value, 1) for value in points.flip(0).tolist()]
