@@ -10,7 +10,7 @@ import torch
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, stored_classes
@@ -111,15 +111,10 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
     for picture, output in outputs(pictures, args.out_dir):
         image, flags = read_rgb(picture), dict(grid=args.grid, html=args.html, at_most=args.at_most)
-        x = normalize(model, image)
+        mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
+        x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
         try:
             line = write_offsets(model.backbone, x, Image.fromarray(image), output.with_suffix(""), **flags)
         except DataError as error:
             raise DataError(f"{picture}: {error}") from error
         tqdm.write(printable(line))
-
-
-def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
-    """A picture `(H, W, 3)`, RGB, as the input `(3, H, W)` of a detector's or segmentor's backbone."""
-    mean, std = (getattr(model.data_preprocessor, name) for name in ("mean", "std"))  # (3, 1, 1)
-    return (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
