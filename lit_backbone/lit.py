@@ -26,6 +26,7 @@ from .released import load_released_layout
 torch.fx.wrap("require_size")
 torch.fx.wrap("resize_table")
 PATCH_SIZE = 4  # of the first stage; the other stages halve the map
+MERGINGS = {"dtm": DeformableTokenMerging, "conv": partial(ConvMerging, patch_size=2), "conv_bn": ConvBNMerging}
 
 
 class Stage(nn.Module):
@@ -64,17 +65,14 @@ class Stage(nn.Module):
             if table is not None:
                 trunc_normal_(table, std=0.02)
 
-    def prepend_class_token(self, x: Tensor) -> Tensor:
-        cls_token = self.cls_token if self.cls_pos_embed is None else self.cls_token + self.cls_pos_embed
-        return torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)  # -> (B, 1 + H*W, C)
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.merge(x)  # (B, H, W, C) -> (B, H', W', C')
         if self.pos_embed is not None:
             pos_embed = resize_table(self.pos_embed, x.shape[1], x.shape[2], mode="bilinear")
             x = x + pos_embed.permute(0, 2, 3, 1)  # (1, C', H', W') -> (1, H', W', C')
         if self.cls_token is not None:
-            x = self.prepend_class_token(x)
+            cls_token = self.cls_token if self.cls_pos_embed is None else self.cls_token + self.cls_pos_embed
+            x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)  # -> (B, 1 + H'*W', C')
         # only blocks are recomputed: DTM's BatchNorm would update its statistics twice
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
@@ -130,6 +128,8 @@ class LIT(nn.Module):
         super().__init__()
         if pos_embed not in ("relative", "absolute", "none"):
             raise ValueError(f"pos_embed={pos_embed!r}: use 'relative', 'absolute' or 'none'")
+        if merging not in MERGINGS:
+            raise ValueError(f"merging={merging!r}: use 'dtm', 'conv' or 'conv_bn'")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
         dd = {"device": device, "dtype": dtype}
@@ -158,7 +158,7 @@ class LIT(nn.Module):
             if i == 0:
                 merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
             else:
-                merge = _build_merge(merging, in_chs, dim, **dd)
+                merge = MERGINGS[merging](in_chs, dim, **dd)
             stage = Stage(
                 merge,
                 [block(dim, drop_path=rate, **extra) for rate in drop_paths[i]],
@@ -305,17 +305,6 @@ class LIT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _build_merge(kind: str, in_chs: int, out_chs: int, *, device=None, dtype=None) -> nn.Module:
-    dd = {"device": device, "dtype": dtype}
-    if kind == "conv":
-        return ConvMerging(in_chs, out_chs, 2, **dd)
-    if kind == "conv_bn":
-        return ConvBNMerging(in_chs, out_chs, **dd)
-    if kind == "dtm":
-        return DeformableTokenMerging(in_chs, out_chs, **dd)
-    raise ValueError(f"merging={kind!r}: use 'dtm', 'conv' or 'conv_bn'")
 
 
 def _reset_parameters(module: nn.Module) -> None:

@@ -86,10 +86,7 @@ class LITBackbone(LIT):
         kind, path, prefix = settings.pop("type", None), settings.pop("checkpoint", None), settings.pop("prefix", "")
         if kind != "Pretrained" or path is None or settings:
             raise ValueError(f'init_cfg={self.init_cfg}: use dict(type="Pretrained", checkpoint=FILE)')
-        self._load_pretrained(str(path), prefix)
-
-    def _load_pretrained(self, path: str, prefix: str) -> None:
-        weights = unwrap_state_dict(load_file(path))
+        weights = unwrap_state_dict(load_file(str(path)))
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if not weights:
             missing = f"no key that begins with {prefix!r}, the prefix in init_cfg" if prefix else "no weights"

@@ -89,7 +89,9 @@ class StrictRunner(Runner):
         model, anew = self.model, ()
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        if misfit := other_classes(checkpoint, self._classes()):
+        training = isinstance(self._train_loop, BaseLoop)  # else still a config
+        dataset = (self.train_dataloader if training else self.test_dataloader).dataset
+        if misfit := other_classes(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
             if not self.new_head:
                 raise CheckpointError(f"{filename}: {misfit}; give the data sets those by metainfo.classes")
             anew = class_dependent(self.cfg.model, model)
@@ -120,12 +122,6 @@ class StrictRunner(Runner):
             raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
         if isinstance(self.train_loop, IterBasedTrainLoop) and self.iter > self.max_iters:  # it would skip data so long
             raise CheckpointError(f"{filename}: is at iteration {self.iter}, and this run ends at {self.max_iters}")
-
-    def _classes(self) -> list[str]:
-        """Names of the data's classes."""
-        training = isinstance(self._train_loop, BaseLoop)  # else still a config
-        dataset = (self.train_dataloader if training else self.test_dataloader).dataset
-        return list(getattr(dataset, "metainfo", {}).get("classes", ()))
 
 
 def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
