@@ -39,9 +39,6 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
 def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
     """timm's optimiser over the recipe's groups."""
     settings = config.TRAIN.OPTIMIZER
-    options = (
-        dict(fused=True) if settings.NAME == "adamw" else {}
-    )  # one kernel, which can also skip an update by itself
     return create_optimizer_v2(
         parameter_groups(model, config),
         opt=settings.NAME,
@@ -49,7 +46,7 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
         weight_decay=config.TRAIN.WEIGHT_DECAY,
         eps=settings.EPS,
         betas=settings.BETAS,
-        **options,
+        fused=True,  # one kernel, which can also skip an update by itself
     )
 
 

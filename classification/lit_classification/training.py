@@ -88,9 +88,7 @@ class Trainer:
         self.mixup = build_mixup(self.config)
         self.criterion = build_criterion(self.config)
         self.amp_dtype = amp_dtype(self.config.RUNTIME.AMP_DTYPE, device)
-        # what GradScaler asks, too: only torch's fused optimisers can skip an update on the device
-        skips = getattr(self.state.optimizer, "_step_supports_amp_scaling", False)
-        self.checks_every_update = device.type == "cpu" or not skips
+        self.checks_every_update = device.type == "cpu"  # elsewhere, the fused optimiser can skip an update by itself
         self.sums = torch.zeros(6, dtype=self.processes.wide, device=device)
         self.loss_gate = torch.ones((), device=device)
         self.failure = torch.full((3,), -1.0, dtype=self.processes.wide, device=device)
