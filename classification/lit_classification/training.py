@@ -5,11 +5,10 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import AverageMeter
 from torch import Tensor, nn
@@ -75,13 +74,6 @@ class Trainer:
     schedule: Schedule
     log: RunLog
     stop: StopRequest
-    mixup: Mixup | None = field(init=False)
-    criterion: nn.Module = field(init=False)
-    amp_dtype: torch.dtype | None = field(init=False)
-    checks_every_update: bool = field(init=False)
-    sums: Tensor = field(init=False)
-    loss_gate: Tensor = field(init=False)
-    failure: Tensor = field(init=False)
 
     def __post_init__(self):
         device = self.processes.device
