@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -47,16 +46,6 @@ def _epoch(line: str) -> float:
         return math.inf
 
 
-def _order_events(folder: Path) -> None:
-    """Give TensorBoard's files names that come before the next one's, which begins with the time: it reads them in the
-    order of their names, and after a clock was set back would take the oldest points for the last."""
-    name = "events.out.tfevents.{:010d}"
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    if files and files[-1].name >= name.format(int(time.time())):
-        for number, file in enumerate(files):
-            file.rename(file.with_name(f"{name.format(number)}.{file.name.split('.', 4)[-1]}"))
-
-
 def _report_other_than_disk(failed: threading.ExceptHookArgs) -> None:
     """For threads: what TensorBoard's cannot write is an error of the next call."""
     if not issubclass(failed.exc_type, OSError):
@@ -78,7 +67,6 @@ class RunLog:
         if folder:
             threading.excepthook = _report_other_than_disk
             with writing(folder):
-                _order_events(folder)
                 self.writer = SummaryWriter(str(folder), purge_step=update + 1)
                 path = folder / "log.jsonl"
                 lines = path.read_text().splitlines(keepends=True) if path.exists() else []
