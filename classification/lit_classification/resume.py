@@ -26,7 +26,7 @@ from lit_classification.config import Config
 from lit_classification.distributed import Processes
 from lit_classification.model import Records, stored_records
 from lit_classification.recipe import check_unchanged, describe_settings
-from lit_classification.run_folder import unfinished, write_atomically
+from lit_classification.run_folder import write_atomically
 from lit_classification.signals import Preempted, StopRequest
 
 _logger = logging.getLogger(__name__)
@@ -170,16 +170,13 @@ def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
 def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Path and content of a run's latest sound checkpoint, None if it has none yet; on the first process only.
 
-    A damaged `latest.pth` is put aside, so that it never becomes `previous.pth`; a whole file that a killed run had not
-    yet renamed takes its place.
+    A damaged `latest.pth` is put aside, so that it never becomes `previous.pth`.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    beside = unfinished(latest)
-    damaged: dict[Path, CheckpointError] = {}
-    for path in filter(Path.exists, (latest, beside, previous)):
+    latest, damaged = folder / LATEST, {}
+    for path in filter(Path.exists, (latest, folder / PREVIOUS)):
         try:
             content = read_checkpoint(path)
         except CheckpointError as error:
@@ -188,8 +185,7 @@ def find_resumable(folder: Path) -> tuple[str, dict[str, Any]] | None:
         if latest in damaged:
             os.replace(latest, latest.with_name(DAMAGED))
             _logger.warning(f"{damaged[latest]}; put aside as {DAMAGED}, {path} is continued instead")
-        return str(path.replace(latest) if path == beside else path), content
-    damaged.pop(beside, None)  # the first that a run wrote
+        return str(path), content
     for error in damaged.values():
         raise CheckpointError(f"{error}, or remove {LATEST} and {PREVIOUS} to start anew")
     return None

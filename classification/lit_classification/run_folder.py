@@ -95,7 +95,7 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     Raises:
         CheckpointError: the file cannot be written; the old one is intact.
     """
-    temporary = unfinished(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that a killed run leaves at most one
     try:
         torch.save(content, temporary)
         _to_disk(temporary)
@@ -115,11 +115,6 @@ def write_atomically(path: Path, content: dict[str, Any], previous: Path | None 
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def unfinished(path: Path) -> Path:
-    """Where a file is written; always the same, so that a killed run leaves at most one."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _to_disk(path: Path) -> None:

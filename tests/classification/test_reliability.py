@@ -415,25 +415,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_cfg, output, caps
         main.main(["--cfg", str(tiny_cfg(**SAVING)), "--tag", "damaged"])
 
 
-@pytest.mark.parametrize("latest", ["damaged", "missing"])
-def test_a_whole_file_that_was_not_yet_renamed_is_continued(tiny_cfg, output, latest):
-    """Nor does what is damaged ever take the place of what is not."""
-    folder = output / "default"
-    main.main(["--cfg", str(tiny_cfg(**SAVING))])
-    whole, before = (folder / LATEST).read_bytes(), (folder / PREVIOUS).read_bytes()
-    (folder / f".{LATEST}.tmp").write_bytes(whole)
-    (folder / LATEST).write_bytes(whole[:-100])
-    if latest == "missing":
-        (folder / LATEST).unlink()
-    assert resume.find_resumable(folder)[0] == str(folder / LATEST) and (folder / LATEST).read_bytes() == whole
-    assert (folder / PREVIOUS).read_bytes() == before
-    assert (folder / DAMAGED).exists() == (latest == "damaged")
-
-    (folder / f".{LATEST}.tmp").write_bytes(whole[:-100])
-    (folder / LATEST).write_bytes(whole[:-200])
-    assert resume.find_resumable(folder)[0] == str(folder / PREVIOUS) and (folder / PREVIOUS).read_bytes() == before
-
-
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(tiny_cfg, output):
     """A limit on the size of files stands in for the disk: writing fails in the middle, in the kernel."""
