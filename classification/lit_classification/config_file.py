@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from lit_classification.config import MIXING_ODD, SIDES, Config, ConfigError, Lit, key_fields
+from lit_classification.config import MIXING_ODD, Config, ConfigError, Lit, key_fields
 
 MAX_PARAMETERS = 2 * 10**9
 MAX_DEPTH = 20  # of lists and sections in each other
@@ -271,11 +271,9 @@ def _training_errors(config: Config) -> Iterator[tuple[list[str], str]]:
     """Keys and problem of what training alone does not allow."""
     import timm
 
-    from lit_backbone.lit import ARCHS
-
-    data, train, aug = config.DATA, config.TRAIN, config.AUG
+    train, aug = config.TRAIN, config.AUG
     try:
-        timm.data.create_transform(data.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
+        timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
     if train.WARMUP_EPOCHS >= train.EPOCHS:
@@ -284,11 +282,3 @@ def _training_errors(config: Config) -> Iterator[tuple[list[str], str]]:
     if aug.mixing and train.GLOBAL_BATCH % 2:
         keys = ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"]
         yield keys, MIXING_ODD.format(train.GLOBAL_BATCH, train.GLOBAL_BATCH + 1)
-    arch = ARCHS.get(config.MODEL.NAME.partition(".")[0], {"merging": "conv"}) | config.MODEL.LIT.model_dump()
-    if data.BATCH_SIZE == 1 and max(data.IMG_SIZE) == SIDES[0] and arch.get("merging") != "conv":
-        problem = f"BatchNorm has nothing to average over in one image of {SIDES[0]} pixels, of which one token is left"
-        yield ["DATA.BATCH_SIZE", "DATA.IMG_SIZE"], f"{problem}; use 2 or more, or raise DATA.IMG_SIZE"
-    low, high = aug.CUTMIX_MINMAX or (0, 1)
-    if any(int(side * low) == int(side * high) for side in data.IMG_SIZE):
-        problem = f"[{low}, {high}] leaves no box to draw in an image of {min(data.IMG_SIZE)} pixels; widen the range"
-        yield ["AUG.CUTMIX_MINMAX", "DATA.IMG_SIZE"], problem
