@@ -67,7 +67,7 @@ CONFIGS = {
     "depths": (lit(depths=[10**6] * 4), "MODEL.LIT.depths: expected less than or equal to 64, got 1000000"),
     "widths": (lit(embed_dims=[4096] * 4, depths=[16] * 4, num_heads=[1] * 4), "MODEL.LIT: makes a model of"),
     "heads": (lit(num_heads=[5] * 4), "MODEL.LIT: makes no model: 5 heads do not divide"),
-    "stages": (lit(depths=[1] * 10**5), "MODEL.LIT.depths: expected fewer values"),
+    "stages": (lit(depths=[1] * 10**5), "MODEL.LIT.depths: Tuple should have at most 4 items"),
     "sides": (config("DATA", IMG_SIZE=[64000, 64000]), "DATA.IMG_SIZE: expected less than or equal to 2048, got 64000"),
     "outputs": (config("MODEL", NUM_CLASSES=10**9), "MODEL.NUM_CLASSES: expected less than or equal to 100000"),
     "digits": (config("TRAIN", EPOCHS=10**600), "TRAIN.EPOCHS: "),

@@ -23,7 +23,7 @@ RESERVED_KEYWORDS = {  # of timm.create_model, beside those that other keys set
     *("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("drop_path_rate", "drop_rate", "in_chans", "model_name", "num_classes"),
 }
-RENAMED_KEYS = {  # keys of the original that are gone, and LIT keywords that have a key of their own
+RENAMED_KEYS = {  # keys of the original that are gone, and a keyword of LIT unlike the key that sets it
     "AMP_OPT_LEVEL": "is now RUNTIME.AMP_DTYPE: bf16, fp16 or off",
     "EVAL_MODE": "is now the flag --eval",
     "THROUGHPUT_MODE": "is now the flag --throughput",
@@ -31,13 +31,7 @@ RENAMED_KEYS = {  # keys of the original that are gone, and LIT keywords that ha
     "DATA.CACHE_MODE": "is gone; the operating system caches what is read, delete the key",
     "DATA.ZIP_MODE": "is gone; use image folders, or a timm data set in DATA.DATASET",
     "MODEL.TYPE": "is gone; MODEL.NAME alone chooses the model",
-    "MODEL.LIT.device": "is set by RUNTIME.DEVICE",
-    "MODEL.LIT.dtype": "is set by RUNTIME.AMP_DTYPE",
-    "MODEL.LIT.in_chans": "cannot be set; images are read as RGB",
-    "MODEL.LIT.drop_path_rate": "is set by MODEL.DROP_PATH_RATE",
-    "MODEL.LIT.drop_rate": "is set by MODEL.DROP_RATE",
     "MODEL.LIT.img_size": "is set by DATA.IMG_SIZE",
-    "MODEL.LIT.num_classes": "is set by MODEL.NUM_CLASSES",
     "TRAIN.ACCUMULATION_STEPS": "is gone; TRAIN.GLOBAL_BATCH states the batch and the steps follow from it",
     "TRAIN.START_EPOCH": "is gone; a resumed checkpoint knows its epoch, delete the key",
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": "is gone; the schedule is a cosine, delete the key",
@@ -198,18 +192,6 @@ def _merge(tree: dict, layer: dict, origin: str, origins: list[tuple[str, str]],
             tree[name] = value
 
 
-_WORDING = {
-    "bool_type": "expected true or false",
-    "dict_type": "expected a section of keys",
-    "model_type": "expected a section of keys",
-    "string_type": "expected text, in quotes if it looks like something else",
-    "string_pattern_mismatch": "expected other text",
-    "tuple_type": "expected a list",
-    "missing": "expected more values",
-    "too_long": "expected fewer values",
-}
-
-
 def _explain(error: ErrorDetails) -> tuple[list[str], str]:
     """Key and problem of one of pydantic's errors."""
     key, fields = ".".join(part for part in error["loc"] if isinstance(part, str)), key_fields()
@@ -217,7 +199,7 @@ def _explain(error: ErrorDetails) -> tuple[list[str], str]:
         valid = [name for name in fields if not key.startswith(f"{name}.")]
         siblings = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]]
         return [key], RENAMED_KEYS.get(key) or f"unknown key; {_nearest(key, valid, siblings)}"
-    expected = _WORDING.get(error["type"]) or error["msg"].replace("Input should be", "expected")
+    expected = error["msg"].replace("Input should be", "expected")
     meaning = f" ({fields[key].description})" if key in fields else ""
     return [key], f"{expected}, got {_shown(error['input'])}{meaning}"
 

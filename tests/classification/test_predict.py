@@ -239,7 +239,7 @@ def test_unusable_checkpoints(photos, tmp_path):
     path.write_bytes(b"no checkpoint")
     assert complaint(photo, "--checkpoint", path).startswith(f"{path}: damaged, unreadable or truncated")
     torch.save({"classes": ["cat"], "config": {"MODEL": {"NAME": 5}}, "model": {}}, path)
-    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: its configuration: MODEL.NAME: expected text")
+    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: its configuration: MODEL.NAME: expected a valid")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "lit_ti_det"])
