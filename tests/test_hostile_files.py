@@ -197,7 +197,7 @@ def checkpoints() -> dict[str, dict[str, Any]]:
     weights = model.state_dict()
     ours = {"model": weights, "model_ema": weights, "optimizer": optimizer.state_dict(), "scaler": {}}
     ours |= {"updates_per_epoch": 4, "world_size": 1, "update": 8, "best": 50.0, "classes": ["a", "b", "c"]}
-    ours["config"] = config.model_dump(mode="json")
+    ours |= {"config": config.model_dump(mode="json"), "recipe": {}}
     scores = {"best_score": np.float64(0.5), "best_ckpt": "best_a.pth"}
     meta = {
         "epoch": 1,

@@ -71,7 +71,7 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
 
 
 def _data(config: Config, run: RunRecords) -> str:
-    train, val = (_count_images(run.recipe or {}, split) for split in ("train", "val"))
+    train, val = (_count_images(run.recipe, split) for split in ("train", "val"))
     name = config.DATA.DATASET or Path(config.DATA.DATA_PATH).name
     return f"{printable(name, 100)}, {train:,} images to train on, {val:,} to validate"
 

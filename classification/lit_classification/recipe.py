@@ -72,21 +72,18 @@ def check_processes(recipe: dict[str, str], images: dict[str, Images], processes
         raise ConfigError(f"{printable(problem)}; give all processes the same configuration and the same data")
 
 
-def check_unchanged(path: str | Path, old: dict[str, str] | None, recipe: dict[str, str], allowed: bool) -> None:
+def check_unchanged(path: str | Path, old: dict[str, str], recipe: dict[str, str], allowed: bool) -> None:
     """Compare the recipe in a checkpoint with that of the run which is to continue it.
 
     Args:
         path: of the checkpoint.
-        old: its recipe; none in those of earlier versions.
+        old: its recipe.
         recipe: of this run.
         allowed: whether to go on with another one.
 
     Raises:
         CheckpointError: names the first change.
     """
-    if not old:
-        _logger.warning(f"{path} does not say what it was trained with: whether this run has the same is not checked")
-        return
     changes = [
         printable(f"{key} {before or 'absent'}, this run has {now or 'none'}")[:300]
         for key, before, now in differences(old, recipe)

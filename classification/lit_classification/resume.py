@@ -199,10 +199,10 @@ class RunRecords(Records):
     optimizer: dict[str, Any]
     scaler: dict[str, Annotated[int | float, Field(ge=0)]]
     updates_per_epoch: Annotated[int, Field(ge=1, lt=2**53)]
-    world_size: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+    world_size: Annotated[int, Field(ge=1, lt=2**53)]
     update: Annotated[int, Field(ge=0, lt=2**53)]
     best: Annotated[float, Predicate(lambda percent: percent <= 100)]  # which NaN is not
-    recipe: dict[str, str] | None = None
+    recipe: dict[str, str]
 
 
 def describe_end(path: str, content: dict[str, Any], config: Config) -> str:
@@ -213,7 +213,7 @@ def describe_end(path: str, content: dict[str, Any], config: Config) -> str:
     epochs = records.update // records.updates_per_epoch
     if epochs < config.TRAIN.EPOCHS:
         return ""
-    asked, before = describe_settings(config), records.recipe or {}
+    asked, before = describe_settings(config), records.recipe
     changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
     ignored = "".join(f", {key} {asked[key]} (not {before[key]}) has no effect" for key in changed)
     remedy = f"--opts TRAIN.RESUME_CHANGED true TRAIN.EPOCHS {epochs + 1} or more go on, --tag NAME begins a new run"
@@ -261,7 +261,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     if run.scaler:  # empty where the checkpoint's run scaled no losses
         state.scaler.load_state_dict(run.scaler)
     state.update, state.best = run.update, run.best
-    if run.world_size not in (None, state.world_size):
+    if run.world_size != state.world_size:
         _logger.warning(
             f"{path} was written by a run of {run.world_size} processes, this one has {state.world_size}: "
             "global batch, order and augmentation of the images stay, the random numbers of mixup and drop path do not"

@@ -321,14 +321,6 @@ def test_a_run_that_is_not_the_same_goes_on_when_told_to(
     train(cfg, *free, *options, monkeypatch=monkeypatch)  # the same as before now
 
 
-def test_a_checkpoint_of_an_earlier_version_is_continued(checkpoint, tiny_cfg, tmp_path, monkeypatch):
-    content = read_checkpoint(checkpoint)
-    del content["recipe"]
-    torch.save(content, checkpoint)
-    assert train(tiny_cfg(), "TRAIN.EPOCHS", "3", monkeypatch=monkeypatch)["update"] == 12
-    assert f"{checkpoint} does not say what it was trained with" in checkpoint.with_name("log_rank0.txt").read_text()
-
-
 def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
     config = load_config(tiny_cfg())
     state = state_of(config)

@@ -31,7 +31,8 @@ CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
 SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
 FILES = {"train/ant": "20 files 0a", "train/bee": "9 files 0b", "val/ant": "4 files 0c"}
-RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5, recipe=FILES)
+RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5)
+RUN |= dict(world_size=1, recipe=FILES)
 
 
 def build(name: str) -> nn.Module:
