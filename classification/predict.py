@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 import torch
 from tqdm import tqdm
 
+from lit_backbone.command_line import positive
 from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable
 from lit_classification.evaluation import progress
@@ -26,12 +27,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "images, and folders with images at any depth"
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=help)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="written by main.py, or released")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name for an image (%(default)s)")
+    help = "classes to name for an image (%(default)s)"
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help=help)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
-    args = parser.parse_args(argv)
-    if args.topk < 1:
-        parser.error(f"argument --topk: expected 1 or more, got {args.topk}")
-    return args
+    return parser.parse_args(argv)
 
 
 def predict(

@@ -203,7 +203,7 @@ def usual_classes(count: int) -> list[str]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name the model of `visualize_offset.py` and `visualize_attention.py`."""
     parser.add_argument("--model", metavar="NAME", help="of the model; checked if given, the checkpoint tells it")
-    parser.add_argument("--resume", metavar="FILE", help="checkpoint, written by main.py or released")
+    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, written by main.py or released")
     help = "input size in pixels, one number or height and width, in place of the checkpoint's"
     parser.add_argument("--img_size", type=int, nargs="+", metavar="N", help=help)
 
@@ -211,8 +211,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def check_model_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The parsed command line, of which :func:`add_model_arguments`'s part is sound."""
     args = parser.parse_args(argv)
-    if args.resume is None:
-        parser.error("--resume FILE is missing: name a checkpoint, an untrained model has nothing to show")
     sides = args.img_size or [SIDES[0]]
     if len(sides) > 2 or min(sides) < SIDES[0] or max(sides) > SIDES[1]:
         parser.error(f"argument --img_size: expected one or two numbers from {SIDES[0]} to {SIDES[1]}, got {sides}")

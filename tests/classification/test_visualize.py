@@ -97,7 +97,7 @@ def test_errors_of_visualize_offset(weights: dict[str, Path], tmp_path: Path, ca
         return error(visualize_offset.main, *args, capsys=capsys)
 
     released = ["--resume", weights["lit_ti"], "--vis_image"]
-    assert "--resume FILE is missing: name a checkpoint" in fails("--model", "lit_ti", "--vis_image", DEMO)
+    assert "arguments are required: --resume" in fails("--model", "lit_ti", "--vis_image", DEMO)
     assert "lit_ti.pth: holds lit_ti, not lit_s; leave out --model" in fails("--model", "lit_s", *released, DEMO)
     assert "none.pth: no such file" in fails("--resume", "none.pth", "--vis_image", DEMO)
     assert "none.jpg" in fails(*released, "none.jpg")
