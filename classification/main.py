@@ -4,13 +4,11 @@ import argparse
 import sys
 from functools import partial
 
-try:
-    if __name__ == "__main__":
-        import lit_classification.interrupts  # noqa: F401, before what takes long to import
-    from lit_classification.config import ConfigError
-    from lit_classification.config_file import load_config, locate_run
-except ModuleNotFoundError as error:
-    sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
+if __name__ == "__main__":
+    import lit_classification.interrupts  # noqa: F401, before what takes long to import
+
+from lit_classification.config import ConfigError
+from lit_classification.config_file import load_config, locate_run
 
 MODES = {
     "eval": "evaluate the checkpoint named by --resume",

@@ -5,15 +5,13 @@ import json
 import sys
 from collections.abc import Iterator
 
-try:
-    if __name__ == "__main__":
-        import lit_classification.interrupts  # noqa: F401, before what takes long to import
-    from lit_backbone import CheckpointError
-except ModuleNotFoundError as error:
-    sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
+if __name__ == "__main__":
+    import lit_classification.interrupts  # noqa: F401, before what takes long to import
+
 import torch
 from tqdm import tqdm
 
+from lit_backbone import CheckpointError
 from lit_backbone.command_line import positive
 from lit_backbone.images import DataError, find_images
 from lit_backbone.text import printable

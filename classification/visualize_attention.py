@@ -7,12 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-try:
-    if __name__ == "__main__":
-        import lit_classification.interrupts  # noqa: F401, before what takes long to import
-    import lit_backbone  # noqa: F401, registers the models
-except ModuleNotFoundError as error:
-    sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
+if __name__ == "__main__":
+    import lit_classification.interrupts  # noqa: F401, before what takes long to import
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader

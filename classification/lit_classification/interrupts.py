@@ -1,5 +1,5 @@
 """A program that imports this ends with a word on Ctrl-C, and without one where nobody reads what it prints (`| head`).
-Under torchrun, it does not outlive that.
+Under torchrun, it does not outlive that. Where its environment is not the one it needs, it says so.
 
 Outside of training, there is nothing to save. Training goes on unheard; its log has a file.
 """
@@ -23,8 +23,10 @@ def end(number: int, frame: object) -> None:
     signal.raise_signal(number)
 
 
-def end_unheard(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Die of the broken pipe, as other programs do, if that of the output is what stopped this one."""
+    if issubclass(kind, ModuleNotFoundError):
+        sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
     output = select.poll()
     output.register(1, 0)
     if issubclass(kind, BrokenPipeError) and output.poll(0):  # it has no reader
@@ -48,7 +50,7 @@ for _number in range(3):
     except OSError:  # closed, as by `>&-`; the next file that is opened would be printed to
         os.open(os.devnull, os.O_RDWR)
 sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
-sys.excepthook = end_unheard
+sys.excepthook = report
 atexit.register(drop_unheard)
 if "TORCHELASTIC_RUN_ID" in os.environ:  # from the start: torchrun, which started this process, may be killed at once
     end_with_parent(signal.SIGTERM)
