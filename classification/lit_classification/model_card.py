@@ -1,7 +1,6 @@
 """The page that tells what an exported model is; the Hub shows it."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from timm.models._hub import generate_readme
 
 from lit_backbone import __version__
 from lit_backbone.text import printable
-from lit_classification.config import Config
 from lit_classification.model import Classifier, stored_config, stored_records
 from lit_classification.recipe import describe_settings
 from lit_classification.resume import RunRecords
@@ -45,55 +43,34 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
         content: of the checkpoint; one of `main.py` knows its data, recipe and figures, others don't.
         checkpoint: its path, of which the name is told.
     """
-    config, unknown = classifier.config, f"{printable(checkpoint.name, 100)} does not say"
-    stored = stored_config(content, checkpoint)
-    run = stored_records(content, checkpoint, RunRecords) if "updates_per_epoch" in content else None
+    config, name = classifier.config, printable(checkpoint.name, 100)
     height, width = config.DATA.IMG_SIZE
     parameters = sum(p.numel() for p in classifier.model.parameters())
-    details = {
+    details: dict[str, Any] = {
         "Model": f"{config.MODEL.NAME}, {parameters:,} parameters, for images of {height} x {width} pixels",
         "Classes": f"{len(classifier.classes)}, named in config.json",
-        "Data": _data(stored, run) if run else unknown,
-        "Accuracy": _accuracy(run) if run else unknown,
-        "Training": _training(stored, run) if run else unknown,
+        **dict.fromkeys(("Data", "Accuracy", "Training"), f"{name} does not say"),
         "License": LICENCE,
         "Paper": "[arXiv 2105.14217](https://arxiv.org/abs/2105.14217)",
-        "Recipe": _recipe(stored) if stored else unknown,
+        "Recipe": f"{name} does not say",
     }
+    if stored := stored_config(content, checkpoint):  # every setting on which the result depends
+        details["Recipe"] = {key: printable(value, 200) for key, value in describe_settings(stored).items()}
+    if stored and "updates_per_epoch" in content:
+        run, origin = stored_records(content, checkpoint, RunRecords), Path(stored.MODEL.PRETRAINED).name
+        accuracy = f"{run.best:.2f} % top-1 on the validation images, the highest of the run up to this checkpoint"
+        epochs = f"{run.update / run.updates_per_epoch:g} of {stored.TRAIN.EPOCHS} epochs"
+        start = f"the weights of {printable(origin, 100)}" if origin else "random weights"
+        details |= {
+            "Data": printable(stored.DATA.DATASET or Path(stored.DATA.DATA_PATH).name, 100),
+            "Accuracy": accuracy if math.isfinite(run.best) else "not evaluated",
+            "Training": f"{epochs} from {start}",
+        }
     card = {
         "tags": ["image-classification", "timm", "lit"],
-        "description": f"A LIT, exported from `{printable(checkpoint.name, 100)}` by lit_backbone {__version__}.",
+        "description": f"A LIT, exported from `{name}` by lit_backbone {__version__}.",
         "details": details,
         "usage": USAGE,
         "citation": CITATION,
     }
     return generate_readme(card, config.MODEL.NAME)
-
-
-def _data(config: Config, run: RunRecords) -> str:
-    train, val = (_count_images(run.recipe, split) for split in ("train", "val"))
-    name = config.DATA.DATASET or Path(config.DATA.DATA_PATH).name
-    return f"{printable(name, 100)}, {train:,} images to train on, {val:,} to validate"
-
-
-def _count_images(recipe: dict[str, str], split: str) -> int:
-    """The sum of what `describe_recipe` says of a split's folders."""
-    folders = " ".join(value for key, value in recipe.items() if key.startswith(f"{split}/"))
-    return sum(map(int, re.findall(r"(\d{1,12}) files", folders)))
-
-
-def _accuracy(run: RunRecords) -> str:
-    if not math.isfinite(run.best):
-        return "not evaluated"
-    return f"{run.best:.2f} % top-1 on the validation images, the highest of the run up to this checkpoint"
-
-
-def _training(config: Config, run: RunRecords) -> str:
-    start = f"the weights of {printable(Path(config.MODEL.PRETRAINED).name, 100)}" if config.MODEL.PRETRAINED else ""
-    epochs = f"{run.update / run.updates_per_epoch:g} of {config.TRAIN.EPOCHS} epochs"
-    return f"{epochs} from {start or 'random weights'}, peak learning rate {config.learning_rates[0]:.3g}"
-
-
-def _recipe(config: Config) -> dict[str, str]:
-    """Every setting on which the result depends."""
-    return {key: printable(value, 200) for key, value in describe_settings(config).items()}

@@ -30,9 +30,8 @@ KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_heads=[1, 2
 CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
 SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
-FILES = {"train/ant": "20 files 0a", "train/bee": "9 files 0b", "val/ant": "4 files 0c"}
 RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5)
-RUN |= dict(world_size=1, recipe=FILES)
+RUN |= dict(world_size=1, recipe={})
 
 
 def build(name: str) -> nn.Module:
@@ -193,7 +192,7 @@ def test_model_card(
     assert (header["license"], header["library_name"], header["pipeline_tag"]) == (
         "apache-2.0", "timm", "image-classification"
     )  # fmt: skip
-    for fact in ("insects, 29 images to train on, 4 to validate", "97.50 % top-1", "2.5 of 300 epochs", "3, named in"):
+    for fact in ("**Data:** insects\n", "97.50 % top-1", "2.5 of 300 epochs", "3, named in"):
         assert fact in card
     assert "TRAIN.WEIGHT_DECAY: 0.05\n" in card and "/home/me" not in card
     photo().save("photo.jpg")
