@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from tqdm import tqdm
 
@@ -229,23 +229,6 @@ def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200,
     return written
 
 
-def draw_sheet(scenes: list[Scene], columns: int = 4, side: int = 256) -> Image.Image:
-    """Draws each scene as it is and, beside it, with its masks, boxes and labels."""
-    sheet = Image.new("RGB", (2 * columns * side, -(-len(scenes) // columns) * side))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(side / 14)
-    for i, scene in enumerate(scenes):
-        x, y = 2 * side * (i % columns), side * (i // columns)
-        mask = scene.semantic_mask()
-        masks = np.where(mask[..., None] > 0, PALETTE[mask], scene.pixels // 3)
-        pair = Image.fromarray(np.hstack([scene.pixels, masks]))
-        sheet.paste(pair.resize((2 * side, side), Image.Resampling.NEAREST), (x, y))
-        for digit in scene.digits:
-            left, top, width, height = np.array(digit.box) * (side / len(mask)) + (x + side, y, 0, 0)
-            draw.rectangle((left, top, left + width - 1, top + height - 1), outline=tuple(PALETTE[digit.category]))
-            draw.text((left, top), str(digit.category - 1), "white", font, stroke_width=2, stroke_fill="black")
-    return sheet
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over dimmed photographs.")
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="where to write (%(default)s)")
@@ -253,15 +236,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="number of scenes to hold out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number gives other scenes (%(default)s)")
-    parser.add_argument("--preview", type=Path, metavar="FILE", help="also draw eight scenes of each split, annotated")
     args = parser.parse_args()
     if args.size < MIN_SIZE or min(args.train, args.val) < 1 or args.seed < 0:
         parser.error(f"--size starts at {MIN_SIZE}, --train and --val at 1, --seed at 0")
 
     written = write_scenes(args.output, args.size, args.train, args.val, args.seed)
-    if args.preview:
-        composers = [Composer(split, args.size, args.seed) for split in SPLITS]
-        draw_sheet([composer.compose(number) for composer in composers for number in range(8)]).save(args.preview)
     counts = f"{args.train} train, {args.val} val scenes of {args.size} x {args.size}"
     print(f"{args.output}: {counts}{'' if written else ', already there'}")
 
