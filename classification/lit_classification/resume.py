@@ -101,9 +101,8 @@ class Saver:
     def after_epoch(self, accuracy: float) -> None:
         """Save every SAVE_FREQ epochs and after the last; and a new best `accuracy`, in percent."""
         state = self.state
-        improved = accuracy > state.best
-        state.best = max(state.best, accuracy)
-        if improved:
+        if accuracy > state.best:
+            state.best = accuracy
             self._save(BEST)
         if state.epoch % self.config.SAVE_FREQ == 0 or state.epoch == self.config.TRAIN.EPOCHS:
             self._save(LATEST)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import AverageMeter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -104,7 +103,7 @@ class Trainer:
         self.network.train()
         self.sums.zero_()
         batches = iter(self.loader)
-        timer, began, timed = AverageMeter(), time.perf_counter(), first
+        began = time.perf_counter()
         for i in progress(range(first, state.updates_per_epoch), self.processes.is_main, desc=f"epoch {epoch}"):
             try:
                 self.run_update(batches)
@@ -113,9 +112,7 @@ class Trainer:
             saver.after_update()
             if (i + 1) % config.PRINT_FREQ == 0 or i + 1 == state.updates_per_epoch:
                 self.check_finite()
-                timer.update((time.perf_counter() - began) / (i + 1 - timed), i + 1 - timed)
-                self._report(epoch, i + 1, timer)
-                began, timed = time.perf_counter(), i + 1
+                self._report(epoch, i + 1, (time.perf_counter() - began) / (i + 1 - first))
         skipped = self.loader.dataset.skipped
         sums = torch.cat((self.sums[:4], self.sums.new_full((1,), skipped.value)))
         loss, losses, norm, norms, images = self.processes.sum(sums).tolist()
@@ -214,16 +211,17 @@ class Trainer:
         details = {"update": state.update, "files": files, "loss": str(loss), "grad_norm": str(norm), "lr": rates}
         return NonFiniteError(message, details)
 
-    def _report(self, epoch: int, done: int, timer: AverageMeter) -> None:
+    def _report(self, epoch: int, done: int, seconds: float) -> None:
+        """Print and log where the epoch stands; an update took so many seconds on average."""
         state, config = self.state, self.config
         total, count, _, _, loss, norm = self.sums.tolist()
         remaining = config.TRAIN.EPOCHS * state.updates_per_epoch - state.update
-        eta = datetime.timedelta(seconds=int(remaining * timer.avg))
+        eta = datetime.timedelta(seconds=int(remaining * seconds))
         rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         _logger.info(
             f"epoch {epoch} [{done}/{state.updates_per_epoch}] eta {eta} lr {rates['decay']:.3e} "
             f"loss {loss:.4f} ({total / count:.4f}) grad norm {norm:.3f} "
-            f"{config.TRAIN.GLOBAL_BATCH / timer.avg:.1f} img/s mem {peak_memory(self.processes.device):.2f} GiB"
+            f"{config.TRAIN.GLOBAL_BATCH / seconds:.1f} img/s mem {peak_memory(self.processes.device):.2f} GiB"
         )
         scalars = {"train/loss": loss, "train/grad_norm": norm}
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
