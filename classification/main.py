@@ -10,11 +10,6 @@ if __name__ == "__main__":
 from lit_classification.config import ConfigError
 from lit_classification.config_file import load_config, locate_run
 
-MODES = {
-    "eval": "evaluate the checkpoint named by --resume",
-    "throughput": "measure images per second of inference",
-}
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -24,9 +19,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="YAML file of the run, e.g. configs/lit-s.yaml, or config.yaml of one to continue",
     )
-    mode = parser.add_mutually_exclusive_group()
-    for name, help in MODES.items():
-        mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name, default="train", help=help)
+    mode, to = parser.add_mutually_exclusive_group(), dict(dest="mode", action="store_const", default="train")
+    mode.add_argument("--eval", const="eval", **to, help="evaluate the checkpoint named by --resume")
+    mode.add_argument("--throughput", const="throughput", **to, help="measure images per second of inference")
     overrides = dict(nargs="+", action="extend", default=[], metavar="KEY VALUE")
     parser.add_argument("--opts", **overrides, help="override keys of the configuration, e.g. TRAIN.EPOCHS 100")
     parser.add_argument("--resume", metavar="FILE", help="MODEL.RESUME: checkpoint to continue or evaluate")
