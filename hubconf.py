@@ -19,8 +19,6 @@ import lit_backbone  # noqa: E402
 
 def _entry(create: types.FunctionType) -> types.FunctionType:
     def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs: object) -> nn.Module:
-        if checkpoint is not None and kwargs.get("features_only"):
-            raise ValueError(f"checkpoint={checkpoint!r}: features_only takes none; load it into the whole model")
         model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
         if checkpoint is not None:
             model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
