@@ -28,7 +28,6 @@ from tqdm import tqdm
 from demo.digits import draw_digit, split_digits
 
 SPLITS = ("train", "val")
-MIN_SIZE = 64  # of a scene: smaller digits cannot be read
 NUM_DIGITS = (4, 6)  # in a scene
 BACKGROUND_SIDE = (128, 256)  # of the square cut from a photograph, in its pixels
 DIMMED = 0.3  # of a photograph's brightness is left, so that digits are light on dark, as the scans are
@@ -232,16 +231,14 @@ def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over dimmed photographs.")
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="where to write (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, help=f"height and width, {MIN_SIZE} at least (%(default)s)")
     parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="number of scenes to hold out (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another number gives other scenes (%(default)s)")
     args = parser.parse_args()
-    if args.size < MIN_SIZE or min(args.train, args.val) < 1 or args.seed < 0:
-        parser.error(f"--size starts at {MIN_SIZE}, --train and --val at 1, --seed at 0")
+    if min(args.train, args.val) < 1:
+        parser.error("--train and --val start at 1")
 
-    written = write_scenes(args.output, args.size, args.train, args.val, args.seed)
-    counts = f"{args.train} train, {args.val} val scenes of {args.size} x {args.size}"
+    written = write_scenes(args.output, train=args.train, val=args.val)
+    counts = f"{args.train} train, {args.val} val scenes"
     print(f"{args.output}: {counts}{'' if written else ', already there'}")
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 MAX_INTENSITY = 16  # of the 8 x 8 scans
 NUM_VAL = 360
+SIZE = 64  # of the images written, height and width
 
 
 def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,36 +33,27 @@ def draw_digit(scan: np.ndarray, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def is_complete(paths: list[Path], size: int) -> bool:
-    """Tells whether an earlier run got to the end: its last file is there, in this size, and so are all before it."""
-    if not all(path.is_file() for path in paths):
-        return False
-    with Image.open(paths[-1]) as image:
-        return image.size == (size, size)
-
-
-def write_digits(root: Path, size: int = 64) -> bool:
+def write_digits(root: Path) -> bool:
     """Writes the image folder `root`, unless it is already there; returns whether it has written."""
     digits = load_digits()
     scans = [(split, i) for split, members in split_digits(digits.target).items() for i in members]
     paths = [root / split / str(digits.target[i]) / f"{i:04d}.png" for split, i in scans]
-    if is_complete(paths, size):
+    if all(path.is_file() for path in paths):
         return False
     for path, (_, i) in zip(tqdm(paths, "writing digits", delay=1, disable=None), scans):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_digit(digits.images[i], size).save(path)
+        draw_digit(digits.images[i], SIZE).save(path)
     return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image folder.")
     parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder to write to (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the images (%(default)s)")
     args = parser.parse_args()
 
-    written = write_digits(args.output, args.size)
+    written = write_digits(args.output)
     counts = ", ".join(f"{sum(1 for _ in (args.output / split).rglob('*.png'))} {split}" for split in ("train", "val"))
-    print(f"{args.output}: {counts} images of {args.size} x {args.size}{'' if written else ', already there'}")
+    print(f"{args.output}: {counts} images of {SIZE} x {SIZE}{'' if written else ', already there'}")
 
 
 if __name__ == "__main__":

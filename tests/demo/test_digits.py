@@ -14,7 +14,7 @@ def digits():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits")
-    assert write_digits(root, size=64)
+    assert write_digits(root)
     return root
 
 
@@ -40,11 +40,10 @@ def test_split_keeps_the_proportions(digits):
 
 
 def test_a_complete_folder_is_left_alone_and_any_other_is_written(folder, tmp_path):
-    assert not write_digits(folder, size=64)
-    assert write_digits(tmp_path, size=16)
-    assert write_digits(tmp_path, size=64) and content(tmp_path) == content(folder)
+    assert not write_digits(folder)
+    assert write_digits(tmp_path) and content(tmp_path) == content(folder)
     next(tmp_path.rglob("0000.png")).unlink()
-    assert write_digits(tmp_path, size=64) and content(tmp_path) == content(folder)
+    assert write_digits(tmp_path) and content(tmp_path) == content(folder)
 
 
 @pytest.mark.parametrize("number", [0, 7, 1796])
