@@ -138,11 +138,7 @@ class Train(Section):
 
 class Aug(Section):
     COLOR_JITTER: float = Field(0.4, ge=0, description="strength of colour jitter, where AUTO_AUGMENT is off")
-    AUTO_AUGMENT: str = Field(
-        "rand-m9-mstd0.5-inc1",
-        pattern=r"^((rand|augmix|original|originalr|v0|v0r|3a)(-.*)?)?$",
-        description='a timm policy, e.g. rand-m9-mstd0.5-inc1; "" = off',
-    )
+    AUTO_AUGMENT: str = Field("rand-m9-mstd0.5-inc1", description='a timm policy; "" = off')
     REPROB: float = Field(0.25, ge=0, le=1, description="random erasing, probability")
     REMODE: Literal["pixel", "rand", "const"] = Field("pixel", description="erase to noise, a colour or the mean")
     RECOUNT: int = Field(1, ge=1, le=100, description="areas to erase, at most")

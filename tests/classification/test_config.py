@@ -92,7 +92,7 @@ MISTAKES = [
     ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]", None, "expected less than 1, got 1.0"),
     ("TRAIN.OPTIMIZER.NAME", "sgd", None, "expected 'adamw', got 'sgd'"),
     ("AUG.SCALE", "[1.0, 0.08]", None, "expected [low, high], got [1.0, 0.08]"),
-    ("AUG.AUTO_AUGMENT", "randaug", None, "got 'randaug' (a timm policy, e.g. rand-m9"),
+    ("AUG.AUTO_AUGMENT", "randaug", None, "timm knows no policy 'randaug'; such as rand-m9"),
     ("RUNTIME.AMP_DTYPE", "float16", None, "expected 'bf16', 'fp16' or 'off', got 'float16'"),
     # keys of the original that are gone
     ("AMP_OPT_LEVEL", "O1", None, "is now RUNTIME.AMP_DTYPE"),
