@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -129,24 +129,6 @@ class Images(Dataset):
         """All images' names, of files below the data set's root."""
         root = f"{self.dataset.root}/" if isinstance(self.dataset, ImageFolder) else ""
         return (self.name(i).removeprefix(root) for i in range(len(self)))
-
-
-class ImageFiles(Dataset):
-    """Image files by number, as `(path, image (3, H, W) float32)`, or what is wrong with it in the image's place."""
-
-    def __init__(self, paths: list[str], transform: Callable[[Image.Image], Tensor]):
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor | DataError]:
-        path = self.paths[index]
-        try:
-            return path, self.transform(open_rgb(path))
-        except DataError as error:
-            return path, error
 
 
 def _image_root(config: Config, split: str) -> Path:

@@ -5,16 +5,17 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lit_backbone.images import DataError
+from lit_backbone.images import DataError, open_rgb
 from lit_backbone.text import printable
 from lit_classification.config import Config
-from lit_classification.datasets import ImageFiles, build_dataset
+from lit_classification.datasets import build_dataset
 from lit_classification.distributed import Processes
 from lit_classification.sampler import TrainSampler
 from lit_classification.signals import end_with_parent
@@ -84,11 +85,23 @@ def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
 
 
 def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
-    """Lists of items of :class:`ImageFiles`, read by as many processes as pay for so many images."""
+    """Lists of `(path, image (3, H, W) float32)`, read by as many processes as pay for so many images.
+
+    What is wrong with an image is in its place.
+    """
     workers = min(len(paths) // FILES_BATCH, FILES_WORKERS, os.cpu_count() or 1)
-    dataset = ImageFiles(paths, transform)
-    options = dict(num_workers=workers, collate_fn=list, worker_init_fn=leave_process_group)
-    return DataLoader(dataset, FILES_BATCH, **options)
+    options = dict(num_workers=workers, collate_fn=partial(_read, transform), worker_init_fn=leave_process_group)
+    return DataLoader(paths, FILES_BATCH, **options)
+
+
+def _read(transform: Callable[[Image.Image], Tensor], paths: list[str]) -> list[tuple[str, Tensor | DataError]]:
+    found = []
+    for path in paths:
+        try:
+            found.append((path, transform(open_rgb(path))))
+        except DataError as error:
+            found.append((path, error))
+    return found
 
 
 def _loader_options(config: Config, processes: Processes) -> dict:

@@ -19,7 +19,8 @@ import predict
 import visualize_offset
 from lit_backbone.images import MAX_RATIO, DataError, find_images, naming, open_rgb
 from lit_classification.config_file import load_config
-from lit_classification.datasets import ImageFiles, ImageFolder, build_dataset
+from lit_classification.datasets import ImageFolder, build_dataset
+from lit_classification.loaders import image_loader
 from lit_classification.sampler import SampleKey
 
 Y, X = np.mgrid[:40, :48]
@@ -75,7 +76,7 @@ def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarra
         return np.asarray(dataset.read(0)[0])
 
     def files(path: Path) -> np.ndarray:
-        _, found = ImageFiles([str(path)], np.asarray)[0]
+        ((_, found),) = next(iter(image_loader([str(path)], np.asarray)))
         if isinstance(found, DataError):
             raise found
         return found
