@@ -1,6 +1,5 @@
 """Processes and devices: a CPU, one GPU, or N processes under torchrun, through one interface; mixed precision."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_classification.config import Config, ConfigError
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,3 @@ class TrainSampler(Sampler[list[SampleKey]]):
         order = self.order()
         for update in range(self.first_update, self.updates):
             yield from self.micro_batches(order, update)
-
-    def __len__(self) -> int:
-        return (self.updates - self.first_update) * len(self.local_micro_batches)

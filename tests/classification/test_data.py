@@ -32,7 +32,6 @@ def keys_of_updates(num_images: int, world_size: int, batch_size: int, **kwargs)
     for rank in range(world_size):
         sampler = TrainSampler(num_images, 24, batch_size, rank=rank, world_size=world_size, **kwargs)
         batches = list(sampler)
-        assert len(batches) == len(sampler)
         per_update = 24 // batch_size // world_size
         for i in range(0, len(batches), per_update):
             if rank == 0:
@@ -80,7 +79,7 @@ class TestTrainSampler:
         sampler = TrainSampler(100, 24, 8)
         whole = list(sampler)
         sampler.seek(0, update=2)
-        assert list(sampler) == whole[2 * 3 :] and len(sampler) == len(whole) - 2 * 3
+        assert list(sampler) == whole[2 * 3 :]
 
     def test_knows_the_batches_of_an_update(self):
         sampler = TrainSampler(100, 24, 8, rank=1, world_size=3)
