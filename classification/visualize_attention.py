@@ -22,7 +22,7 @@ from lit_backbone.offsets import draw_sheet
 from lit_backbone.text import printable
 from lit_classification.evaluation import progress
 from lit_classification.loaders import image_loader
-from lit_classification.model import add_model_arguments, check_model_arguments, load_model
+from lit_classification.model import load_model, parse_model_args
 
 TOKENS = (1260, 294, 92, 17)  # the paper's, on the four maps of an image of 224 x 224 pixels
 PAPER_SIDES = (56, 28, 14, 7)
@@ -30,7 +30,6 @@ PAPER_SIDES = (56, 28, 14, 7)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="data set with images in val/")
     help = "how many validation images to average over, from the first on (%(default)s)"
     parser.add_argument("--num-images", type=positive, default=100, metavar="N", help=help)
@@ -38,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = f"query token of each stage, counted row by row ({paper}, or the same place on other maps)"
     parser.add_argument("--tokens", type=int, nargs=4, metavar="T", help=help)
     parser.add_argument("--output", type=Path, default=Path("attention_map"), metavar="DIR", help="(%(default)s)")
-    return check_model_arguments(parser, argv)
+    return parse_model_args(parser, argv)
 
 
 def choose_tokens(wanted: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:

@@ -21,16 +21,15 @@ from lit_backbone.command_line import add_offset_arguments
 from lit_backbone.images import DataError, open_rgb
 from lit_backbone.offsets import write_offsets
 from lit_backbone.text import printable
-from lit_classification.model import add_model_arguments, check_model_arguments, load_model
+from lit_classification.model import load_model, parse_model_args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
     parser.add_argument("--vis_image", type=Path, required=True, metavar="IMAGE", help="image to look at")
     parser.add_argument("--output", type=Path, default=Path("visualization"), metavar="DIR", help="(%(default)s)")
     add_offset_arguments(parser)
-    return check_model_arguments(parser, argv)
+    return parse_model_args(parser, argv)
 
 
 def to_picture(x: Tensor) -> Image.Image:

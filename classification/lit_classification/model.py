@@ -200,16 +200,12 @@ def usual_classes(count: int) -> list[str]:
     return ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(count)]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that name the model of `visualize_offset.py` and `visualize_attention.py`."""
+def parse_model_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line of `visualize_offset.py` or `visualize_attention.py`, with the options that name a model."""
     parser.add_argument("--model", metavar="NAME", help="of the model; checked if given, the checkpoint tells it")
     parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, written by main.py or released")
     help = "input size in pixels, one number or height and width, in place of the checkpoint's"
     parser.add_argument("--img_size", type=int, nargs="+", metavar="N", help=help)
-
-
-def check_model_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The parsed command line, of which :func:`add_model_arguments`'s part is sound."""
     args = parser.parse_args(argv)
     sides = args.img_size or [SIDES[0]]
     if len(sides) > 2 or min(sides) < SIDES[0] or max(sides) > SIDES[1]:
