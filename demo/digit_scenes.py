@@ -9,7 +9,7 @@ makes, in the splits train and val,
     data/digit_scenes/semantic/{train,val}/NNNNN.png   the category of every pixel, 0 for background
 
 Scans and photographs come with scikit-learn (`setup_env.sh --dev` brings it). The scans that digits.py holds out, and
-the right half of each photograph, are in val only. A scene follows from seed, split, size and its number, so that a
+the right half of each photograph, are in val only. A scene follows from split, size and its number, so that a
 small set is the beginning of a large one. Beside COCO's fields, an image names its background, an instance its scan and
 how much of it is visible. (The photographs are by danielbuechele and vultilion on Flickr, CC BY 2.0.)
 """
@@ -79,8 +79,8 @@ class Scene:
 class Composer:
     """Composes the scenes of one split."""
 
-    def __init__(self, split: str, size: int = 128, seed: int = 0) -> None:
-        self.split, self.size, self.seed = SPLITS.index(split), size, seed
+    def __init__(self, split: str, size: int = 128) -> None:
+        self.split, self.size = SPLITS.index(split), size
         digits, photographs = load_digits(), load_sample_images()
         self.images, self.labels = digits.images, digits.target
         self.scans = split_digits(digits.target)[split]
@@ -88,7 +88,7 @@ class Composer:
 
     def compose(self, number: int) -> Scene:
         """Returns a scene of the split by its number."""
-        rng = np.random.default_rng((self.seed, self.split, number))
+        rng = np.random.default_rng((0, self.split, number))
         scene = self._cut_background(rng)
         count = rng.integers(*NUM_DIGITS, endpoint=True)
         while len(scene.digits) < count:
@@ -193,7 +193,7 @@ def write_split(root: Path, split: str, info: dict[str, Any]) -> None:
     for path in (annotations / f"{split}.json", *find_pictures(root, split)):
         path.unlink(missing_ok=True)
 
-    composer = Composer(split, info["size"], info["seed"])
+    composer = Composer(split, info["size"])
     categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
     coco = {"info": info, "images": [], "annotations": [], "categories": categories}
     for number in tqdm(range(info["scenes"]), f"composing {split} scenes", delay=1, disable=None):
@@ -211,16 +211,11 @@ def write_split(root: Path, split: str, info: dict[str, Any]) -> None:
     unfinished.replace(unfinished.with_suffix(""))
 
 
-def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200, seed: int = 0) -> bool:
+def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200) -> bool:
     """Writes both splits, unless they are already there; returns whether it has written any."""
     written = False
     for split, scenes in zip(SPLITS, (train, val)):
-        info = {
-            "description": "light scanned digits over dimmed photographs",
-            "size": size,
-            "seed": seed,
-            "scenes": scenes,
-        }
+        info = {"description": "light scanned digits over dimmed photographs", "size": size, "scenes": scenes}
         info |= {"digits": list(NUM_DIGITS), "sides": list(DIGIT_SIDE), "overlap": MAX_OVERLAP, "dimmed": DIMMED}
         if not is_complete(root, split, info):
             write_split(root, split, info)

@@ -166,11 +166,6 @@ def test_two_runs_write_the_same_bytes(folder, tmp_path):
     assert content(tmp_path) == content(folder)
 
 
-def test_seed_changes_every_scene(split):
-    scenes, others = Composer(split, size=64, seed=0), Composer(split, size=64, seed=1)
-    assert not any(np.array_equal(scenes.compose(i).pixels, others.compose(i).pixels) for i in range(5))
-
-
 def test_complete_set_is_left_alone_and_any_other_is_written(tmp_path):
     settings = {"size": 64, "train": 3, "val": 2}
     assert write_scenes(tmp_path, **settings)
@@ -179,8 +174,6 @@ def test_complete_set_is_left_alone_and_any_other_is_written(tmp_path):
     (tmp_path / "semantic" / "val" / "00001.png").unlink()
     assert write_scenes(tmp_path, **settings)
     assert content(tmp_path) == before
-    assert write_scenes(tmp_path, **settings | {"seed": 1})
-    assert content(tmp_path) != before
 
 
 def test_pictures_of_others_stay(tmp_path):
