@@ -17,23 +17,19 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     """
     offset_weights = {id(m.offset.weight) for m in model.modules() if isinstance(m, DeformableTokenMerging)}
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = {"decay": [], "no_decay": [], "offset": []}
+    decay, no_decay, offset = groups = [
+        {"name": "decay", "params": []},
+        {"name": "no_decay", "params": [], "weight_decay": 0.0},
+        {"name": "offset", "params": [], "lr": config.learning_rates[0] * config.MODEL.OFFSET_LR_MULTI},
+    ]
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if id(parameter) in offset_weights:
-            groups["offset"].append(parameter)
+            offset["params"].append(parameter)
         elif parameter.ndim <= 1 or name in undecayed:
-            groups["no_decay"].append(parameter)
+            no_decay["params"].append(parameter)
         else:
-            groups["decay"].append(parameter)
-    rate = config.learning_rates[0]
-    options = {
-        "decay": {},
-        "no_decay": {"weight_decay": 0.0},
-        "offset": {"lr": rate * config.MODEL.OFFSET_LR_MULTI},
-    }
-    return [{"name": name, "params": params, **options[name]} for name, params in groups.items() if params]
+            decay["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
