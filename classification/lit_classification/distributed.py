@@ -79,13 +79,6 @@ class Processes:
                 dist.destroy_process_group()  # as all leave, none waits for another
             raise error if failed[0] == self.rank else SystemExit(1)
 
-    def check_same(self, value: Any, remedy: str) -> None:
-        """Raise ConfigError unless the update that was reached is the same on all processes."""
-        values = self.gather(value)
-        with self.together():
-            if len(set(values)) > 1:
-                raise ConfigError(f"the processes stand at updates {values}: {remedy}")
-
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients of all but the last of accumulated batches need no averaging over the processes."""

@@ -117,7 +117,10 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
                 weights = load_checkpoint(file, state.model, classes=state.classes)
                 state.load_weights(weights)
                 _logger.info(f"starting from {file}: {len(weights)} tensors, all but what is said to be anew")
-        processes.check_same(state.update, f"{folder} must be one folder that all nodes share")
+        updates = processes.gather(state.update)
+        with processes.together():
+            if len(set(updates)) > 1:
+                raise ConfigError(f"the processes stand at updates {updates}: all nodes must share {folder}")
         if path:
             within = state.update % state.updates_per_epoch
             _logger.info(f"continuing {path} at epoch {state.epoch}, update {within}")
