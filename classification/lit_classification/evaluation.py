@@ -1,7 +1,6 @@
 """Accuracy, what DTM does, and the published throughput measurement."""
 
 import logging
-import sys
 import time
 
 import torch
@@ -22,7 +21,7 @@ WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, a
 
 def progress(iterable, enable: bool, **options) -> tqdm:
     """A progress bar in a terminal, nothing elsewhere."""
-    return tqdm(iterable, disable=not (enable and sys.stderr.isatty()), leave=False, dynamic_ncols=True, **options)
+    return tqdm(iterable, disable=None if enable else True, leave=False, dynamic_ncols=True, **options)
 
 
 @torch.no_grad()
