@@ -136,12 +136,10 @@ def _image_root(config: Config, split: str) -> Path:
     if not config.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty; give the data set's folder by --data-path")
     root = Path(config.DATA.DATA_PATH)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the data set's folder by --data-path")
     for path in (root / split, root / f"{split}.tar"):
         if path.is_dir() or path.is_file():
             return path
-    raise DataError(f"{root}: holds neither {split}/ nor {split}.tar; expected an image folder as ImageNet's")
+    raise DataError(f"{root}: no folder that holds {split}/ or {split}.tar; give the data set's folder by --data-path")
 
 
 def build_dataset(config: Config, is_training: bool) -> Images:

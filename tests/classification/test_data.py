@@ -259,7 +259,7 @@ def assert_data_error(action, *parts: str) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize("path, part", [("", "--data-path"), ("/no/such/place", "/no/such/place: no such folder")])
+@pytest.mark.parametrize("path, part", [("", "--data-path"), ("/no/such/place", "/no/such/place: no folder that")])
 def test_missing_data_path(tiny_cfg, path, part):
     config = load_config(tiny_cfg(), ["DATA.DATA_PATH", path])
     assert_data_error(lambda: build_dataset(config, is_training=True), part, "--data-path")
