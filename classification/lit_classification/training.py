@@ -199,9 +199,8 @@ class Trainer:
         epoch, update = divmod(state.update, state.updates_per_epoch)
         self.schedule.set(state.update)
         rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-        files = [
-            images.name(i) for i in sampler.order().tolist()[update * sampler.global_batch :][: sampler.global_batch]
-        ]
+        order = sampler.order().unflatten(0, (-1, sampler.global_batch))  # (updates, images)
+        files = [images.name(i) for i in order[update].tolist()]
         message = (
             f"loss {loss}, gradient norm {norm} in epoch {epoch}, update {update}; this was not applied. Look at "
             f"its {len(files)} images ({', '.join(files[:3])}, ...), at the learning rates "
