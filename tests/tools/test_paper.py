@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -76,8 +77,13 @@ def test_what_the_repository_keeps_is_of_the_settings_of_now() -> None:
     options = ("TRAIN.EPOCHS", "10", "RUNTIME.DEVICE", "cpu", "RUNTIME.COMPILE", "False")
     runs = paper.classification_runs(ROOT, [*MODELS], [0, 1, 2], *options)
     runs += paper.dense_runs(ROOT, [*DENSE], [0, 1, 2], folder / "lit.pth", *options)
-    assert paper.finished(folder / "results.json", runs) == paper.read(folder / "results.json") != {}
+    kept = paper.read(folder / "results.json")
+    assert paper.finished(folder / "results.json", runs) == kept != {}
     assert load_classifier(folder / "lit.pth", torch.device("cpu")).classes == [*CLASSES]
+    for name in MODELS:
+        last = [entry["reached"][-1] for key, entry in kept.items() if key.startswith(f"{name}, ")]
+        obtained = f"{mean(last):.1f} % of the test photographs, {len(last)} of 3 seeds" if last else "not run yet"
+        assert f"#   obtained      {obtained}\n" in (CONFIGS / f"{name}.yaml").read_text()
 
 
 def test_a_training_is_continued_and_counted(options: tuple[str, ...], tmp_path: Path, bar: tqdm) -> None:
