@@ -15,8 +15,10 @@ import visualize_attention
 import visualize_offset
 from lit_backbone import read_checkpoint
 from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset
 from lit_classification.model import build_model
 from lit_classification.optim import build_optimizer
+from lit_classification.recipe import describe_recipe
 from lit_classification.resume import TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES
 from tests.crafted import CONFIGS, RUNS, WEIGHTS, become_a_resnet
@@ -47,7 +49,9 @@ def places(tiny_cfg, image_folder, tmp_path, monkeypatch):
     optimizer = build_optimizer(model, config)
     model(torch.ones(2, 3, 32, 32)).sum().backward()
     optimizer.step()
-    state = TrainState(model, optimizer, torch.amp.GradScaler(enabled=False), None, 4, list(CLASSES), update=1)
+    images = {split: build_dataset(config, is_training=split == "train") for split in ("train", "val")}
+    scaler, recipe = torch.amp.GradScaler(enabled=False), describe_recipe(config, images)
+    state = TrainState(model, optimizer, scaler, None, 4, list(CLASSES), recipe=recipe, update=1)
     save_checkpoint(tmp_path / "sound.pth", state, config)
     photo = next((image_folder / "val").glob("*/*.jpg"))
     places = {"FILE": tmp_path / "crafted.pth", "CFG": cfg, "PHOTO": photo, "IMAGES": image_folder}
