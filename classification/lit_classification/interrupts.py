@@ -24,7 +24,7 @@ def end(number: int, frame: object) -> None:
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Die of the broken pipe, as other programs do, if that of the output is what stopped this one."""
+    """Say what to do about a missing package; die of the broken pipe, as other programs do, if it is the output's."""
     if issubclass(kind, ModuleNotFoundError):
         sys.exit(f"{error}: run `bash setup_env.sh` and activate its environment")
     output = select.poll()
