@@ -3,7 +3,6 @@
 PYTHON ?= $(CURDIR)/.venv/bin/python
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO_OUTPUT := output/lit-digits/default
-DIGITS_CLASSIFIER := classification/$(DEMO_OUTPUT)/latest.pth
 DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
@@ -36,10 +35,7 @@ demo: env ## train a small LIT on scanned digits, evaluate its last checkpoint, 
 	    --vis_image $$(find ../data/digits/val/8 -name "*.png" | sort | head -n 1) --html $(DEMO_OUTPUT)/offsets.html
 	@echo "Checkpoints, log, TensorBoard events and offsets.html, a page to open: classification/$(DEMO_OUTPUT)"
 
-$(DIGITS_CLASSIFIER):
-	$(MAKE) demo
-
-demo-detection: env-mm $(DIGITS_CLASSIFIER) ## train a small RetinaNet on scenes of digits, evaluate it, draw what it finds
+demo-detection: env-mm ## train a small RetinaNet on scenes of digits, evaluate it, draw what it finds
 	"$(PYTHON)" -m demo.digit_scenes
 	cd detection && "$(PYTHON)" tools/train.py configs/demo/$(DETECTOR).py
 	cd detection && "$(PYTHON)" tools/test.py configs/demo/$(DETECTOR).py $$(cat work_dirs/$(DETECTOR)/last_checkpoint)
@@ -47,7 +43,7 @@ demo-detection: env-mm $(DIGITS_CLASSIFIER) ## train a small RetinaNet on scenes
 	    --checkpoint $$(cat work_dirs/$(DETECTOR)/last_checkpoint) --out-dir outputs/$(DETECTOR)
 	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); pictures: detection/outputs/$(DETECTOR)"
 
-demo-segmentation: env-mm $(DIGITS_CLASSIFIER) ## the same with a small Semantic FPN, which paints the digits
+demo-segmentation: env-mm ## the same with a small Semantic FPN, which paints the digits
 	"$(PYTHON)" -m demo.digit_scenes
 	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py
 	cd segmentation && "$(PYTHON)" tools/test.py configs/demo/$(SEGMENTOR).py $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint)

@@ -4,26 +4,20 @@ import gc
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from filelock import FileLock
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, if Triton is imported after this, which timm does
 
-import timm
 
 import lit_backbone  # noqa: F401, registers the models
 from demo.digit_scenes import write_scenes
-from demo.digits import write_digits
 from tests.programs import Program
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -72,29 +66,3 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes")
     write_scenes(root, size=128, train=6, val=4)
     return root
-
-
-@pytest.fixture(scope="session")
-def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier as that of `make demo`, untrained, in the form that the trainer writes."""
-    torch.manual_seed(0)
-    config = yaml.safe_load((Path(__file__).parents[1] / "classification/configs/lit-digits.yaml").read_text())
-    arch = config["MODEL"]["LIT"]
-    path = tmp_path_factory.mktemp("digits") / "latest.pth"
-    torch.save({"model": timm.create_model("lit_s", **arch, img_size=64, num_classes=10).state_dict()}, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classifier that `make demo` trains, which takes two minutes: for slow tests, once for all their processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_classifier"
-    command = [sys.executable, "main.py", "--cfg", "configs/lit-digits.yaml", "--output", str(folder)]
-    command += ["--data-path", str(folder / "data")]
-    with FileLock(f"{folder}.lock"):
-        write_digits(folder / "data")
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        where = Path(__file__).parents[1] / "classification"
-        subprocess.run(command, cwd=where, env=environment, check=True)  # which only says so where it is trained
-    return next(folder.glob("*/*/latest.pth"))

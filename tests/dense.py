@@ -42,16 +42,15 @@ def draw_shapes(seed: int) -> tuple[Image.Image, Image.Image, list[tuple[int, in
     return picture, mask, boxes
 
 
-def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, **changes: Any) -> list[str]:
-    """Command-line options of a run on the scenes in one process, without workers; None drops one.
+def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
+    """Command-line options of a run on the scenes in one process, without workers.
 
     Keyword arguments replace keys of the config, with `__` for a point.
     """
     keys = {f"{split}_dataloader__dataset__data_root": f"{scenes}/" for split in ("train", "val", "test")}
     keys |= {f"{split}_dataloader__num_workers": 0 for split in ("train", "val", "test")}
     keys |= {f"{split}_dataloader__persistent_workers": False for split in ("train", "val", "test")}
-    keys |= {"model__backbone__init_cfg__checkpoint": digits_checkpoint} | changes
-    pairs = [f"{key.replace('__', '.')}={value}" for key, value in keys.items() if value is not None]
+    pairs = [f"{key.replace('__', '.')}={value}" for key, value in (keys | changes).items()]
     return ["--work-dir", str(work_dir), "--cfg-options", *pairs]
 
 

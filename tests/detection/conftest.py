@@ -20,13 +20,13 @@ DEMO = DETECTION / "configs" / "demo"
 PUBLISHED = DETECTION / "configs" / "lit"
 
 
-def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, **changes: Any) -> list[str]:
+def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
     """:func:`dense.build_options` of a detector, for one epoch of batches of 2."""
     keys: dict[str, Any] = {
         f"{split}_evaluator__ann_file": f"{scenes}/annotations/val.json" for split in ("val", "test")
     }
     keys |= dict(train_dataloader__batch_size=2, train_cfg__max_epochs=1, train_cfg__val_interval=1)
-    return dense.build_options(scenes, digits_checkpoint, work_dir, **(keys | changes))
+    return dense.build_options(scenes, work_dir, **(keys | changes))
 
 
 def classes_of_all_splits(classes: tuple[str, ...]) -> str:
@@ -44,6 +44,6 @@ def imported() -> None:
 
 
 @pytest.fixture
-def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def options(scenes: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
-    return lambda work_dir="run", **changes: build_options(scenes, digits_checkpoint, tmp_path / work_dir, **changes)
+    return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **changes)

@@ -20,11 +20,11 @@ DEMO = SEGMENTATION / "configs" / "demo"
 PUBLISHED = SEGMENTATION / "configs" / "lit"
 
 
-def build_options(scenes: Path, digits_checkpoint: Path | None, work_dir: Path, **changes: Any) -> list[str]:
+def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
     """:func:`dense.build_options` of a segmentor, for one iteration with a batch of 2, then validation and saving."""
     keys = dict(train_dataloader__batch_size=2, train_cfg__max_iters=1, train_cfg__val_interval=1)
     keys |= dict(default_hooks__checkpoint__interval=1, default_hooks__logger__interval=1)
-    return dense.build_options(scenes, digits_checkpoint, work_dir, **(keys | changes))
+    return dense.build_options(scenes, work_dir, **(keys | changes))
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -36,6 +36,6 @@ def imported() -> None:
 
 
 @pytest.fixture
-def options(scenes: Path, digits_checkpoint: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def options(scenes: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
-    return lambda work_dir="run", **changes: build_options(scenes, digits_checkpoint, tmp_path / work_dir, **changes)
+    return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **changes)

@@ -76,6 +76,6 @@ def test_trains_and_validates(name: str, scenes: Path, tmp_path: Path) -> None:
     for split, folder in (("train", "train"), ("val", "val"), ("test", "val")):
         changes[f"{split}_dataloader__dataset__data_prefix__img_path"] = f"images/{folder}"
         changes[f"{split}_dataloader__dataset__data_prefix__seg_map_path"] = f"semantic/{folder}"
-    train("", [str(config), *build_options(scenes, None, tmp_path / "run", **changes)])
+    train("", [str(config), *build_options(scenes, tmp_path / "run", **changes)])
     saved = load_file(str(tmp_path / "run" / "iter_1.pth"))
     assert saved["meta"]["iter"] == 1 and len(saved["meta"]["dataset_meta"]["classes"]) == 150

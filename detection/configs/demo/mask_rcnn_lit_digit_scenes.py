@@ -1,4 +1,4 @@
-# A small Mask R-CNN on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+# A small Mask R-CNN on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
 #
 #   command       python tools/train.py configs/demo/mask_rcnn_lit_digit_scenes.py
 #   GPUs          none needed
@@ -9,7 +9,7 @@
 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "../../../demo/digits_lit.py",
+    "../../../demo/small_lit.py",
     "../_base_/digit_scenes.py",
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
@@ -17,7 +17,7 @@ _base_ = [
 norm = dict(type="GN", num_groups=8)
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
-    backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.digits_lit),
+    backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.small_lit),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, num_outs=4, norm_cfg=norm),
     rpn_head=dict(
         in_channels=64,

@@ -1,4 +1,4 @@
-# A small RetinaNet on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+# A small RetinaNet on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
 #
 #   command       make demo-detection
 #   GPUs          none needed
@@ -8,7 +8,7 @@
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
-    "../../../demo/digits_lit.py",
+    "../../../demo/small_lit.py",
     "../_base_/digit_scenes.py",
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
@@ -16,7 +16,7 @@ _base_ = [
 norm = dict(type="GN", num_groups=8)  # without it the heads need more than minutes
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
-    backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.digits_lit),
+    backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.small_lit),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, num_outs=3, norm_cfg=norm),
     bbox_head=dict(
         num_classes=10,

@@ -1,4 +1,4 @@
-# A small Semantic FPN on scenes of scanned digits; its LIT comes from the digits classifier of `make demo`
+# A small Semantic FPN on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
 #
 #   command       make demo-segmentation
 #   GPUs          none needed
@@ -8,7 +8,7 @@
 
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
-    "../../../demo/digits_lit.py",
+    "../../../demo/small_lit.py",
     "../_base_/digit_scenes.py",
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
@@ -17,7 +17,7 @@ norm = dict(type="GN", num_groups=8)  # with BatchNorm the head does not learn t
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(128, 128)),
-    backbone=dict(_delete_=True, out_norms=(0, 1, 2, 3), **_base_.digits_lit),
+    backbone=dict(_delete_=True, out_norms=(0, 1, 2, 3), **_base_.small_lit),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=norm),
     decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11, norm_cfg=norm, dropout_ratio=0.0),
 )
