@@ -25,6 +25,7 @@ from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_backbone.images import DataError, open_rgb
 from lit_classification.config import Config
 from lit_classification.model import build_model, load_classifier
+from lit_classification.resume import TrainState, restore_checkpoint
 
 pytestmark = pytest.mark.slow
 SECONDS = 10  # for checkpoints, and as long for images
@@ -194,6 +195,8 @@ def checkpoints() -> dict[str, dict[str, Any]]:
     config = Config.model_validate(tree)
     model = build_model(config, CPU)
     optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
     weights = model.state_dict()
     ours = {"model": weights, "model_ema": weights, "optimizer": optimizer.state_dict(), "scaler": {}}
     ours |= {"updates_per_epoch": 4, "world_size": 1, "update": 8, "best": 50.0, "classes": ["a", "b", "c"]}
@@ -214,7 +217,13 @@ def doors() -> list[Callable[[Path], Any]]:
     """All that reads a checkpoint."""
     config = Config.model_validate({"DATA": {"IMG_SIZE": 32}, "MODEL": {"NUM_CLASSES": 3, "LIT": TINY}})
     model = build_model(config, CPU)
-    found = [read_checkpoint, lambda path: load_checkpoint(path, model), lambda path: load_classifier(path, CPU)]
+
+    def resume(path: Path) -> None:
+        optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler(enabled=False)
+        state = TrainState(model, optimizer, scaler, ema=None, updates_per_epoch=4, classes=["a", "b", "c"])
+        restore_checkpoint(str(path), read_checkpoint(path), state, config)
+
+    found = [read_checkpoint, lambda path: load_checkpoint(path, model), lambda path: load_classifier(path, CPU), resume]
     try:
         from lit_backbone.mm import LITBackbone, load_file
     except ImportError:
