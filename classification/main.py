@@ -30,7 +30,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per process")
     parser.add_argument("--output", metavar="DIR", help="OUTPUT: where runs are written")
     parser.add_argument("--tag", help="TAG: name of this run")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.mode == "throughput" and (args.resume or args.pretrained):
+        parser.error("argument --throughput: measures the model of --cfg and reads no checkpoint")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

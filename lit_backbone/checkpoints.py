@@ -1,6 +1,7 @@
 """Reading checkpoint files safely: damaged ones are refused, no code in them runs, and all they hold is plain data."""
 
 import argparse
+import json
 import re
 import zipfile
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     try:
         _check_archive(path)
         if path.suffix == ".safetensors":
-            content = load_file(path, device=str(device))
+            content = _read_safetensors(path, str(device))
         else:
             content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can fail at any depth of the readers
@@ -63,6 +64,15 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     if odd := _oddity(content):
         raise CheckpointError(f"{path}: holds {odd}; expected plain data and dense tensors of real numbers")
     return content
+
+
+def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
+    """The tensors; in an export, as in a checkpoint of the trainer, beside the classes and the configuration."""
+    with safe_open(path, "pt", device=device) as file:
+        weights, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    if not {"classes", "config"} <= said.keys():
+        return weights
+    return {"model": weights} | {name: json.loads(said[name]) for name in ("classes", "config")}
 
 
 def _check_archive(path: Path) -> None:

@@ -115,7 +115,6 @@ RUNS = {
     "no update": (without("update"), "'update' is not as main.py writes it"),
     "updates per epoch": (record("updates_per_epoch", 0), "'updates_per_epoch' is not as main.py writes it"),
     "best": (record("best", torch.nan), "'best' is not as main.py writes it"),
-    "world size": (record("world_size", []), "'world_size' is not as main.py writes it"),
     "average": (record("model_ema", 5), "'model_ema' is not as main.py writes it"),
     "scale": (record("scaler", [1]), "'scaler' is not as main.py writes it"),
     "configuration": (without("config"), "'config' is not as main.py writes it"),

@@ -199,7 +199,7 @@ def checkpoints() -> dict[str, dict[str, Any]]:
     optimizer.step()
     weights = model.state_dict()
     ours = {"model": weights, "model_ema": weights, "optimizer": optimizer.state_dict(), "scaler": {}}
-    ours |= {"updates_per_epoch": 4, "world_size": 1, "update": 8, "best": 50.0, "classes": ["a", "b", "c"]}
+    ours |= {"updates_per_epoch": 4, "update": 8, "best": 50.0, "classes": ["a", "b", "c"]}
     ours |= {"config": config.model_dump(mode="json"), "recipe": {}}
     scores = {"best_score": np.float64(0.5), "best_ckpt": "best_a.pth"}
     meta = {
@@ -223,7 +223,12 @@ def doors() -> list[Callable[[Path], Any]]:
         state = TrainState(model, optimizer, scaler, ema=None, updates_per_epoch=4, classes=["a", "b", "c"])
         restore_checkpoint(str(path), read_checkpoint(path), state, config)
 
-    found = [read_checkpoint, lambda path: load_checkpoint(path, model), lambda path: load_classifier(path, CPU), resume]
+    found = [
+        read_checkpoint,
+        lambda path: load_checkpoint(path, model),
+        lambda path: load_classifier(path, CPU),
+        resume,
+    ]
     try:
         from lit_backbone.mm import LITBackbone, load_file
     except ImportError:

@@ -13,8 +13,9 @@ Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32
 PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
 `(B, C, H / s, W / s)` for s = 4, 8, 16, 32, as timm's features_only gives them (the class token of LIT-Ti takes part).
 The files of onnx (as metadata), torch-export (as extra_files) and safetensors (as metadata) tell the architecture, and
-in JSON the classes and how timm prepares an image. In an ONNX file, DTM is the operator DeformConv, which onnxruntime
-runs from 1.25 on; with --grid-sample, GridSample and Conv, slower, but known to more runtimes.
+in JSON the classes, how timm prepares an image, and main.py's keys of model and input: whatever reads a checkpoint here
+reads safetensors files likewise. In an ONNX file, DTM is the operator DeformConv, which onnxruntime runs from 1.25 on;
+with --grid-sample, GridSample and Conv, slower, but known to more runtimes.
 onnx needs the packages onnx and onnxscript: `bash setup_env.sh --dev` installs them.
 """
 
@@ -40,7 +41,7 @@ from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.dtm import use_deform_conv
 from lit_backbone.released import to_released
 from lit_classification.augmentation import evaluation_input
-from lit_classification.model import Classifier, load_classifier
+from lit_classification.model import BROUGHT, Classifier, load_classifier
 from lit_classification.model_card import model_card
 
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
@@ -62,12 +63,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def description(classifier: Classifier) -> dict[str, str]:
-    """What one must know to use the model: its architecture, and in JSON its classes and its way to prepare images."""
+    """What one must know to use the model: its architecture, and in JSON its classes, its way to prepare images, and
+    the keys of a configuration by which `load_classifier` makes it again."""
     preprocessing = resolve_data_config(evaluation_input(classifier.config), pretrained_cfg={})
     return {
         "architecture": classifier.config.MODEL.NAME,
         "classes": json.dumps(classifier.classes),
         "preprocessing": json.dumps(preprocessing),
+        "config": json.dumps(classifier.config.model_dump(mode="json", include=BROUGHT)),
     }
 
 
@@ -110,6 +113,7 @@ def write_hf(classifier: Classifier, path: Path) -> None:
     save_for_hf(
         classifier.model, path, labels, safe_serialization=True, data_config=evaluation_input(classifier.config)
     )
+    write_safetensors(classifier, path / "model.safetensors")  # the same weights, and their description
 
 
 def write_released(classifier: Classifier, path: Path) -> None:

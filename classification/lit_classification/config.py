@@ -61,7 +61,11 @@ class Section(BaseModel):
 class Data(Section):
     BATCH_SIZE: Count = Field(128, description="images per process in one forward pass")
     DATA_PATH: str = Free("", description="root folder of the data set")
-    DATASET: str = Field("", description="a timm create_dataset name; empty = folders train/ and val/")
+    DATASET: str = Field(
+        "",
+        pattern="^(|imagenet|.+/.+)$",
+        description="a timm data set such as torch/cifar10; empty or imagenet = folders train/ and val/",
+    )
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")
     INTERPOLATION: Interpolation = Field("bicubic", description="how images are resized")
     ON_BAD_IMAGE: Literal["error", "skip"] = Free(
@@ -101,7 +105,9 @@ class Model(Section):
     DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout, probability")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
     LABEL_SMOOTHING: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
-    OFFSET_LR_MULTI: float = Field(0.01, ge=0, description="factor on the base rate of DTM's offset convolutions")
+    OFFSET_LR_MULTI: Positive = Field(
+        0.01, description="factor on BASE_LR, not on WARMUP_LR and MIN_LR, of DTM's offset convolutions"
+    )
     LIT: Lit = Field(Lit(), description="keywords of LIT's constructor to override")
     KEYWORDS: dict[str, Any] = Field({}, description="keywords of another timm model's constructor")
 

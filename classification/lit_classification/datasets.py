@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageFolder(Dataset):
-    """The images below a folder and their classes, each named after the folder that its images lie in.
+    """The images below a folder and their classes, each named after the folder in it that its images lie below.
 
     Attributes:
         classes: their names in natural order, which is that of the labels.
@@ -33,21 +33,23 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root: str | Path):
+        def top(file: str) -> str:
+            return file[len(str(root)) + 1 :].split(os.sep)[0]
+
         files = images_below(root)
         entries = {entry.name: entry.path for entry in os.scandir(root) if os.path.isdir(entry.path)}
         if not entries:
             raise DataError(f"{root}: holds no class folders; expected {os.path.basename(root)}/CLASS/IMAGE")
-        filled = {file[len(str(root)) + 1 :].split(os.sep)[0]: file for file in files}
+        filled = {top(file): file for file in files}
         for name in sorted(entries.keys() ^ filled.keys(), key=natural_key):
             if name in filled:
                 raise DataError(f"{filled[name]}: an image in no class folder; move or remove it")
             kinds = " ".join(get_img_extensions())
             problem = f"a class folder without images ({kinds}) of its own"
             raise DataError(f"{entries[name]}: {problem}; fill it or remove it everywhere")
-        names = [os.path.basename(os.path.dirname(file)) for file in files]
-        self.classes = sorted(set(names), key=natural_key)
+        self.classes = sorted(filled, key=natural_key)
         labels = {name: label for label, name in enumerate(self.classes)}
-        self.samples = [(file, labels[name]) for file, name in zip(files, names)]
+        self.samples = [(file, labels[top(file)]) for file in files]
         self.root = str(root)
 
     def __len__(self) -> int:
@@ -184,8 +186,16 @@ def _from_timm(name: str, where: str | Path, split: str) -> Dataset:
         dataset = create_dataset("" if archive else name, root=str(where), split=split, **options)
     except Exception as error:  # each kind fails in its own way
         raise DataError(f"DATA.DATASET {name!r} in {where}: {error}") from error
-    if archive and len({str(natural_key(name)[0]) for name in _class_names(dataset)}) < len(_class_names(dataset)):
-        raise DataError(f"{where}: holds classes whose names differ in case or zeros only; unpack it, or rename them")
+    if archive:
+        count = len(_class_names(dataset))
+        if len({str(natural_key(name)[0]) for name in _class_names(dataset)}) < count:
+            raise DataError(
+                f"{where}: holds classes whose names differ in case or zeros only; unpack it, or rename them"
+            )
+        folders = {os.path.dirname(dataset.filename(i, absolute=True)) for i in range(len(dataset))}
+        if len(folders) > count:
+            problem = f"{len(folders)} folders of images have {count} different names, which would be the classes"
+            raise DataError(f"{where}: {problem}; unpack it, to have those at its root, or rename the folders")
     if hasattr(dataset, "loader"):  # torchvision's
         dataset.loader = open_rgb
     return dataset

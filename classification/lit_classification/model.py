@@ -19,6 +19,7 @@ from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
 from lit_backbone.fit import load_checkpoint
 from lit_backbone.released import convert_released
+from lit_backbone.text import printable
 from lit_classification.augmentation import build_transform
 from lit_classification.config import SIDES, Config, ConfigError, differences, settings
 from lit_classification.config_file import checked
@@ -155,6 +156,9 @@ def as_trained(config: Config, content: dict[str, Any], load: Callable[..., Conf
         _logger.info(f"{key} is {own}, as {path} was trained with, not {of_yaml}")
     for key, own, option in differences(brought, found):
         _logger.info(f"{key} is {option}, as an option says; {path} was trained with {own}")
+    if (own := content["config"].get("MODEL", {}).get("KEYWORDS", {})) != merged.MODEL.KEYWORDS:
+        text = printable(f"MODEL.KEYWORDS is {merged.MODEL.KEYWORDS}; {path} was trained with {own}")
+        _logger.warning(text)
     return merged
 
 

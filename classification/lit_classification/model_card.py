@@ -54,17 +54,16 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
         "Paper": "[arXiv 2105.14217](https://arxiv.org/abs/2105.14217)",
         "Recipe": f"{name} does not say",
     }
-    if stored := stored_config(content, checkpoint):  # every setting on which the result depends
+    stored = stored_config(content, checkpoint)
+    if stored and "TRAIN" in content["config"]:  # every setting on which the result depends
         details["Recipe"] = {key: printable(value, 200) for key, value in describe_settings(stored).items()}
     if stored and "updates_per_epoch" in content:
-        run, origin = stored_records(content, checkpoint, RunRecords), Path(stored.MODEL.PRETRAINED).name
+        run = stored_records(content, checkpoint, RunRecords)
         accuracy = f"{run.best:.2f} % top-1 on the validation images, the highest of the run up to this checkpoint"
-        epochs = f"{run.update / run.updates_per_epoch:g} of {stored.TRAIN.EPOCHS} epochs"
-        start = f"the weights of {printable(origin, 100)}" if origin else "random weights"
         details |= {
             "Data": printable(stored.DATA.DATASET or Path(stored.DATA.DATA_PATH).name, 100),
             "Accuracy": accuracy if math.isfinite(run.best) else "not evaluated",
-            "Training": f"{epochs} from {start}",
+            "Training": f"{run.update / run.updates_per_epoch:g} of {stored.TRAIN.EPOCHS} epochs",
         }
     card = {
         "tags": ["image-classification", "timm", "lit"],

@@ -22,7 +22,7 @@ from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import other_classes
 from lit_backbone.fit import check_optimizer_state, fit_state_dict
 from lit_backbone.text import printable
-from lit_classification.config import Config
+from lit_classification.config import Config, differences
 from lit_classification.distributed import Processes
 from lit_classification.model import Records, stored_records
 from lit_classification.recipe import check_unchanged, describe_settings
@@ -50,7 +50,6 @@ class TrainState:
     ema: ModelEmaV3 | None
     updates_per_epoch: int
     classes: list[str] = field(default_factory=list)  # of the data, by label
-    world_size: int = 1  # processes that train
     update: int = 0  # updates done, over the whole run
     best: float = -math.inf  # highest validation accuracy so far, in percent
     recipe: dict[str, str] = field(default_factory=dict)  # of the run, see `recipe.py`
@@ -117,16 +116,22 @@ class Saver:
             self._check_and_save()
         by = self.stop.signal or "a signal to another process"
         message = f"stopped by {by} at update {self.state.update}, saved in {self.folder}"
-        raise Preempted(f"{message}; the same command continues there")
+        how = "" if self.config.TRAIN.AUTO_RESUME else " without TRAIN.AUTO_RESUME false"
+        raise Preempted(f"{message}; the same command{how} continues there")
 
     def after_failure(self, details: dict[str, Any]) -> str:
         """Save the state before an update that was not finite, and `details` of it; returns how to run it again."""
-        replay = ["python", "main.py", "--cfg", self.folder / "config.yaml", "--tag", f"{self.folder.name}-replay"]
+        main = Path(__file__).parents[1] / "main.py"
+        replay = ["python", main, "--cfg", self.folder / "config.yaml", "--tag", f"{self.folder.name}-replay"]
         replay += ["--opts", "TRAIN.AUTO_RESUME", "false", "--resume", self.folder / FAILED]
         details = details | {"replay": shlex.join(map(str, replay)), "config": self.config.model_dump(mode="json")}
         if self.processes.is_main:
             # average and loss scale may have gone on without the weights; both start anew
             before = replace(self.state, ema=None, scaler=GradScaler(enabled=False))
+            for buffer in filter(torch.is_floating_point, before.model.buffers()):
+                buffer.nan_to_num_(
+                    0.0, 0.0, 0.0
+                )  # BatchNorm's statistics have seen the update, which does not use them
             try:
                 save_checkpoint(self.folder / FAILED, before, self.config)
                 (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
@@ -156,7 +161,6 @@ def save_checkpoint(path: Path, state: TrainState, config: Config) -> None:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "updates_per_epoch": state.updates_per_epoch,
-        "world_size": state.world_size,
         "update": state.update,
         "best": state.best,
         "config": config.model_dump(mode="json"),
@@ -198,7 +202,6 @@ class RunRecords(Records):
     optimizer: dict[str, Any]
     scaler: dict[str, Annotated[int | float, Field(ge=0)]]
     updates_per_epoch: Annotated[int, Field(ge=1, lt=2**53)]
-    world_size: Annotated[int, Field(ge=1, lt=2**53)]
     update: Annotated[int, Field(ge=0, lt=2**53)]
     best: Annotated[float, Predicate(lambda percent: percent <= 100)]  # which NaN is not
     recipe: dict[str, str]
@@ -254,14 +257,14 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
         raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")
     check_unchanged(path, run.recipe, state.recipe, config.TRAIN.RESUME_CHANGED)
     state.load_weights(weights, average)
-    for saved, group in zip(run.optimizer["param_groups"], state.optimizer.param_groups, strict=True):
-        saved.update({key: value for key, value in group.items() if key != "params"})  # this run's weight decay, betas
-    state.optimizer.load_state_dict(run.optimizer)
+    pairs = zip(state.optimizer.param_groups, run.optimizer["param_groups"], strict=True)
+    groups = [
+        own | {"params": saved["params"]} for own, saved in pairs
+    ]  # this run's learning rate, weight decay, betas
+    state.optimizer.load_state_dict(run.optimizer | {"param_groups": groups})
     if run.scaler:  # empty where the checkpoint's run scaled no losses
         state.scaler.load_state_dict(run.scaler)
-    state.update, state.best = run.update, run.best
-    if run.world_size != state.world_size:
-        _logger.warning(
-            f"{path} was written by a run of {run.world_size} processes, this one has {state.world_size}: "
-            "global batch, order and augmentation of the images stay, the random numbers of mixup and drop path do not"
-        )
+    state.update = run.update
+    changes = [key for key, *_ in differences(run.recipe, state.recipe)]
+    if not any(key.startswith(("TEST.", "val/")) for key in changes):  # else measured on something else
+        state.best = run.best

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import platform
 import shlex
 import sys
@@ -112,6 +113,8 @@ def run_training(config: Config, processes: Processes, folder: Path, stop: StopR
         with processes.together():
             if path:
                 restore_checkpoint(path, content, state, config)
+                if Path(path).resolve().parent != folder.resolve():
+                    state.best = -math.inf  # its best.pth is not in this folder
                 content.clear()  # of the size of model and optimiser
             elif file := config.MODEL.PRETRAINED:
                 weights = load_checkpoint(file, state.model, classes=state.classes)
@@ -157,7 +160,6 @@ def build_state(config: Config, processes: Processes, recipe: dict[str, str], lo
         ema=ema,
         updates_per_epoch=loader.batch_sampler.updates,
         classes=loader.dataset.classes,
-        world_size=processes.world_size,
         recipe=recipe,
     )
 

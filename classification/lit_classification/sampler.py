@@ -61,7 +61,8 @@ class TrainSampler(Sampler[list[SampleKey]]):
     An epoch is `len(images) // global_batch` updates. The global batch of each is dealt out to `global_batch //
     batch_size` micro-batches, which the processes take in turn, so that neither order nor the composition of
     micro-batches depends on the number of processes. timm's RepeatAugSampler has neither property, ignores the seed and
-    cannot start within an epoch; with `repeats` the copies of an image go to different micro-batches as they do there.
+    cannot start within an epoch. With `repeats`, the copies of an image go to different micro-batches, if there are as
+    many.
 
     Args:
         num_images: size of the data set.

@@ -162,6 +162,8 @@ MISTAKES = [
     ),
     ("MODEL.NAME", "lit_s.no:such", None, "makes no model: "),
     ("MODEL", "{NAME: resnet18.foo}", "MODEL.NAME", "makes no model: Invalid pretrained tag (foo)"),
+    ("MODEL.OFFSET_LR_MULTI", "0", None, "expected greater than 0, got 0 (factor on BASE_LR, not on"),
+    ("DATA.DATASET", "cifar10", None, "a timm data set such as torch/cifar10; empty or imagenet = folders"),
     ("MODEL.KEYWORDS", "{depths: 1}", None, "has no meaning for lit_s; give its keywords by MODEL.LIT"),
     ("MODEL", "{NAME: resnet18, KEYWORDS: {pretrained: true}}", "MODEL.KEYWORDS.pretrained", "cannot be set here"),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS", "makes no model: "),

@@ -187,6 +187,20 @@ def test_classes_may_have_the_names_of_splits(tiny_cfg, image_folder, tmp_path):
         assert dataset.classes == ["car", "train", "val"] and len(dataset) == {"train": 33, "val": 12}[split]
 
 
+def test_a_class_is_what_lies_below_a_folder_of_the_root(tiny_cfg, image_folder, tmp_path):
+    for split in ("train", "val"):
+        for name, target in (("ant/left", "ant"), ("ant/right", "bee"), ("cat/left", "cat"), ("bee", "bee")):
+            shutil.copytree(image_folder / split / target, tmp_path / split / name)
+    dataset = build_dataset(load_config(tiny_cfg(), data_path=str(tmp_path)), is_training=True)
+    assert dataset.classes == ["ant", "bee", "cat"]
+    assert Counter(label for _, label in dataset.dataset.samples) == {0: 22, 1: 11, 2: 11}
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "train", arcname=".")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(DataError, match="4 folders of images have 3 different names, .*; unpack it"):
+        build_dataset(load_config(tiny_cfg(), data_path=str(tmp_path)), is_training=True)
+
+
 def test_tar_of_images(tiny_cfg, image_folder, tmp_path):
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:

@@ -103,7 +103,14 @@ def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, im
     main.main(["--cfg", str(cfg)])
     main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
     accuracy = json.loads((folder / "log.jsonl").read_text())["val/acc1"]
-    assert f" * Acc@1 {accuracy:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f" * Acc@1 {accuracy:.3f}" in printed.out and "KEYWORDS" not in printed.out + printed.err
+    other = ["--opts", "MODEL.KEYWORDS.num_heads", "[1, 1, 3, 4]"]  # of the same shapes
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST), *other])
+    printed = capsys.readouterr()
+    assert re.search(
+        r"MODEL.KEYWORDS is .*num_heads': \[1, 1.*trained with .*num_heads': \[1, 2", printed.out + printed.err
+    )
     with pytest.raises(SystemExit, match="latest.pth: has MODEL.KEYWORDS, which count in YAML only"):
         predict.main([str(image_folder), "--checkpoint", str(folder / LATEST)])
 
@@ -162,7 +169,7 @@ def test_the_configuration_that_a_run_leaves_continues_it(tiny_cfg, folder, tmp_
     starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert [start["update"] for start in starts] == [0, 8, 12]
     main.main(["--cfg", "config.yaml", "--tag", "1", "--opts", "TRAIN.EPOCHS", "2"])
-    main.main(["--cfg", "config.yaml", "--opts", "TAG", '"1"'])
+    main.main(["--cfg", "config.yaml", "--opts", "TAG", '"1"', "TRAIN.RESUME_CHANGED", "true"])
     main.main(["--cfg", "config.yaml", "--output", str(tmp_path / "new")])
     shutil.copy("config.yaml", tmp_path)
     main.main(["--cfg", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "own")])

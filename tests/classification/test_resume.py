@@ -157,6 +157,19 @@ def test_tensorboard_shows_the_last_point_of_each_update(tmp_path, monkeypatch):
     assert points == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
 
 
+def test_the_best_of_another_folder_or_other_images_is_not_this_runs(own_folder, tiny_cfg, monkeypatch, tmp_path):
+    folder, anew = tmp_path / "output" / "tiny", ["TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS"]
+    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)})
+    train(cfg, monkeypatch=monkeypatch)
+    content = read_checkpoint(folder / "default" / LATEST) | {"best": 100.0}
+    torch.save(content, folder / "default" / LATEST)
+    assert train(cfg, *anew, "3", monkeypatch=monkeypatch)["best"] == 100  # is in best.pth
+    main.main(["--cfg", str(cfg), "--resume", str(folder / "default" / LATEST), "--tag", "b", "--opts", *anew, "4"])
+    assert read_checkpoint(folder / "b" / BEST)["best"] < 100
+    (own_folder / "val" / "bee" / "1.jpg").unlink()
+    assert train(cfg, *anew, "4", monkeypatch=monkeypatch)["best"] < 100
+
+
 def test_automatic_resume_can_be_off(tiny_cfg, monkeypatch):
     cfg = tiny_cfg()
     train(cfg, monkeypatch=monkeypatch)
@@ -294,6 +307,7 @@ def rename_a_class(folder: Path) -> None:
     [
         (drop_nothing, ["TRAIN.WEIGHT_DECAY", "0.3"], "was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3", ""),
         (drop_nothing, ["SEED", "1", "AUG.HFLIP", "0"], r"HFLIP 0.5, this run has 0.0 \(and 1 more change", "SEED 0, "),
+        (drop_nothing, ["TRAIN.BASE_LR", "0.05"], "was written with TRAIN.BASE_LR 0.5, this run has 0.05", ""),
         (drop_nothing, ["TRAIN.EPOCHS", "3"], "TRAIN.EPOCHS 2, this run has 3", ""),
         (rename_an_image, [], r"train/bee 4 files \w+, this run has 4 files \w+", ""),
         (rename_a_class, [], "its classes are not those of the data", "class 1 bee, this run has bug"),
@@ -316,14 +330,8 @@ def test_a_run_that_is_not_the_same_goes_on_when_told_to(
     left = train(cfg, *free, *options, *remedy, monkeypatch=monkeypatch)
     assert left["update"] == 2 + ("TRAIN.EPOCHS" in options)
     decay = 0.3 if "TRAIN.WEIGHT_DECAY" in options else 0.05
-    assert [group["weight_decay"] for group in left["optimizer"]["param_groups"]] == [decay, 0.0, decay]  # is in force
+    groups = left["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [decay, 0.0, decay]  # is in force
+    assert groups[0]["initial_lr"] == (0.05 if "TRAIN.BASE_LR" in options else 0.5) / 512 * 8
     assert re.search(change_logged or complaint, (folder / "log_rank0.txt").read_text())
     train(cfg, *free, *options, monkeypatch=monkeypatch)  # the same as before now
-
-
-def test_another_number_of_processes_is_reported(checkpoint, tiny_cfg, caplog):
-    config = load_config(tiny_cfg())
-    state = state_of(config)
-    state.world_size, state.recipe = 2, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint("run.pth", read_checkpoint(checkpoint), state, config)
-    assert "was written by a run of 1 processes, this one has 2: global batch, order and augmentation" in caplog.text

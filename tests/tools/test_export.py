@@ -31,7 +31,7 @@ CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
 SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
 RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5)
-RUN |= dict(world_size=1, recipe={})
+RUN |= dict(recipe={})
 
 
 def build(name: str) -> nn.Module:
@@ -53,7 +53,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}}
     config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random", "DATA_PATH": "/home/me/insects"}}
-    config |= {"TEST": {"CROP": name == "lit_ti"}}
+    config |= {"TEST": {"CROP": name == "lit_ti"}, "TRAIN": {}}
     model = build(name)
     torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES} | RUN, folder / "digits.pth")
     return folder / "digits.pth", model
@@ -162,7 +162,19 @@ def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
     assert torch.equal(read(x), model(x))
     with safetensors.safe_open(file, "pt") as opened:
         check_description(opened.metadata(), path, model)
+        assert "insects" not in str(opened.metadata())
     assert mode(file) == 0o640  # what the umask leaves
+    check_same_classifier(file, path)
+    export(file, "--format", "hf", "--output", path.with_name("again-hf"))
+    check_same_classifier(path.with_name("again-hf") / "model.safetensors", path)
+    assert "digits.safetensors does not say" in (path.with_name("again-hf") / "README.md").read_text()
+
+
+def check_same_classifier(file: Path, checkpoint: Path) -> None:
+    read, own = (load_classifier(path, torch.device("cpu")) for path in (file, checkpoint))
+    x = own.transform(photo())[None]
+    assert read.classes == own.classes and torch.equal(read.transform(photo())[None], x)
+    assert torch.equal(read.model(x), own.model(x))
 
 
 @torch.no_grad()
@@ -254,6 +266,9 @@ def test_what_cannot_be_exported(
 
     path = checkpoint[0]
     assert "is not square" in export(path, "--format", "released", status=1)
+    for merging, pos_embed in (("conv", "relative"), ("conv_bn", "absolute")):
+        with pytest.raises(ValueError, match="stages.1.merge.*no model of the authors has it"):
+            to_released(small_lit(merging=merging, pos_embed=pos_embed).state_dict())
     assert "--dense" in export(path, "--format", "hf", "--dense", status=2)
     assert "--grid-sample" in export(path, "--format", "hf", "--grid-sample", status=2)
     assert "is the checkpoint itself" in export(path, "--format", "released", "--output", path, status=1)
