@@ -3,8 +3,8 @@
 import sys
 
 try:
-    from lit_backbone.images import enlargement, find_images
-    from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
+    from lit_backbone.images import enlargement, find_images, open_rgb
+    from lit_backbone.mm.inference import build_parser, load_model, outputs
     from lit_backbone.mm.runner import one_line_errors
     from lit_backbone.mm.screen import quiet_imports
     from lit_backbone.text import printable
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         visualizer = DetLocalVisualizer()
         visualizer.dataset_meta = model.dataset_meta
         for picture, output in outputs(pictures, args.out_dir):
-            image = read_rgb(picture)
-            result = inference_detector(model, image[..., ::-1]).cpu()  # (H, W, 3), BGR as mmcv reads files
+            image = np.array(open_rgb(picture, upright=True))  # (H, W, 3)
+            result = inference_detector(model, image[..., ::-1]).cpu()  # BGR, as mmcv reads files
             found = result.pred_instances[result.pred_instances.scores >= args.score_thr]
             found = one_per_thing(found, threshold)
             image, found = enlarge(image, found, factor=enlargement(*image.shape[:2]))

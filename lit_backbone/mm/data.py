@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import Compose, LoadAnnotations, LoadImageFromFile
 from mmengine.fileio import load
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -25,10 +26,13 @@ def leaves(dataset: Any) -> list[Any]:
 
 
 def check_classes(config: dict[str, Any]) -> None:
-    """Raise DataError if the classes in a data set's config are one string, which has letters for items."""
-    classes = (config.get("metainfo") or {}).get("classes")
+    """Raise DataError if the classes in a data set's config are one string, which has letters for items, or have
+    another number of colours."""
+    classes, palette = ((config.get("metainfo") or {}).get(key) for key in ("classes", "palette"))
     if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine takes a file of names, too
         raise DataError(f'metainfo.classes={classes!r}: is a string; a single class needs a comma: ("{classes}",)')
+    if palette and classes and not isinstance(classes, str) and len(palette) != len(classes):
+        raise DataError(f"metainfo.palette: has {len(palette)} colours for {len(classes)} classes; give each its own")
 
 
 def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
@@ -46,13 +50,14 @@ def check_dataset(dataset: Any) -> None:
     """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
     classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    if found is not None and list(classes) != list(dataset.METAINFO.get("classes", ())):  # COCO's own are right
+    official = list(classes) == list(dataset.METAINFO.get("classes", ())) and found and found[-1] == len(found) + 10
+    if found is not None and not official:  # to read COCO's file again takes long; its 80 categories go to number 90
         categories = load(dataset.ann_file)["categories"]
         own, names = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
-        if odd := name_some([name for name in classes if own.count(name) != 1]):
-            raise DataError(
-                f"{source}: has no single category {odd}; name its own in metainfo.classes: {', '.join(own)}"
-            )
+        if twice := name_some(sorted({name for name in own if own.count(name) > 1})):
+            raise DataError(f"{source}: has several categories named {twice}; give each its own name there")
+        if odd := name_some([name for name in classes if name not in names.values()]):
+            raise DataError(f"{source}: has no category {odd}; name its own in metainfo.classes: {', '.join(own)}")
         if list(classes) != (order := [names[number] for number in found]):  # as mmdetection numbers them
             raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
     if not len(dataset):
@@ -73,6 +78,17 @@ def check_dataset(dataset: Any) -> None:
         raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
 
 
+def check_truth(dataset: Any, metric: Any) -> None:
+    """Raise DataError if a metric of COCO compares the images of a data set with the annotations of others."""
+    if truth := getattr(metric, "_coco_api", None):
+        for i in range(len(dataset)):
+            info = dataset.get_data_info(i)
+            name = truth.imgs.get(info["img_id"], {}).get("file_name")
+            if not name or not info["img_path"].endswith(name):
+                key = "the evaluator's ann_file"
+                raise DataError(f"{info['img_path']}: {key} has {name} in its place; name that of the data set there")
+
+
 class Loading:
     """A step of a pipeline that reads an image, its annotations or mask; raises DataError that names a bad file."""
 
@@ -83,16 +99,24 @@ class Loading:
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         path = isinstance(self.step, LoadAnnotations) and results.get("seg_map_path") or results["img_path"]
+        size = results.get("height"), results.get("width")  # by COCO's annotations
         try:
             loaded = self.step(results)
         except Exception as error:  # decoders fail in many ways
             raise DataError(f"{path}: it, or its annotations, cannot be read ({error!r})") from error
+        if isinstance(self.step, LoadImageFromFile) and None not in size and loaded and loaded["ori_shape"] != size:
+            problem = f"has height and width {loaded['ori_shape']}, its annotations say {size}"
+            raise DataError(f"{path}: {problem}; mend these, or turn the picture as they have it")
         if self.classes and loaded and "gt_seg_map" in loaded:
             self.check_mask(loaded["gt_seg_map"], loaded["ori_shape"], path)
         return loaded
 
     def check_mask(self, mask: np.ndarray, shape: tuple[int, int], path: str) -> None:
         """Raise DataError if a mask `(H, W)` is none, or does not fit its image's `shape` or the classes."""
+        if os.path.isfile(path):
+            with Image.open(path) as file:
+                if file.mode[0] in "IF":  # mmsegmentation would take their number modulo 256
+                    raise DataError(f"{path}: has more than 8 bits a pixel; write its class numbers with 8")
         if mask.ndim != 2:
             raise DataError(f"{path}: has {mask.shape[-1]} channels; a mask has one, of class numbers")
         if mask.shape != shape:

@@ -3,14 +3,17 @@
 from typing import Any
 
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
-from .data import check_dataset, check_heads, leaves, name_files
+from ..images import DataError
+from ..text import printable
+from .data import check_dataset, check_heads, check_truth, leaves, name_files
 
 
 @HOOKS.register_module()
@@ -33,7 +36,9 @@ class AverageBuffersHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         if get_world_size() > 1:
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            distribute_bn(model, get_world_size(), reduce=True)
+            averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+            for module in (model, *averages):
+                distribute_bn(module, get_world_size(), reduce=True)
 
     before_val_epoch = after_train_epoch
 
@@ -50,13 +55,21 @@ class CheckDataHook(Hook):
         check_heads(runner.model, runner.train_dataloader.dataset.metainfo["classes"])
         self._check(runner.train_dataloader)
         if runner.val_loop is not None:
-            self._check(runner.val_dataloader)
+            self._check(runner.val_dataloader, runner.val_evaluator)
+            trained, tested = (
+                loader.dataset.metainfo["classes"] for loader in (runner.train_dataloader, runner.val_dataloader)
+            )
+            if tuple(trained or ()) != tuple(tested or ()):
+                problem = f"the validation data's classes, {tested}, are not the training data's, {trained}"
+                raise DataError(printable(f"{problem}; give both the same, in one order", 500))
 
     def before_test(self, runner: Runner) -> None:
-        self._check(runner.test_dataloader)
+        self._check(runner.test_dataloader, runner.test_evaluator)
 
-    def _check(self, loader: DataLoader) -> None:
+    def _check(self, loader: DataLoader, evaluator: Evaluator | None = None) -> None:
         for part in leaves(loader):
             if is_main_process():
                 check_dataset(part)
+                for metric in evaluator.metrics if evaluator else ():
+                    check_truth(part, metric)
             name_files(part.pipeline, part)

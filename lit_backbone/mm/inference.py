@@ -1,6 +1,7 @@
 """What the tools that draw share: their command line, a trained model, pictures and the files to draw into."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..command_line import add_offset_arguments
 from ..images import DataError, find_images, open_rgb
 from ..offsets import write_offsets
 from ..text import printable
-from .data import check_heads
+from .data import check_heads, leaves
 from .loading import fit_weights, load_file
 from .runner import add_cfg_options, read_config
 from .screen import import_package
@@ -62,6 +63,7 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     content = load_file(checkpoint)
     model.load_state_dict(fit_weights(content, model, checkpoint))
+    cfg.test_pipeline = leaves(cfg.test_dataloader.dataset)[0].pipeline  # which mmsegmentation's functions take
     model.cfg = cfg
     tested = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     classes = stored_classes(content) or tested.metainfo.get("classes")
@@ -73,25 +75,16 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
     return model.to(device).eval()
 
 
-def read_rgb(path: str) -> np.ndarray:
-    """A picture as `(H, W, 3)` uint8, RGB, upright as its EXIF data says.
-
-    Raises:
-        DataError: the file is no picture.
-    """
-    return np.array(open_rgb(path, upright=True))
-
-
-def outputs(pictures: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Each picture with a file of its own to draw its result into, under a progress bar."""
+def outputs(pictures: list[str], folder: Path, suffix: str = ".png") -> Iterator[tuple[str, Path]]:
+    """Each picture with a path of its own to draw its result into, none of the pictures, under a progress bar."""
     folder.mkdir(parents=True, exist_ok=True)
-    taken: set[Path] = set()
+    taken = set(map(os.path.realpath, pictures))
     for picture in tqdm(pictures, disable=None, delay=1):
-        output, number = folder / f"{Path(picture).stem}.png", 1
-        while output in taken:
+        output, number = folder / f"{Path(picture).stem}{suffix}", 1
+        while os.path.realpath(output) in taken:
             number += 1
-            output = folder / f"{Path(picture).stem}-{number}.png"
-        taken.add(output)
+            output = folder / f"{Path(picture).stem}-{number}{suffix}"
+        taken.add(os.path.realpath(output))
         yield picture, output
 
 
@@ -109,12 +102,13 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     if args.html and len(pictures) > 1:
         raise DataError(f"--html {args.html}: a page shows one picture, not {len(pictures)}; name one")
     model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
-    for picture, output in outputs(pictures, args.out_dir):
-        image, flags = read_rgb(picture), dict(grid=args.grid, html=args.html, at_most=args.at_most)
+    for picture, output in outputs(pictures, args.out_dir, suffix=""):
+        image = np.array(open_rgb(picture, upright=True))  # (H, W, 3)
+        flags = dict(grid=args.grid, html=args.html, at_most=args.at_most)
         mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
         x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
         try:
-            line = write_offsets(model.backbone, x, Image.fromarray(image), output.with_suffix(""), **flags)
+            line = write_offsets(model.backbone, x, Image.fromarray(image), output, **flags)
         except DataError as error:
             raise DataError(f"{picture}: {error}") from error
         tqdm.write(printable(line))

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import inspect
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built without its operators
@@ -20,20 +22,24 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import apply_to
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, other_classes
+from ..checkpoints import CheckpointError, other_classes, unwrap_state_dict
 from ..fit import check_optimizer_state
 from ..images import DataError
+from ..text import printable
 from .data import check_classes, check_dataset, leaves
 from .loading import fit_weights, load_file
 from .screen import import_package, is_of_interest
 
 HALF = (torch.float16, torch.bfloat16)
+PROGRESS = {"last_step", "_global_step", "_last_value", "lr", "params", "foreach", "fused"}  # not settings of a run
+KEYS = {*inspect.signature(Runner).parameters, "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile"}
+KEYS |= {"efficient_conv_bn_eval", "activation_checkpointing"}  # of a config, which it need not have
 
 
 class StrictRunner(Runner):
@@ -85,12 +91,12 @@ class StrictRunner(Runner):
                 or it is to be resumed, and holds no optimiser or another one's.
         """
         checkpoint = load_file(filename, map_location)
+        checkpoint.setdefault("state_dict", unwrap_state_dict(checkpoint))  # which EMAHook reads
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model, anew = self.model, ()
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        training = isinstance(self._train_loop, BaseLoop)  # else still a config
-        dataset = (self.train_dataloader if training else self.test_dataloader).dataset
+        dataset = (self.train_dataloader if self._train_loop is not None else self.test_dataloader).dataset
         if misfit := other_classes(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
             if not self.new_head:
                 raise CheckpointError(f"{filename}: {misfit}; give the data sets those by metainfo.classes")
@@ -102,6 +108,11 @@ class StrictRunner(Runner):
                 remedy = "start from them with --cfg-options load_from=FILE instead"
                 raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
+            if change := self.changed_setting(checkpoint):
+                remedy = (
+                    "resume with the run's own settings, or start from its weights with --cfg-options load_from=FILE"
+                )
+                raise CheckpointError(f"{filename}: {printable(change, 300)}; {remedy}")
             # the classes have been compared; the rest, which mmengine compares too, has not been read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
         model.load_state_dict(weights)
@@ -109,8 +120,28 @@ class StrictRunner(Runner):
         self.logger.info(f"loaded {filename}")
         return checkpoint
 
+    def changed_setting(self, checkpoint: dict[str, Any]) -> str:
+        """A setting that resuming would overwrite by the checkpoint's, in words; empty if all are the same."""
+        schedulers, groups = checkpoint.get("param_schedulers") or [], checkpoint["optimizer"]["param_groups"]
+        own = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
+        pairs = {"param_scheduler": (schedulers, own), "group": (groups, self.optim_wrapper.optimizer.param_groups)}
+        for name, (theirs, ours) in pairs.items():
+            if len(theirs) != len(ours):
+                return f"has {len(theirs)} {name}s, this run {len(ours)}"
+            for i, (old, new) in enumerate(zip(theirs, ours)):
+                for key in sorted((old.keys() & new.keys()) - PROGRESS):
+                    if type(old[key]) is not type(new[key]) or old[key] != new[key]:
+                        return f"{name} {i} has {key} {repr(old[key])}, this run {repr(new[key])}"
+        return ""
+
+    def dump_config(self) -> None:
+        """As mmengine's, but not in tests, whose options would replace those of the training in the same folder."""
+        if self._train_loop is not None:
+            super().dump_config()
+
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As mmengine's; raises CheckpointError also for records that are no run's, or those of a longer run."""
+        """As mmengine's; raises CheckpointError also for records that are no run's, those of a longer run, or those of
+        one with other settings of optimiser and schedule, which mmengine would take in place of this run's."""
         try:
             super().resume(filename, *args, **kwargs)
             for key, value in self.message_hub.runtime_info.items():
@@ -120,8 +151,9 @@ class StrictRunner(Runner):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             remedy = "start from its weights with --cfg-options load_from=FILE instead"
             raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
-        if isinstance(self.train_loop, IterBasedTrainLoop) and self.iter > self.max_iters:  # it would skip data so long
-            raise CheckpointError(f"{filename}: is at iteration {self.iter}, and this run ends at {self.max_iters}")
+        for unit, done, end in (("iteration", self.iter, self.max_iters), ("epoch", self.epoch, self.max_epochs)):
+            if done > end:
+                raise CheckpointError(f"{filename}: is at {unit} {done}, and this run ends at {end}")
 
 
 def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
@@ -174,8 +206,10 @@ def train(description: str, argv: list[str] | None = None) -> None:
             if "auto_scale_lr" not in cfg:
                 raise DataError(f"{args.config}: --auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) there")
             cfg.auto_scale_lr.enable = True
-        if args.resume:
-            cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+        if args.resume == "auto" and (latest := find_latest_checkpoint(cfg.work_dir)):
+            args.resume = str(Path(cfg.work_dir, Path(latest).name))  # in this folder, though it was moved or copied
+        if args.resume not in (None, "auto"):
+            cfg.resume, cfg.load_from = True, args.resume
         runner = build_runner(cfg)
         runner.new_head = not cfg.get("resume")
         runner.train()
@@ -194,6 +228,8 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     with one_line_errors():
         cfg = load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
         cfg.load_from, cfg.resume = args.checkpoint, False  # a run that was resumed says so in its config
+        for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+            cfg.pop(key, None)
         _show_and_write(cfg, args)
         if args.tta:
             _augment_tests(cfg)
@@ -233,6 +269,8 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
     """
     try:
         cfg = Config.fromfile(path)
+        if unknown := {key.split(".")[0] for key in overrides} - cfg.keys() - KEYS:
+            raise KeyError(f"--cfg-options: {min(unknown)}: neither the config nor mmengine has this key")
         cfg.merge_from_dict(overrides)
     except FileNotFoundError:
         raise
@@ -284,7 +322,9 @@ def _augment_tests(cfg: Config) -> None:
         dataset = dataset.dataset
     steps = [step for aug in cfg.tta_pipeline for group in aug.get("transforms", ()) for step in group]
     own, scales = ([x["scale"] for x in part if "scale" in x] for part in (dataset.pipeline, steps))
-    for step in filter(lambda step: own and "scale" in step, steps):  # mmdetection's are COCO's, the test's own first
+    if scales and not own:
+        raise DataError("--tta: scales the size that is tested at, and no step of the test pipeline has a scale")
+    for step in filter(lambda step: "scale" in step, steps):  # mmdetection's are COCO's, the test's own first
         step["scale"] = tuple(round(a * b / c) for a, b, c in zip(step["scale"], to_2tuple(own[0]), scales[0]))
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -3,8 +3,8 @@
 import sys
 
 try:
-    from lit_backbone.images import DataError, enlargement, find_images
-    from lit_backbone.mm.inference import build_parser, load_model, outputs, read_rgb
+    from lit_backbone.images import DataError, enlargement, find_images, open_rgb
+    from lit_backbone.mm.inference import build_parser, load_model, outputs
     from lit_backbone.mm.runner import one_line_errors
     from lit_backbone.mm.screen import quiet_imports
     from lit_backbone.text import printable
@@ -25,14 +25,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--opacity", type=float, default=0.6, metavar="A", help="of the colours, 0 to 1 (%(default)s)")
     args = parser.parse_args(argv)
+    if not 0 <= args.opacity <= 1:
+        parser.error(f"argument --opacity: {args.opacity} is not between 0 and 1")
     with one_line_errors():
         pictures = find_images(args.images)
         model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
         names, palette = (model.dataset_meta[key] for key in ("classes", "palette"))
         for picture, output in outputs(pictures, args.out_dir):
-            image = read_rgb(picture)
+            image = np.array(open_rgb(picture, upright=True))  # (H, W, 3)
             try:
-                result = inference_model(model, image[..., ::-1])  # (H, W, 3), BGR as mmcv reads files
+                result = inference_model(model, image[..., ::-1])  # BGR, as mmcv reads files
             except DataError as error:
                 raise DataError(f"{picture}: {error}") from error
             classes = result.pred_sem_seg.data[0].cpu().numpy()  # (H, W)

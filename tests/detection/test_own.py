@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm.data import check_classes, check_dataset
 from tests.dense import TINY, draw_shapes, error_of
 from tests.detection.conftest import DETECTION
 from tests.programs import Program
@@ -100,7 +102,8 @@ def test_augmented_tests_scale_with_the_tests_own_size(trained: tuple[Path, str]
     folder, _ = trained
     command = [folder / OWN.name, folder / "epoch_1.pth", "--tta", "--work-dir", "tta"]
     Program(TOOLS / "test.py", *command, prepare=partial(os.chdir, home)).finish()
-    cfg = Config.fromfile(home / "tta" / OWN.name)
+    assert not (home / "tta" / OWN.name).exists()  # a config that the next test or tool might take for the training's
+    cfg = Config.fromfile(next(home.glob("tta/*/vis_data/config.py")))
     scales = [step.scale for step in cfg.test_dataloader.dataset.pipeline[1].transforms[0]]
     assert scales == [(96, 72), (48, 36), (144, 108)]
 
@@ -120,7 +123,7 @@ def test_pictures_have_one_box_for_each_thing() -> None:
 @pytest.mark.parametrize(
     "classes, message",
     [
-        ("(disc,sqare)", "has no single category sqare; name its own in metainfo.classes: disc, square"),
+        ("(disc,sqare)", "has no category sqare; name its own in metainfo.classes: disc, square"),
         ("(square,disc)", "another order; in metainfo.classes, write ['disc', 'square']"),  # names would be swapped
     ],
 )
@@ -137,7 +140,7 @@ def test_categories_that_are_not_the_files(
     "classes, message",
     [
         ("disc", r"""metainfo.classes='disc': is a string; a single class needs a comma: \("disc",\)"""),
-        (("disk", "sqare"), "train.json: has no single category disk, sqare; name its own in"),
+        (("disk", "sqare"), "train.json: has no category disk, sqare; name its own in"),
     ],
 )
 def test_classes_without_an_image(
@@ -148,6 +151,63 @@ def test_classes_without_an_image(
     init_default_scope(cfg.default_scope)
     with pytest.raises(DataError, match=message):
         runner.StrictRunner.build_dataloader(cfg.train_dataloader)
+
+
+def change(file: Path, name: str, entries: list[dict] | dict) -> None:
+    """Replaces a list in a file of annotations, or some values in all of its entries."""
+    content = json.loads(file.read_text())
+    content[name] = entries if isinstance(entries, list) else [entry | entries for entry in content[name]]
+    file.write_text(json.dumps(content))
+
+
+COCO = [dict(id=i, name=name) for i, name in enumerate(sorted(CocoDataset.METAINFO["classes"]))]
+MISTAKES = {  # made in one of the files, by what is said of it
+    "train.json: has several categories named disc; give": ("train", "categories", [dict(id=3, name="disc")] * 2),
+    "the validation data's classes, .*square.*disc.*, are not": (
+        "val",
+        "categories",
+        [dict(id=3, name="square"), dict(id=7, name="disc")],
+    ),
+    "png: has height and width .72, 96., its annotations say .96, 72.": ("train", "images", dict(width=72, height=96)),
+}
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_annotations_of_something_else(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "data" / "own")
+    split, *mistake = MISTAKES[said]
+    change(tmp_path / "data" / "own" / f"{split}.json", *mistake)
+    options = [*SMALL, *SHORT]
+    if split == "val":  # as the first message's remedy says
+        options += ["val_dataloader.dataset.metainfo.classes=(square,disc)"]
+    assert re.search(said, error_of(runner.train, "", [str(OWN), "--cfg-options", *options]))
+
+
+def test_a_test_that_compares_with_other_annotations(
+    trained: tuple[Path, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    file = str(trained[0] / "epoch_1.pth")
+    options = [*SMALL, *SHORT, "test_evaluator.ann_file=data/own/train.json"]
+    found = error_of(runner.test, "", [str(OWN), file, "--cfg-options", *options])
+    assert "images/6.png: the evaluator's ann_file has None in its place; name that of the data set there" in found
+
+
+@pytest.mark.parametrize("categories", [COCO, COCO[:2]], ids=["alphabetical", "two"])
+def test_coco_numbered_otherwise(categories: list[dict], tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    change(tmp_path / "val.json", "categories", categories)
+    annotations = [dict(id=1, image_id=6, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0)]
+    change(tmp_path / "val.json", "annotations", annotations)
+    dataset = CocoDataset(ann_file=str(tmp_path / "val.json"), data_prefix=dict(img=str(tmp_path / "images")))
+    with pytest.raises(DataError, match="val.json: has "):
+        check_dataset(dataset)
+
+
+def test_another_number_of_colours() -> None:
+    with pytest.raises(DataError, match="has 1 colours for 2 classes"):
+        check_classes(dict(metainfo=dict(classes=("disc", "square"), palette=[(0, 0, 0)])))
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_resuming_runs_no_config_of_the_checkpoint(trained: Path, options: Any, 
     torch.save(content, tmp_path / "crafted.pth")
     # nor does it need the test set
     config = derive(tmp_path / "no_test.py", CONFIG, "test_dataloader = test_evaluator = test_cfg = None")
-    arguments = [option for option in options() if not option.startswith("test_")]
+    arguments = [option for option in options(train_cfg__max_epochs=2) if not option.startswith("test_")]
     train(config, *arguments, "--resume", tmp_path / "crafted.pth")
     assert not (tmp_path / "mark").exists()
 
@@ -138,12 +138,16 @@ def test_detect_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     for folder in ("a", "b"):
         shutil.copytree(scenes / "images" / "val", pictures / folder)
-    command = [pictures, scenes / "images" / "train" / "00000.jpg", "--config", CONFIG]
+    own = tmp_path / "drawn" / "00000.png"  # where the first would be drawn
+    own.parent.mkdir()
+    Image.new("RGB", (128, 128)).save(own)
+    before = own.read_bytes()
+    command = [own, pictures, scenes / "images" / "train" / "00000.jpg", "--config", CONFIG]
     command += ["--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn", "--score-thr", "0.01"]
     output = output_of(TOOLS / "detect.py", *command)
     drawn = sorted((tmp_path / "drawn").iterdir())
-    assert len(drawn) == 9 and output.count("detections, drawn in") == 9
-    assert all(Image.open(path).size == (512, 512) for path in drawn)
+    assert len(drawn) == 11 and output.count("detections, drawn in") == 10 and own.read_bytes() == before
+    assert all(Image.open(path).size == (512, 512) for path in drawn if path != own)
 
 
 def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path) -> None:
@@ -193,9 +197,10 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
 
 
 def test_runs_that_cannot_be_resumed(trained: Path, options: Any, tmp_path: Path) -> None:
-    def resume_error(name: str, content: dict[str, Any]) -> str:
+    def resume_error(name: str, content: dict[str, Any], *changes: str) -> str:
         torch.save(content, tmp_path / name)
-        return error_of(runner.train, "", [str(CONFIG), *options(), "--resume", str(tmp_path / name)])
+        arguments = [*options(train_cfg__max_epochs=2), *changes, "--resume", str(tmp_path / name)]
+        return error_of(runner.train, "", [str(CONFIG), *arguments])
 
     content = torch.load(trained / "epoch_1.pth", weights_only=False)
     bare = {"state_dict": content["state_dict"], "meta": content["meta"]}
@@ -203,8 +208,23 @@ def test_runs_that_cannot_be_resumed(trained: Path, options: Any, tmp_path: Path
     for key, value in dict(message_hub=None, meta={}, param_schedulers=[3, 4]).items():
         assert "odd.pth: holds no run that can be resumed" in resume_error("odd.pth", content | {key: value})
     assert "(it is none of PyTorch's)" in resume_error("odd.pth", content | {"optimizer": []})
+    for option, change in {
+        "param_scheduler.1.T_max=2": "param_scheduler 1 has T_max 12, this run 6",  # in iterations
+        "train_cfg.max_epochs=3": "param_scheduler 1 has end 6, this run 9",
+        "optim_wrapper.optimizer.lr=1e-5": "param_scheduler 0 has base_values [0.002, ",
+        "optim_wrapper.optimizer.weight_decay=0.5": "group 0 has weight_decay 0.05, this run 0.5",
+    }.items():
+        message = resume_error("odd.pth", content, option)
+        assert f"odd.pth: {change}" in message and "or start from its weights with --cfg-options load_from" in message
+    late = content | {"meta": content["meta"] | {"epoch": 3}}
+    assert "late.pth: is at epoch 3, and this run ends at 2" in resume_error("late.pth", late)
     next(iter(content["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
     assert "foreign.pth: its optimiser state does not fit" in resume_error("foreign.pth", content)
+
+
+def test_options_of_other_versions(options: Any) -> None:
+    message = train_error(options, lr_config__step=3)
+    assert "--cfg-options: lr_config: neither the config nor mmengine has this key" in message
 
 
 def test_detect_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:

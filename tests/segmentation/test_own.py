@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from PIL import Image
 
 from lit_backbone.mm import DataError, load_file, runner
 from lit_backbone.mm.data import name_files
+from lit_backbone.mm.inference import load_model
 from tests.dense import TINY, derive, draw_shapes
 from tests.programs import Program
 from tests.segmentation.conftest import SEGMENTATION
@@ -59,9 +60,12 @@ def test_own_classes_train_and_are_painted(tmp_path: Path) -> None:
     assert cfg.optim_wrapper.optimizer.lr == 1e-4 * cfg.train_dataloader.batch_size / 16
     assert len(OWN.read_text().splitlines()) <= 40
 
-    drawn = []
+    drawn, overrides = [], [dict(option.split("=", 1) for option in (*SMALL, *SHORT)), {}]
+    overrides[0] = {key: DictAction._parse_iterable(value) for key, value in overrides[0].items()}
     picture = tmp_path / "data" / "own" / "images" / "val" / "9.jpg"
     for i, config in enumerate([[OWN, "--cfg-options", *SMALL, *SHORT], [tmp_path / "run" / OWN.name]]):
+        model = load_model(str(config[0]), str(tmp_path / "run" / "iter_2.pth"), "cpu", **overrides[i])
+        assert model.cfg.test_pipeline[1]["scale"] == (96, 72)  # of the tests, not of ADE20K's
         out = tmp_path / f"drawn{i}"
         flags = ["--checkpoint", tmp_path / "run" / "iter_2.pth", "--out-dir", out, "--config", *config]
         Program(TOOLS / "segment.py", picture, *flags).finish()
@@ -110,9 +114,10 @@ def test_a_suffix_that_no_image_has(tmp_path: Path) -> None:
     [
         (lambda mask: mask + 1, "holds 3; by metainfo.classes it is 0 to 2, or 255 for none"),
         (lambda mask: np.stack([mask] * 3, 2), "has 3 channels; a mask has one, of class numbers"),
+        (lambda mask: mask.astype(np.uint16) * 256, "has more than 8 bits a pixel; write its class numbers with 8"),
         (lambda mask: mask[:, 1:], "has height and width (72, 95), its image (72, 96)"),
     ],
-    ids=["value", "channels", "size"],
+    ids=["value", "channels", "bits", "size"],
 )
 def test_a_mask_that_is_none_is_named(change: Callable, message: str, tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", change=change)

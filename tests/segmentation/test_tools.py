@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     work_dir = Path(arguments[1])
     work_dir.mkdir()
     shutil.copy(trained / "iter_1.pth", work_dir)
-    (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_1.pth"))
+    (work_dir / "last_checkpoint").write_text(str(trained / "iter_1.pth"))  # of the folder that this is a copy of
     train(still_config, *arguments, "--resume")
     start, again, whole = (
         load_file(str(path))["state_dict"]
@@ -68,6 +68,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
     for key in whole:
         torch.testing.assert_close(again[key], whole[key], msg=key)
     assert not torch.equal(start["decode_head.conv_seg.weight"], whole["decode_head.conv_seg.weight"])
+
+
+def test_what_cannot_go_on_begins_as_the_config_says(trained: Path, still_config: Path, options: Any) -> None:
+    """`--resume` where nothing was saved yet, as scripts say it that are started again and again."""
+    output = train(still_config, *options(load_from=trained / "iter_1.pth"), "--resume")
+    assert f"loaded {trained}/iter_1.pth" in output
 
 
 def test_the_best_so_far_is_kept_over_a_resumption(trained: Path, options: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ dataset = dict(
     data_root="data/own",
     img_suffix=".jpg",  # of the images
     seg_map_suffix=".png",  # of their masks, named alike: one channel, whose pixels are class numbers
-    reduce_zero_label=False,  # True: 0 in the masks is no class either, and the first class is 1
+    reduce_zero_label=False,  # True: 0 in the masks is no class either, the first class is 1, and ignore stays 255
     ignore_index=ignore,
     metainfo=dict(classes=("ground", "disc", "square"), palette=[(0, 0, 0), (230, 25, 75), (0, 130, 200)]),  # R, G, B
 )
