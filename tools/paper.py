@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     output, folder = args.output.resolve(), args.results.resolve()
     results, weights = folder / "results.json", folder / "lit.pth"
     runs = classification_runs(output, models, args.seeds, *options)
+    (origin,) = classification_runs(output, [LIT], [0], *options)  # whose weights the dense ones start from
     runs += dense_runs(output, tasks, args.seeds, weights, *options)
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
@@ -123,12 +124,15 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of each training
         print(f"each training prints into its {output}/*/*/printed.txt")
         with tqdm(None, "trainings", total=len(runs), initial=len(done)) as bar:
-            for run, result in train_all(todo, args.jobs, bar):
-                if run.key == f"{LIT}, seed 0":
-                    keep_weights(weights, run.folder / "latest.pth")
-                keep(results, run.key, result)
-                bar.write(f"{run.key}: {result['reached'][-1]:.4g}")
-                bar.update()
+            for stage in ([run for run in todo if run.name in MODELS], [run for run in todo if run.name not in MODELS]):
+                if any(run.name.endswith("pretrained") for run in stage) and not finished(results, [origin]):
+                    raise TrainingError(f"{origin.key}: not trained with these options; add --models {LIT} --seeds 0")
+                for run, result in train_all(stage, args.jobs, bar):
+                    if run.key == origin.key:
+                        keep_weights(weights, run.folder / "latest.pth")
+                    keep(results, run.key, result)
+                    bar.write(f"{run.key}: {result['reached'][-1]:.4g}")
+                    bar.update()
     print(report(finished(results, runs), args.device, folder / "accuracy.png"))
     photographs = [min(path.iterdir()) for path in sorted(ROOT.glob("data/cifar10/val/*"))]
     if photographs and weights.exists():

@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.settings)
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it in a session of its own: Ctrl-C comes to the comparison, which ends it."""
@@ -106,6 +106,10 @@ class Run(NamedTuple):
         return {"settings": self.digest, "reached": reached, "cpu_seconds": round(seconds)}
 
 
+def digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int], *options: str) -> list[Run]:
     """By main.py, with further KEY VALUE pairs."""
     runs = []
@@ -127,10 +131,13 @@ def dense_runs(output: Path, tasks: Sequence[str], seeds: Sequence[int], weights
     runs, origin = [], _settings(str(CONFIGS / f"{LIT}.yaml"), "SEED", "0", *options)
     for seed, name, start in product(seeds, tasks, STARTS):
         task = DENSE[name]
-        path, folder = f"configs/demo/{task.config}.py", output / f"{name}-{start.replace(' ', '-')}" / f"seed-{seed}"
+        path = f"configs/demo/{task.config}.py"
+        bases = [ROOT / name / path, *sorted((ROOT / name / "configs/_base_").glob("*.py")), ROOT / "demo/small_lit.py"]
+        lines = [line for file in bases for line in file.read_text().splitlines() if not line.startswith("#")]
+        computed = [lines, origin if start == "pretrained" else start, seed, task.schedule]
+        folder = output / f"{name}-{start.replace(' ', '-')}" / f"seed-{seed}-{digest(computed)}"
         init_cfg = f"model.backbone.init_cfg{STARTS[start].format(weights)}"
         changes = (f"randomness.seed={seed}", init_cfg, *task.schedule)
         command = (f"{name}/tools/train.py", path, "--work-dir", str(folder), "--resume", "--cfg-options", *changes)
-        computed = [(ROOT / name / path).read_text(), origin if start == "pretrained" else start, seed, task.schedule]
         runs.append(Run(f"{name}, {start}", seed, folder, command, computed, "*/vis_data/[0-9]*.json", task.metric))
     return runs

@@ -63,13 +63,18 @@ def test_schedules_are_shorter_than_the_demos() -> None:
         assert ours < demos
 
 
-def test_what_starts_from_another_lit_is_another_training(tmp_path: Path) -> None:
+def test_what_starts_from_another_lit_is_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its weights lie in the same file; what starts from random weights stays done."""
     ten, hundred = (
         paper.dense_runs(tmp_path, ["detection"], [0], tmp_path / "lit.pth", "TRAIN.EPOCHS", n) for n in ("10", "100")
     )
     same = {run.name: run.digest == other.digest for run, other in zip(ten, hundred, strict=True)}
     assert same == {"detection, pretrained": False, "detection, from scratch": True}
+    assert all((run.folder == other.folder) == same[run.name] for run, other in zip(ten, hundred))  # is not continued
+    monkeypatch.setattr(paper, "write_scenes", lambda _: None)
+    command = ["--output", str(tmp_path), "--results", str(tmp_path), "--models", "detection", "--epochs", "20"]
+    with pytest.raises(TrainingError, match="lit, seed 0: not trained with these options; add --models lit --seeds 0"):
+        paper.main(command)
 
 
 def test_what_the_repository_keeps_is_of_the_settings_of_now() -> None:
@@ -138,6 +143,7 @@ def test_the_whole_comparison(options: tuple[str, ...], tmp_path: Path, monkeypa
     monkeypatch.setattr(paper, "dense_runs", lambda *_: dense)
     for name in ("write_images", "write_scenes"):
         monkeypatch.setattr(paper, name, lambda _: None)
+    monkeypatch.setattr(paper_tables, "MODELS", {name: MODELS[name] for name in (LIT, "resnet")})  # to be timed
     command = ["--output", str(output), "--results", str(tmp_path), "--seeds", "0", "--jobs", "1"]
     command += ["--models", LIT, "resnet", "segmentation"]
     paper.main(command)
