@@ -340,7 +340,7 @@ def test_killed_seven_times_the_run_ends_as_if_it_had_not_been(tiny_cfg, output)
 
 @pytest.mark.slow
 def test_torchrun_starts_again_after_a_process_died(tiny_cfg, output):
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 40, "SAVE_STEPS": 1})
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 12, "SAVE_STEPS": 1})
     run = start("--cfg", cfg, "--tag", "killed", processes=2, restarts=1)
     after_an_epoch(output / "killed", run)
     os.kill(trainers(run)[1], signal.SIGKILL)
