@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -78,8 +79,14 @@ def check_dataset(dataset: Any) -> None:
         raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
 
 
-def check_truth(dataset: Any, metric: Any) -> None:
-    """Raise DataError if a metric of COCO compares the images of a data set with the annotations of others."""
+def check_metric(dataset: Any, metric: Any) -> None:
+    """Raise DataError if a metric of COCO compares the images of a data set with the annotations of others, or one that
+    writes maps would give two images' the same name."""
+    if getattr(metric, "output_dir", None):
+        counts = Counter(Path(dataset.get_data_info(i)["img_path"]).stem for i in range(len(dataset)))
+        name, count = counts.most_common(1)[0]
+        if count > 1:
+            raise DataError(f"--out: {count} images are named {name}, in several folders; test these one by one")
     if truth := getattr(metric, "_coco_api", None):
         for i in range(len(dataset)):
             info = dataset.get_data_info(i)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..images import DataError
 from ..text import printable
-from .data import check_dataset, check_heads, check_truth, leaves, name_files
+from .data import check_dataset, check_heads, check_metric, leaves, name_files
 
 
 @HOOKS.register_module()
@@ -71,5 +71,5 @@ class CheckDataHook(Hook):
             if is_main_process():
                 check_dataset(part)
                 for metric in evaluator.metrics if evaluator else ():
-                    check_truth(part, metric)
+                    check_metric(part, metric)
             name_files(part.pipeline, part)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
+from mmseg.datasets import BaseSegDataset
+from mmseg.evaluation import IoUMetric
 from PIL import Image
 
 from lit_backbone.mm import DataError, load_file, runner
-from lit_backbone.mm.data import name_files
+from lit_backbone.mm.data import check_metric, name_files
 from lit_backbone.mm.inference import load_model
 from tests.dense import TINY, derive, draw_shapes
 from tests.programs import Program
@@ -123,6 +125,16 @@ def test_a_mask_that_is_none_is_named(change: Callable, message: str, tmp_path: 
     write_pictures(tmp_path / "data" / "own", change=change)
     with pytest.raises(DataError, match=f"masks/train/0.png: {re.escape(message)}"):
         load_first(tmp_path)
+
+
+def test_maps_of_one_name(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    dataset = BaseSegDataset(data_prefix=dict(img_path=str(tmp_path)), metainfo=dict(classes=("ground",)))
+    check_metric(dataset, IoUMetric())
+    with pytest.raises(DataError, match="--out: 2 images are named 1, in several folders"):
+        check_metric(dataset, IoUMetric(output_dir=str(tmp_path / "maps")))
 
 
 def test_one_line_names_a_mask_that_a_worker_loads(tmp_path: Path) -> None:
