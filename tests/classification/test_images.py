@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # how to make the 
 }
 
 
-@pytest.fixture(params=["training", "predict", "visualize_offset", "mm"])
+@pytest.fixture(params=["training", "predict", "visualize_offset"])
 def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarray]:
     """Reads a file as one of the doors does."""
 
@@ -91,14 +91,7 @@ def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarra
             raise DataError(str(ended.value).removeprefix("error: "))
         return np.asarray(seen[0])
 
-    if request.param == "mm":
-        pytest.importorskip("mmengine")
-        from lit_backbone.mm.inference import read_rgb
-
-        return lambda path: read_rgb(str(path))
-    doors = {"training": training, "visualize_offset": visualize}
-    doors["predict"] = files
-    return doors[request.param]
+    return {"training": training, "visualize_offset": visualize, "predict": files}[request.param]
 
 
 @pytest.mark.parametrize("name", READ)

@@ -63,6 +63,7 @@ def test_training_with_one_process(trained, workplace):
     assert (workplace / "output/lit-s/default/latest.pth").is_file()
 
 
+@pytest.mark.slow  # the two nodes below are not
 def test_training_with_two_processes(workplace):
     out = run("lit-s.sh", "2", *TINY, *ONE_EPOCH, "--tag", "two", cwd=workplace)
     assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in out

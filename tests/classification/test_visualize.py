@@ -17,6 +17,7 @@ from tests.programs import Program
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
 DEMO = CLASSIFICATION / "visualization" / "demo.JPEG"
+SMALL = CLASSIFICATION.parent / "docs" / "paper" / "lit.pth"  # for 64 x 64 pixels
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +75,14 @@ def test_the_published_command(weights: dict[str, Path], tmp_path: Path) -> None
         assert (255, 0, 0) in map(tuple, near.tolist())
 
 
-def test_grid_page_and_other_sizes(weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--resume", str(weights["lit_ti"]), "--vis_image", str(DEMO), "--output", str(tmp_path)]
+def test_grid_page_and_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--resume", str(SMALL), "--vis_image", str(DEMO), "--output", str(tmp_path)]
     visualize_offset.main([*arguments, "--grid", "--img_size", "64", "160", "--at-most", "3"])
     said = capsys.readouterr().out
     assert "2 x 5 tokens" in said and "; 6 tokens drawn" in said
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["grid.png"]
-    visualize_offset.main([*arguments, "--html", str(tmp_path / "pages" / "demo.html"), "--img_size", "64"])
-    assert "demo.html: 2 x 2 tokens" in capsys.readouterr().out
+    visualize_offset.main([*arguments, "--html", str(tmp_path / "pages" / "demo.html"), "--img_size", "96"])
+    assert "demo.html: 3 x 3 tokens" in capsys.readouterr().out
     assert "data:image/jpeg;base64," in (tmp_path / "pages" / "demo.html").read_text()
 
 
@@ -96,18 +97,18 @@ def test_errors_of_visualize_offset(weights: dict[str, Path], tmp_path: Path, ca
     def fails(*args) -> str:
         return error(visualize_offset.main, *args, capsys=capsys)
 
-    released = ["--resume", weights["lit_ti"], "--vis_image"]
+    small = ["--resume", SMALL, "--vis_image"]
     assert "arguments are required: --resume" in fails("--model", "lit_ti", "--vis_image", DEMO)
-    assert "lit_ti.pth: holds lit_ti, not lit_s; leave out --model" in fails("--model", "lit_s", *released, DEMO)
+    assert "lit.pth: holds lit_s, not lit_ti; leave out --model" in fails("--model", "lit_ti", *small, DEMO)
     assert "none.pth: no such file" in fails("--resume", "none.pth", "--vis_image", DEMO)
-    assert "none.jpg" in fails(*released, "none.jpg")
+    assert "none.jpg" in fails(*small, "none.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
-    assert "text.jpg: no readable image" in fails(*released, tmp_path / "text.jpg")
+    assert "text.jpg: no readable image" in fails(*small, tmp_path / "text.jpg")
     for size in (16, 100_000):
-        assert f"from 32 to 2048, got [{size}]" in fails(*released, DEMO, "--img_size", size)
-    assert "--at-most: expected 1 or more" in fails(*released, DEMO, "--at-most", 0)
+        assert f"from 32 to 2048, got [{size}]" in fails(*small, DEMO, "--img_size", size)
+    assert "--at-most: expected 1 or more" in fails(*small, DEMO, "--at-most", 0)
     (tmp_path / "file").touch()
-    assert "/file" in fails(*released, DEMO, "--output", tmp_path / "file")
+    assert "/file" in fails(*small, DEMO, "--output", tmp_path / "file")
     assert "no deformable token merging" in fails("--resume", weights["pvt_small_full_msa"], "--vis_image", DEMO)
 
 
@@ -154,14 +155,12 @@ def test_tokens_are_those_of_the_paper_or_at_their_places() -> None:
     assert visualize_attention.choose_tokens([0, 1, 2, 3], sizes) == [0, 1, 2, 3]
 
 
-def test_errors_of_visualize_attention(
-    weights: dict[str, Path], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_errors_of_visualize_attention(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def fails(*args) -> str:
         return error(visualize_attention.main, *args, capsys=capsys)
 
-    released = ["--resume", weights["lit_ti"], "--output", tmp_path, "--data-path"]
-    assert "val: no such file or folder" in fails(*released, tmp_path)
-    assert "--num-images: expected 1 or more" in fails(*released, image_folder, "--num-images", 0)
-    message = fails(*released, image_folder, "--tokens", 0, 0, 0, 49)
-    assert "--tokens 49: the map has 7 x 7 tokens, 0 to 48" in message
+    small = ["--resume", SMALL, "--output", tmp_path, "--data-path"]
+    assert "val: no such file or folder" in fails(*small, tmp_path)
+    assert "--num-images: expected 1 or more" in fails(*small, image_folder, "--num-images", 0)
+    message = fails(*small, image_folder, "--tokens", 0, 0, 0, 4)
+    assert "--tokens 4: the map has 2 x 2 tokens, 0 to 3" in message

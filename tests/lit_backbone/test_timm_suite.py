@@ -58,14 +58,10 @@ def expected_tests(model: str) -> set[str]:
     return tests | {f"test_model_default_cfgs[1-{model}.in1k]", f"test_model_forward_features[1-{model}]"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "models",
-    [("lit_s",), pytest.param(("lit_ti", "pvt_small_full_msa"), marks=pytest.mark.slow)],
-    ids=" ".join,
-)
-def test_timm_model_tests(models: tuple[str, ...], timm_tests: Path) -> None:
-    """LIT-M and LIT-B are LIT-S with more and wider blocks."""
+def test_timm_model_tests(timm_tests: Path) -> None:
+    models = ("lit_s", "lit_ti", "pvt_small_full_msa")  # LIT-M and LIT-B are LIT-S with more and wider blocks
     report = timm_tests / "report.xml"
     selection = f"({' or '.join(models)}) and not ({LEFT_OUT})"
     result = subprocess.run(
