@@ -38,7 +38,7 @@ def predict(
 
     An image that cannot be read has the reason in their place.
     """
-    model, _, classes, transform = classifier
+    model, _, classes, transform, _ = classifier
     loader = image_loader(paths, transform)
     for batch in progress(loader, enable=len(loader) > 1, desc="predict", unit="batch"):
         found = dict(batch)

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model, config, _, transform = load_model(args, device)
+        model, config, _, transform, _ = load_model(args, device)
         paths = find_images([str(Path(args.data_path, "val"))])[: args.num_images]
         queries = choose_tokens(args.tokens, model.map_sizes(config.DATA.IMG_SIZE, len(model.stages)))
         maps = average_attention(model, image_loader(paths, transform), queries, device)

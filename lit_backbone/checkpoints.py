@@ -70,9 +70,7 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
     """The tensors; in an export, as in a checkpoint of the trainer, beside the classes and the configuration."""
     with safe_open(path, "pt", device=device) as file:
         weights, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    if not {"classes", "config"} <= said.keys():
-        return weights
-    return {"model": weights} | {name: json.loads(said[name]) for name in ("classes", "config")}
+    return json.loads(said["lit_backbone"]) | {"model": weights} if "lit_backbone" in said else weights
 
 
 def _check_archive(path: Path) -> None:

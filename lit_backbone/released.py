@@ -114,12 +114,9 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value if slot is None else torch.cat((slot, value), dim=1)
         elif key.endswith("cls_pos_embed"):
             continue
-        plain = ".merge." in prefix and f"{prefix}offset.weight" not in state_dict and prefix != "stages.0.merge."
-        if (
-            (name + part).startswith("stages.")
-            or plain
-            and (not absolute or f"{prefix}norm.running_mean" in state_dict)
-        ):
+        plain = ".merge." in prefix and prefix != "stages.0.merge." and f"{prefix}offset.weight" not in state_dict
+        plain = plain and not (absolute and f"{prefix}norm.running_mean" not in state_dict)  # as PVT's is
+        if plain or (name + part).startswith("stages."):
             raise ValueError(f"{key}: no model of the authors has it beside the others")
         out[name + part] = value.contiguous()
     return out

@@ -4,7 +4,7 @@
 
   onnx          lit_s.onnx, a graph for onnxruntime and other engines
   torch-export  lit_s.pt2, a graph for torch.export.load
-  safetensors   lit_s.safetensors, the weights alone, e.g. for timm.create_model("lit_s", checkpoint_path=...)
+  safetensors   lit_s.safetensors, the weights, e.g. for timm.create_model("lit_s", checkpoint_path=...)
   hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True), once lit_backbone is
                 imported, or for the Hub, with a model card, README.md
   released      lit_s-released.pth, the weights in the layout of the authors' code
@@ -63,14 +63,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def description(classifier: Classifier) -> dict[str, str]:
-    """What one must know to use the model: its architecture, and in JSON its classes, its way to prepare images, and
-    the keys of a configuration by which `load_classifier` makes it again."""
+    """What one must know to use the model: its architecture, and in JSON its classes and its way to prepare images, and
+    what `read_checkpoint` gives beside the weights, where the checkpoint names its classes."""
     preprocessing = resolve_data_config(evaluation_input(classifier.config), pretrained_cfg={})
-    return {
+    brought = classifier.config.model_dump(mode="json", include=BROUGHT)
+    own = {"lit_backbone": json.dumps({"classes": classifier.folders, "config": brought})} if classifier.folders else {}
+    return own | {
         "architecture": classifier.config.MODEL.NAME,
         "classes": json.dumps(classifier.classes),
         "preprocessing": json.dumps(preprocessing),
-        "config": json.dumps(classifier.config.model_dump(mode="json", include=BROUGHT)),
     }
 
 

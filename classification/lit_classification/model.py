@@ -46,8 +46,9 @@ class Classifier(NamedTuple):
 
     model: nn.Module
     config: Config
-    classes: list[str]
+    classes: list[str]  # in words
     transform: Callable[[Image.Image], Tensor]
+    folders: list[str]  # the classes' names as the checkpoint has them, if it does
 
 
 def load_classifier(path: str | Path, device: torch.device) -> Classifier:
@@ -67,11 +68,12 @@ def load_classifier(path: str | Path, device: torch.device) -> Classifier:
     config = stored_config(content, path) or recognize(convert_released(unwrap_state_dict(content)), path)
     config = config.model_copy(update={"RUNTIME": Config().RUNTIME})  # its run may have had another machine
     count = config.MODEL.NUM_CLASSES
-    classes = in_words(stored_classes(content)) or usual_classes(count)
+    folders = stored_classes(content)
+    classes = in_words(folders) or usual_classes(count)
     if len(classes) != count:
         raise CheckpointError(f"{path}: names {len(classes)} classes, but its model has {count}; it cannot be used")
     model = model_of(content, path, config, device)
-    return Classifier(model.eval(), config, classes, build_transform(config, is_training=False))
+    return Classifier(model.eval(), config, classes, build_transform(config, is_training=False), folders)
 
 
 def model_of(

@@ -128,10 +128,9 @@ class Saver:
         if self.processes.is_main:
             # average and loss scale may have gone on without the weights; both start anew
             before = replace(self.state, ema=None, scaler=GradScaler(enabled=False))
+            # BatchNorm's statistics have seen the update, which does not use them
             for buffer in filter(torch.is_floating_point, before.model.buffers()):
-                buffer.nan_to_num_(
-                    0.0, 0.0, 0.0
-                )  # BatchNorm's statistics have seen the update, which does not use them
+                buffer.nan_to_num_(0.0, 0.0, 0.0)
             try:
                 save_checkpoint(self.folder / FAILED, before, self.config)
                 (self.folder / "failed.json").write_text(json.dumps(details, indent=1) + "\n")
@@ -257,14 +256,13 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
         raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it; start from its weights with --pretrained")
     check_unchanged(path, run.recipe, state.recipe, config.TRAIN.RESUME_CHANGED)
     state.load_weights(weights, average)
+    # with this run's learning rate, weight decay, betas
     pairs = zip(state.optimizer.param_groups, run.optimizer["param_groups"], strict=True)
-    groups = [
-        own | {"params": saved["params"]} for own, saved in pairs
-    ]  # this run's learning rate, weight decay, betas
+    groups = [own | {"params": saved["params"]} for own, saved in pairs]
     state.optimizer.load_state_dict(run.optimizer | {"param_groups": groups})
     if run.scaler:  # empty where the checkpoint's run scaled no losses
         state.scaler.load_state_dict(run.scaler)
     state.update = run.update
     changes = [key for key, *_ in differences(run.recipe, state.recipe)]
-    if not any(key.startswith(("TEST.", "val/")) for key in changes):  # else measured on something else
+    if not any(key.startswith(("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val/")) for key in changes):
         state.best = run.best

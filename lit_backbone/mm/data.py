@@ -32,7 +32,7 @@ def check_classes(config: dict[str, Any]) -> None:
     classes, palette = ((config.get("metainfo") or {}).get(key) for key in ("classes", "palette"))
     if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine takes a file of names, too
         raise DataError(f'metainfo.classes={classes!r}: is a string; a single class needs a comma: ("{classes}",)')
-    if palette and classes and not isinstance(classes, str) and len(palette) != len(classes):
+    if isinstance(palette, list) and classes and not isinstance(classes, str) and len(palette) < len(classes):
         raise DataError(f"metainfo.palette: has {len(palette)} colours for {len(classes)} classes; give each its own")
 
 
@@ -51,11 +51,13 @@ def check_dataset(dataset: Any) -> None:
     """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
     classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    official = list(classes) == list(dataset.METAINFO.get("classes", ())) and found and found[-1] == len(found) + 10
-    if found is not None and not official:  # to read COCO's file again takes long; its 80 categories go to number 90
+    known = list(classes) == list(dataset.METAINFO.get("classes", ()))  # to read such large files again takes long
+    if known and type(dataset).__name__ == "CocoDataset":
+        known = bool(found) and found[-1] == len(found) + 10  # COCO's own 80 categories go to number 90
+    if found is not None and not known:
         categories = load(dataset.ann_file)["categories"]
         own, names = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
-        if twice := name_some(sorted({name for name in own if own.count(name) > 1})):
+        if twice := name_some([name for name in classes if own.count(name) > 1]):
             raise DataError(f"{source}: has several categories named {twice}; give each its own name there")
         if odd := name_some([name for name in classes if name not in names.values()]):
             raise DataError(f"{source}: has no category {odd}; name its own in metainfo.classes: {', '.join(own)}")
@@ -91,7 +93,7 @@ def check_metric(dataset: Any, metric: Any) -> None:
         for i in range(len(dataset)):
             info = dataset.get_data_info(i)
             name = truth.imgs.get(info["img_id"], {}).get("file_name")
-            if not name or not info["img_path"].endswith(name):
+            if not name or os.path.basename(info["img_path"]) != os.path.basename(name):
                 key = "the evaluator's ann_file"
                 raise DataError(f"{info['img_path']}: {key} has {name} in its place; name that of the data set there")
 
@@ -106,12 +108,12 @@ class Loading:
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         path = isinstance(self.step, LoadAnnotations) and results.get("seg_map_path") or results["img_path"]
-        size = results.get("height"), results.get("width")  # by COCO's annotations
+        size = results.get("height"), results.get("width")  # by COCO's annotations, which may not know it
         try:
             loaded = self.step(results)
         except Exception as error:  # decoders fail in many ways
             raise DataError(f"{path}: it, or its annotations, cannot be read ({error!r})") from error
-        if isinstance(self.step, LoadImageFromFile) and None not in size and loaded and loaded["ori_shape"] != size:
+        if isinstance(self.step, LoadImageFromFile) and all(size) and loaded and loaded["ori_shape"] != size:
             problem = f"has height and width {loaded['ori_shape']}, its annotations say {size}"
             raise DataError(f"{path}: {problem}; mend these, or turn the picture as they have it")
         if self.classes and loaded and "gt_seg_map" in loaded:

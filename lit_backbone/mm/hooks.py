@@ -56,20 +56,20 @@ class CheckDataHook(Hook):
         self._check(runner.train_dataloader)
         if runner.val_loop is not None:
             self._check(runner.val_dataloader, runner.val_evaluator)
-            trained, tested = (
-                loader.dataset.metainfo["classes"] for loader in (runner.train_dataloader, runner.val_dataloader)
-            )
-            if tuple(trained or ()) != tuple(tested or ()):
-                problem = f"the validation data's classes, {tested}, are not the training data's, {trained}"
-                raise DataError(printable(f"{problem}; give both the same, in one order", 500))
+            loaders = (runner.train_dataloader, runner.val_dataloader)
+            classes = [part.metainfo["classes"] or () for loader in loaders for part in leaves(loader)]
+            if odd := [names for names in classes if tuple(names) != tuple(classes[0])]:
+                problem = f"a data set for validation or training has the classes {odd[0]}, another {classes[0]}"
+                raise DataError(printable(f"{problem}; give all the same, in one order", 500))
 
     def before_test(self, runner: Runner) -> None:
         self._check(runner.test_dataloader, runner.test_evaluator)
 
     def _check(self, loader: DataLoader, evaluator: Evaluator | None = None) -> None:
-        for part in leaves(loader):
+        parts = leaves(loader)
+        for part in parts:
             if is_main_process():
                 check_dataset(part)
-                for metric in evaluator.metrics if evaluator else ():
+                for metric in evaluator.metrics if evaluator and len(parts) == 1 else ():
                     check_metric(part, metric)
             name_files(part.pipeline, part)

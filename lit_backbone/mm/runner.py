@@ -22,7 +22,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 from mmengine.utils import apply_to
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ from .loading import fit_weights, load_file
 from .screen import import_package, is_of_interest
 
 HALF = (torch.float16, torch.bfloat16)
-PROGRESS = {"last_step", "_global_step", "_last_value", "lr", "params", "foreach", "fused"}  # not settings of a run
+PROGRESS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}  # of a schedule
+PROGRESS |= {"params", "foreach", "fused"}  # and what of a group of parameters is no setting
 KEYS = {*inspect.signature(Runner).parameters, "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile"}
 KEYS |= {"efficient_conv_bn_eval", "activation_checkpointing"}  # of a config, which it need not have
 
@@ -109,9 +110,7 @@ class StrictRunner(Runner):
                 raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
             if change := self.changed_setting(checkpoint):
-                remedy = (
-                    "resume with the run's own settings, or start from its weights with --cfg-options load_from=FILE"
-                )
+                remedy = "resume with the run's own, or start from its weights with --cfg-options load_from=FILE"
                 raise CheckpointError(f"{filename}: {printable(change, 300)}; {remedy}")
             # the classes have been compared; the rest, which mmengine compares too, has not been read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
@@ -130,6 +129,8 @@ class StrictRunner(Runner):
                 return f"has {len(theirs)} {name}s, this run {len(ours)}"
             for i, (old, new) in enumerate(zip(theirs, ours)):
                 for key in sorted((old.keys() & new.keys()) - PROGRESS):
+                    if f"initial_{key}" in new or (key == "betas" and "initial_momentum" in new):
+                        continue  # follows a schedule
                     if type(old[key]) is not type(new[key]) or old[key] != new[key]:
                         return f"{name} {i} has {key} {repr(old[key])}, this run {repr(new[key])}"
         return ""
@@ -151,9 +152,11 @@ class StrictRunner(Runner):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             remedy = "start from its weights with --cfg-options load_from=FILE instead"
             raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
-        for unit, done, end in (("iteration", self.iter, self.max_iters), ("epoch", self.epoch, self.max_epochs)):
-            if done > end:
-                raise CheckpointError(f"{filename}: is at {unit} {done}, and this run ends at {end}")
+        unit, done, end = "epoch", self.epoch, self.max_epochs
+        if isinstance(self.train_loop, IterBasedTrainLoop):
+            unit, done, end = "iteration", self.iter, self.max_iters
+        if done > end:
+            raise CheckpointError(f"{filename}: is at {unit} {done}, and this run ends at {end}")
 
 
 def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
@@ -207,7 +210,8 @@ def train(description: str, argv: list[str] | None = None) -> None:
                 raise DataError(f"{args.config}: --auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) there")
             cfg.auto_scale_lr.enable = True
         if args.resume == "auto" and (latest := find_latest_checkpoint(cfg.work_dir)):
-            args.resume = str(Path(cfg.work_dir, Path(latest).name))  # in this folder, though it was moved or copied
+            own = Path(cfg.work_dir, Path(latest).name)  # in this folder, though it was moved or copied
+            args.resume = str(own) if own.exists() else latest
         if args.resume not in (None, "auto"):
             cfg.resume, cfg.load_from = True, args.resume
         runner = build_runner(cfg)
@@ -270,9 +274,9 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
     try:
         cfg = Config.fromfile(path)
         if unknown := {key.split(".")[0] for key in overrides} - cfg.keys() - KEYS:
-            raise KeyError(f"--cfg-options: {min(unknown)}: neither the config nor mmengine has this key")
+            raise DataError(f"--cfg-options: {min(unknown)}: neither {path} nor mmengine has this key")
         cfg.merge_from_dict(overrides)
-    except FileNotFoundError:
+    except (DataError, FileNotFoundError):
         raise
     except Exception as error:  # a program can fail in any way
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -30,7 +30,9 @@ from lit_classification.distributed import Processes, to_device
 from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model
 from lit_classification.resume import BEST, FAILED, LATEST
+from tests.classification.conftest import CLASSES
 from tests.programs import Program, start_pair
+from tools import export
 
 MAIN = Path(main.__file__)
 
@@ -92,6 +94,26 @@ def test_evaluation_prints_the_published_lines(tiny_cfg, folder):
     assert expected in printed
     assert accuracy == pytest.approx(read_checkpoint(folder / BEST)["best"])
     assert sorted(folder.iterdir()) == before  # evaluation writes nothing
+
+
+def test_an_export_is_the_classifier_that_it_was_made_of(own_folder, tiny_cfg, folder, tmp_path, capsys):
+    """Where ImageNet's folders are called n01440764, they are shown as tench, and stay what data are compared with."""
+    for split in ("train", "val"):
+        for name, synset in zip(CLASSES, ("n01440764", "n01443537", "n01484850")):
+            (own_folder / split / name).rename(own_folder / split / synset)
+    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)}, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0}, TEST={"CROP": False})
+    main.main(["--cfg", str(cfg)])
+    exported = tmp_path / "exported.safetensors"
+    export.main([str(folder / LATEST), "--format", "safetensors", "--output", str(exported)])
+    said = []
+    for file in (folder / LATEST, exported):
+        capsys.readouterr()
+        main.main(["--cfg", str(cfg), "--eval", "--resume", str(file)])
+        predict.main([str(own_folder / "val"), "--checkpoint", str(file)])
+        said.append([line for line in capsys.readouterr().out.splitlines() if str(file) not in line])
+    assert [line[15:] for line in said[0]] == [line[15:] for line in said[1]] and "tench" in "".join(said[1])
+    main.main(["--cfg", str(cfg), "--pretrained", str(exported), "--tag", "tuned"])
+    assert "anew" not in capsys.readouterr().out.replace("all but what is said to be anew", "")
 
 
 def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, image_folder, capsys):

@@ -163,7 +163,7 @@ def change(file: Path, name: str, entries: list[dict] | dict) -> None:
 COCO = [dict(id=i, name=name) for i, name in enumerate(sorted(CocoDataset.METAINFO["classes"]))]
 MISTAKES = {  # made in one of the files, by what is said of it
     "train.json: has several categories named disc; give": ("train", "categories", [dict(id=3, name="disc")] * 2),
-    "the validation data's classes, .*square.*disc.*, are not": (
+    "the classes .*square.*disc.*, another .*disc.*square": (
         "val",
         "categories",
         [dict(id=3, name="square"), dict(id=7, name="disc")],

@@ -37,7 +37,7 @@ def train_by_iterations(rank: int, folder: Path) -> None:
         train_cfg=dict(type="IterBasedTrainLoop", max_iters=3),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=2, by_epoch=False, save_last=True)),
-        custom_hooks=[dict(type="AverageBuffersHook"), dict(type="EMAHook")],
+        custom_hooks=[dict(type="EMAHook"), dict(type="AverageBuffersHook")],
     )
     runner.train()
     torch.save(runner.model.norm.running_mean, folder / f"mean{rank}.pth")
