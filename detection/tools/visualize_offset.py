@@ -3,8 +3,8 @@
 import sys
 
 try:
+    from lit_backbone.mm.commands import one_line_errors
     from lit_backbone.mm.inference import visualize_offset
-    from lit_backbone.mm.runner import one_line_errors
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 

@@ -19,9 +19,9 @@ from ..command_line import add_offset_arguments
 from ..images import DataError, find_images, open_rgb
 from ..offsets import write_offsets
 from ..text import printable
+from .commands import add_cfg_options, read_config
 from .data import check_heads, leaves
 from .loading import fit_weights, load_file
-from .runner import add_cfg_options, read_config
 from .screen import import_package
 
 

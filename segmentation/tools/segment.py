@@ -4,8 +4,8 @@ import sys
 
 try:
     from lit_backbone.images import DataError, enlargement, find_images, open_rgb
+    from lit_backbone.mm.commands import one_line_errors
     from lit_backbone.mm.inference import build_parser, load_model, outputs
-    from lit_backbone.mm.runner import one_line_errors
     from lit_backbone.mm.screen import quiet_imports
     from lit_backbone.text import printable
 

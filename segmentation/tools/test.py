@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from lit_backbone.mm.runner import test
+    from lit_backbone.mm.commands import test
 except ImportError as error:
     sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
 

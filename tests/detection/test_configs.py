@@ -14,7 +14,8 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 from lit_backbone.mm import load_file
-from lit_backbone.mm.runner import StrictRunner, keep_float32, train
+from lit_backbone.mm.commands import train
+from lit_backbone.mm.runner import StrictRunner, keep_float32
 from tests.dense import derive
 from tests.detection.conftest import DEMO, PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count

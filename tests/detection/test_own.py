@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm import DataError, commands, load_file, runner
 from lit_backbone.mm.data import check_classes, check_dataset
 from tests.dense import TINY, draw_shapes, error_of
 from tests.detection.conftest import DETECTION
@@ -132,7 +132,7 @@ def test_categories_that_are_not_the_files(
 ) -> None:
     monkeypatch.chdir(home)
     options = [*SMALL, *SHORT, f"train_dataloader.dataset.metainfo.classes={classes}"]
-    found = error_of(runner.train, "", [str(OWN), "--work-dir", str(tmp_path), "--cfg-options", *options])
+    found = error_of(commands.train, "", [str(OWN), "--work-dir", str(tmp_path), "--cfg-options", *options])
     assert "train.json: has " in found and message in found
 
 
@@ -147,7 +147,7 @@ def test_classes_without_an_image(
     classes: str | tuple[str, ...], message: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    cfg = runner.read_config(str(OWN), **{"train_dataloader.dataset.metainfo.classes": classes})
+    cfg = commands.read_config(str(OWN), **{"train_dataloader.dataset.metainfo.classes": classes})
     init_default_scope(cfg.default_scope)
     with pytest.raises(DataError, match=message):
         runner.StrictRunner.build_dataloader(cfg.train_dataloader)
@@ -181,7 +181,7 @@ def test_annotations_of_something_else(said: str, tmp_path: Path, monkeypatch: p
     options = [*SMALL, *SHORT]
     if split == "val":  # as the first message's remedy says
         options += ["val_dataloader.dataset.metainfo.classes=(square,disc)"]
-    assert re.search(said, error_of(runner.train, "", [str(OWN), "--cfg-options", *options]))
+    assert re.search(said, error_of(commands.train, "", [str(OWN), "--cfg-options", *options]))
 
 
 def test_a_test_that_compares_with_other_annotations(
@@ -190,7 +190,7 @@ def test_a_test_that_compares_with_other_annotations(
     monkeypatch.chdir(home)
     file = str(trained[0] / "epoch_1.pth")
     options = [*SMALL, *SHORT, "test_evaluator.ann_file=data/own/train.json"]
-    found = error_of(runner.test, "", [str(OWN), file, "--cfg-options", *options])
+    found = error_of(commands.test, "", [str(OWN), file, "--cfg-options", *options])
     assert "images/6.png: the evaluator's ann_file has None in its place; name that of the data set there" in found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from demo.digit_scenes import write_scenes
 from lit_backbone.images import find_images
-from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm import DataError, commands, load_file
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.detection.conftest import DEMO, DETECTION, PUBLISHED, build_options, classes_of_all_splits
 from tests.programs import Program, start_pair
@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config:
         torch.testing.assert_close(again[key], whole[key], msg=key)
     assert not torch.equal(start["bbox_head.retina_cls.weight"], whole["bbox_head.retina_cls.weight"])
     # the config that the run leaves says that it resumes; its checkpoints can be tested with it nevertheless
-    found = runner.test("", [str(work_dir / "still.py"), str(work_dir / "epoch_2.pth")])
+    found = commands.test("", [str(work_dir / "still.py"), str(work_dir / "epoch_2.pth")])
     assert "coco/bbox_mAP_50" in found
 
 
@@ -97,7 +97,7 @@ def test_test(trained: Path, still_config: Path, options: Any, flags: list[str],
 
 def test_masks_are_not_averaged() -> None:
     arguments = [str(PUBLISHED / "mask_rcnn_lit_ti_fpn_1x_coco.py"), "none.pth", "--tta"]
-    assert "--tta: mmdetection averages boxes only" in error_of(runner.test, "", arguments)
+    assert "--tta: mmdetection averages boxes only" in error_of(commands.test, "", arguments)
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path)
 
 
 def train_error(options: Any, config: Path = CONFIG, **changes: Any) -> str:
-    return error_of(runner.train, "", [str(config), *options(**changes)])
+    return error_of(commands.train, "", [str(config), *options(**changes)])
 
 
 def test_missing_annotations(options: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_head_for_another_number_of_classes(options: Any) -> None:
 
 def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
-        return error_of(runner.test, "", [str(config), str(checkpoint), *options(**changes)])
+        return error_of(commands.test, "", [str(config), str(checkpoint), *options(**changes)])
 
     last = trained / "epoch_2.pth"
     other = derive(tmp_path / "other.py", CONFIG, classes_of_all_splits(tuple("1023456789")))
@@ -200,7 +200,7 @@ def test_runs_that_cannot_be_resumed(trained: Path, options: Any, tmp_path: Path
     def resume_error(name: str, content: dict[str, Any], *changes: str) -> str:
         torch.save(content, tmp_path / name)
         arguments = [*options(train_cfg__max_epochs=2), *changes, "--resume", str(tmp_path / name)]
-        return error_of(runner.train, "", [str(CONFIG), *arguments])
+        return error_of(commands.train, "", [str(CONFIG), *arguments])
 
     content = torch.load(trained / "epoch_1.pth", weights_only=False)
     bare = {"state_dict": content["state_dict"], "meta": content["meta"]}

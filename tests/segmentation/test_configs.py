@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from lit_backbone.mm import load_file
-from lit_backbone.mm.runner import train
+from lit_backbone.mm.commands import train
 from tests.dense import derive
 from tests.goldens.compare import meta_state, parameter_count
 from tests.segmentation.conftest import PUBLISHED, build_options

@@ -14,7 +14,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 from PIL import Image
 
-from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm import DataError, commands, load_file, runner
 from lit_backbone.mm.data import check_metric, name_files
 from lit_backbone.mm.inference import load_model
 from tests.dense import TINY, derive, draw_shapes
@@ -98,7 +98,7 @@ def test_another_value_for_no_class(tmp_path: Path) -> None:
 
 def load_first(folder: Path) -> None:
     """Loads the first training image and mask of `data/own`."""
-    cfg = runner.read_config(str(OWN), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
+    cfg = commands.read_config(str(OWN), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
     init_default_scope(cfg.default_scope)
     dataset = runner.StrictRunner.build_dataloader(cfg.train_dataloader).dataset
     name_files(dataset.pipeline, dataset)

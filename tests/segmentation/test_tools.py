@@ -14,7 +14,7 @@ from PIL import Image
 
 from demo.digit_scenes import write_scenes
 from lit_backbone import CheckpointError
-from lit_backbone.mm import DataError, load_file, runner
+from lit_backbone.mm import DataError, commands, load_file
 from lit_backbone.mm.inference import build_parser, load_model
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.programs import Program
@@ -91,7 +91,7 @@ def test_the_best_so_far_is_kept_over_a_resumption(trained: Path, options: Any, 
     assert [path.name for path in Path(arguments[1]).glob("best_*")] == ["best_mIoU_iter_2.pth"]
     content["meta"]["iter"] = 10**9
     torch.save(content, tmp_path / "far.pth")
-    message = error_of(runner.train, "", [str(CONFIG), *arguments, "--resume", str(tmp_path / "far.pth")])
+    message = error_of(commands.train, "", [str(CONFIG), *arguments, "--resume", str(tmp_path / "far.pth")])
     assert "far.pth: is at iteration 1000000000, and this run ends at 2" in message
 
 
@@ -145,7 +145,7 @@ def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path)
 
 
 def train_error(options: Any, **changes: Any) -> str:
-    return error_of(runner.train, "", [str(CONFIG), *options(**changes)])
+    return error_of(commands.train, "", [str(CONFIG), *options(**changes)])
 
 
 def test_missing_images(options: Any) -> None:
@@ -194,15 +194,15 @@ def test_devices_that_are_none(device: str, capsys: pytest.CaptureFixture) -> No
 def test_configs_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)
-    assert message in error_of(runner.train, "", [str(path)])
-    assert message in error_of(runner.test, "", [str(path), "none.pth"])
+    assert message in error_of(commands.train, "", [str(path)])
+    assert message in error_of(commands.test, "", [str(path), "none.pth"])
     with pytest.raises((DataError, FileNotFoundError), match=re.escape(message)):
         load_model(str(path), "none.pth", "cpu")
 
 
 def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
-        return error_of(runner.test, "", [str(config), str(checkpoint), *options(**changes)])
+        return error_of(commands.test, "", [str(config), str(checkpoint), *options(**changes)])
 
     last = trained / "iter_4.pth"
     names = dict(dataset=dict(metainfo=dict(classes=("background", *"1023456789"))))

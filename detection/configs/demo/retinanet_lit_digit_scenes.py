@@ -4,7 +4,7 @@
 #   GPUs          none needed
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.993 box AP50 (AP 0.887) on the held-out scenes, last checkpoint
+#   obtained      0.993 box AP50 (AP 0.882) on the held-out scenes, last checkpoint
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
