@@ -370,6 +370,7 @@ def test_torchvision_extracts_features(kind: str) -> None:
         torch.testing.assert_close(found["map"], model.stages[:2](x.permute(0, 2, 3, 1)))
 
 
+@pytest.mark.slow
 def test_onnx_exports_a_model_that_could_train(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = small_lit(depths=(1, 1, 1, 1)).eval(), torch.randn(2, 3, 64, 96)

@@ -29,6 +29,7 @@ def run(script: str, *arguments: str | Path) -> str:
     return Program(ROOT / "tools" / script, *arguments).finish()
 
 
+@pytest.mark.slow
 def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
     printed, file = results
     found = json.loads(file.read_text())
@@ -42,6 +43,7 @@ def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
     assert all(name in printed for name in found["ratios"])
 
 
+@pytest.mark.slow
 def test_what_was_found_is_drawn(results: tuple[str, Path]) -> None:
     rows = json.loads(results[1].read_text())["rows"]
     growth = [dict(section="growth", what=f"1 x {n} x {n}", name="lit_s", ms=n, images_per_s=1e3 / n) for n in (64, 96)]
@@ -55,6 +57,7 @@ def test_what_was_found_is_drawn(results: tuple[str, Path]) -> None:
     assert Image.open(results[1].with_suffix(".png")).size[0] == 1500
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_call_holds_at_its_peak(results: tuple[str, Path]) -> None:
     """A plain convolution of two maps of 96 x 56 x 56 to 192 x 28 x 28 holds its result, and work space beside it."""
     rows = json.loads(results[1].read_text())["rows"]

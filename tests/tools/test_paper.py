@@ -91,6 +91,7 @@ def test_what_the_repository_keeps_is_of_the_settings_of_now() -> None:
         assert f"#   obtained      {obtained}\n" in (CONFIGS / f"{name}.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_training_is_continued_and_counted(options: tuple[str, ...], tmp_path: Path, bar: tqdm) -> None:
     """Started again, it only reports; with other settings, it is not done."""
     run, other = (paper.classification_runs(tmp_path, [LIT], [0], *options, "TRAIN.EPOCHS", n)[0] for n in "23")
