@@ -4,8 +4,8 @@
 #   GPUs          none needed
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.953 mask AP50 (0.953 box AP50) on the held-out scenes, last checkpoint, by a shorter run of one epoch
-#                 of 2,400 scenes: pytest -m slow tests/detection -k demo_learns
+#   obtained      0.953 mask AP50 (0.953 box AP50) on the held-out scenes, last checkpoint, by a shorter run of one
+#                 epoch of 2,400 scenes: pytest -m slow tests/detection -k demo_learns
 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
