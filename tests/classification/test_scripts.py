@@ -85,6 +85,7 @@ def test_two_nodes_of_one_gpu_each_are_one_run(workplace):
     assert len((workplace / "output/lit-s/nodes/log.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_evaluation_prints_the_published_lines_whatever_the_number_of_processes(trained, workplace):
     images = len(list((workplace / "data" / "val").rglob("*.jpg")))
     assert images % 2

@@ -325,6 +325,7 @@ for features in ("*fp16", "*bf16", "*fp32"):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux only")
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     """For compute capability 9.0; by 16 bytes at a time, and with NaN as NaN, which the interpreter can't show."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -194,6 +194,7 @@ def test_models_differ_in_the_model_alone() -> None:
         assert config.MODEL.model_copy(update=own) == lit.MODEL
 
 
+@pytest.mark.slow
 def test_peers_cost_what_lit_costs() -> None:
     """Multiply-adds within ten percent, and as many blocks."""
     costs = {name: paper_tables.multiply_adds(partial(paper_tables.build, name), (64, 64)) for name in MODELS}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lit_backbone.mm  # noqa: F401, registers the hooks
 
+pytestmark = pytest.mark.slow
+
 
 class Normalizer(BaseModel):
     """A BatchNorm that learns to return zeros."""
