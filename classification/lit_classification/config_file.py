@@ -50,7 +50,7 @@ def locate_run(cfg: str) -> tuple[str, list[str]]:
     if Path(cfg).name != "config.yaml" or not (folder / "starts.jsonl").is_file():
         return Path(cfg).stem, []
     own = {"OUTPUT": str(folder.parent.parent), "TAG": folder.name, "TRAIN.AUTO_RESUME": True}
-    own |= {"TRAIN.RESUME_CHANGED": False}  # was said of one start
+    own["TRAIN.RESUME_CHANGED"] = False  # was said of one start
     options = [text for key, value in own.items() for text in (key, json.dumps(value, ensure_ascii=False))]
     return folder.parent.name, options
 

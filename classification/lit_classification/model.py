@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import timm
@@ -159,8 +160,8 @@ def as_trained(config: Config, content: dict[str, Any], load: Callable[..., Conf
     for key, own, option in differences(brought, found):
         _logger.info(f"{key} is {option}, as an option says; {path} was trained with {own}")
     if (own := content["config"].get("MODEL", {}).get("KEYWORDS", {})) != merged.MODEL.KEYWORDS:
-        text = printable(f"MODEL.KEYWORDS is {merged.MODEL.KEYWORDS}; {path} was trained with {own}")
-        _logger.warning(text)
+        asked = merged.MODEL.KEYWORDS
+        _logger.warning(printable(f"MODEL.KEYWORDS is {shortened(asked)}; {path} was trained with {shortened(own)}"))
     return merged
 
 

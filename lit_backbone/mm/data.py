@@ -28,7 +28,7 @@ def leaves(dataset: Any) -> list[Any]:
 
 def check_classes(config: dict[str, Any]) -> None:
     """Raise DataError if the classes in a data set's config are one string, which has letters for items, or have
-    another number of colours."""
+    too few colours."""
     classes, palette = ((config.get("metainfo") or {}).get(key) for key in ("classes", "palette"))
     if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine takes a file of names, too
         raise DataError(f'metainfo.classes={classes!r}: is a string; a single class needs a comma: ("{classes}",)')
@@ -51,7 +51,9 @@ def check_dataset(dataset: Any) -> None:
     """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
     classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    known = list(classes) == list(dataset.METAINFO.get("classes", ()))  # to read such large files again takes long
+    known = list(classes or ()) == list(
+        dataset.METAINFO.get("classes") or ()
+    )  # to read such large files again takes long
     if known and type(dataset).__name__ == "CocoDataset":
         known = bool(found) and found[-1] == len(found) + 10  # COCO's own 80 categories go to number 90
     if found is not None and not known:

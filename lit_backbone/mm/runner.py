@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from reprlib import repr
+from reprlib import repr as shortened
 from typing import Any
 
 import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built without its operators
@@ -123,7 +123,7 @@ class StrictRunner(Runner):
                     if f"initial_{key}" in new or (key == "betas" and "initial_momentum" in new):
                         continue  # follows a schedule
                     if type(old[key]) is not type(new[key]) or old[key] != new[key]:
-                        return f"{name} {i} has {key} {repr(old[key])}, this run {repr(new[key])}"
+                        return f"{name} {i} has {key} {shortened(old[key])}, this run {shortened(new[key])}"
         return ""
 
     def dump_config(self) -> None:

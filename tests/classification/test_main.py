@@ -31,6 +31,7 @@ from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model
 from lit_classification.resume import BEST, FAILED, LATEST
 from tests.classification.conftest import CLASSES
+from tests.crafted import shared
 from tests.programs import Program, start_pair
 from tools import export
 
@@ -133,6 +134,10 @@ def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, im
     assert re.search(
         r"MODEL.KEYWORDS is .*num_heads': \[1, 1.*trained with .*num_heads': \[1, 2", printed.out + printed.err
     )
+    content = read_checkpoint(folder / LATEST)
+    content["config"]["MODEL"]["KEYWORDS"] = shared()  # of which a message must not tell all
+    torch.save(content, folder / "crafted.pth")
+    main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / "crafted.pth")])
     with pytest.raises(SystemExit, match="latest.pth: has MODEL.KEYWORDS, which count in YAML only"):
         predict.main([str(image_folder), "--checkpoint", str(folder / LATEST)])
 

@@ -15,7 +15,7 @@ from mmseg.evaluation import IoUMetric
 from PIL import Image
 
 from lit_backbone.mm import DataError, commands, load_file, runner
-from lit_backbone.mm.data import check_metric, name_files
+from lit_backbone.mm.data import check_dataset, check_metric, name_files
 from lit_backbone.mm.inference import load_model
 from tests.dense import TINY, derive, draw_shapes
 from tests.programs import Program
@@ -132,6 +132,7 @@ def test_maps_of_one_name(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     dataset = BaseSegDataset(data_prefix=dict(img_path=str(tmp_path)), metainfo=dict(classes=("ground",)))
+    check_dataset(BaseSegDataset(data_prefix=dict(img_path=str(tmp_path))))  # which names no classes
     check_metric(dataset, IoUMetric())
     with pytest.raises(DataError, match="--out: 2 images are named 1, in several folders"):
         check_metric(dataset, IoUMetric(output_dir=str(tmp_path / "maps")))
