@@ -50,10 +50,9 @@ def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
 def check_dataset(dataset: Any) -> None:
     """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
-    classes, found = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    known = list(classes or ()) == list(
-        dataset.METAINFO.get("classes") or ()
-    )  # to read such large files again takes long
+    classes, found = dataset.metainfo.get("classes"), getattr(dataset, "cat_ids", None)
+    # of data sets that know their classes, whose files are large, only COCO's numbers are compared
+    known = list(classes or ()) == list(dataset.METAINFO.get("classes") or ())
     if known and type(dataset).__name__ == "CocoDataset":
         known = bool(found) and found[-1] == len(found) + 10  # COCO's own 80 categories go to number 90
     if found is not None and not known:
@@ -105,7 +104,7 @@ class Loading:
 
     def __init__(self, step: LoadImageFromFile | LoadAnnotations, dataset: Any):
         self.step = step
-        self.classes = len(dataset.metainfo["classes"] or ()) if hasattr(dataset, "label_map") else 0  # of masks
+        self.classes = len(dataset.metainfo.get("classes") or ()) if hasattr(dataset, "label_map") else 0  # of masks
         self.ignored, self.first = getattr(dataset, "ignore_index", 255), int(getattr(dataset, "reduce_zero_label", 0))
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:

@@ -52,12 +52,12 @@ class CheckDataHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        check_heads(runner.model, runner.train_dataloader.dataset.metainfo["classes"])
+        check_heads(runner.model, runner.train_dataloader.dataset.metainfo.get("classes"))
         self._check(runner.train_dataloader)
         if runner.val_loop is not None:
             self._check(runner.val_dataloader, runner.val_evaluator)
             loaders = (runner.train_dataloader, runner.val_dataloader)
-            classes = [part.metainfo["classes"] or () for loader in loaders for part in leaves(loader)]
+            classes = [part.metainfo.get("classes") or () for loader in loaders for part in leaves(loader)]
             if odd := [names for names in classes if tuple(names) != tuple(classes[0])]:
                 problem = f"a data set for validation or training has the classes {odd[0]}, another {classes[0]}"
                 raise DataError(printable(f"{problem}; give all the same, in one order", 500))
