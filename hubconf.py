@@ -1,9 +1,8 @@
-"""The models for `torch.hub`, with random weights or a checkpoint's, ours or released:
+"""The models for `torch.hub`, with random weights or a checkpoint's, ours or released, its classes and its input size:
 
     model = torch.hub.load(REPO, "lit_s", checkpoint="lit_s.pth")
 
-REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`
-(`features_only` takes no checkpoint).
+REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`.
 """
 
 import os
@@ -15,13 +14,19 @@ import timm  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lit_backbone  # noqa: E402
+from lit_backbone import fit  # noqa: E402
 
 
 def _entry(create: types.FunctionType) -> types.FunctionType:
     def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs: object) -> nn.Module:
+        weights = {} if checkpoint is None else lit_backbone.load_checkpoint(checkpoint)
+        if weights:
+            size, classes = fit.input_and_outputs(weights)
+            own = dict(num_classes=classes, img_size=size, pretrained_cfg_overlay=dict(input_size=(3, *size)))
+            kwargs = own | kwargs
         model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
-        if checkpoint is not None:
-            model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
+        if weights:
+            model.load_state_dict(fit.fit_state_dict(weights, model, checkpoint))
         return model
 
     load.__name__ = create.__name__

@@ -8,10 +8,11 @@ from typing import Any
 
 from timm.layers import to_ntuple
 from timm.models import adapt_input_conv
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checkpoints import CheckpointError, name_some, other_classes, read_checkpoint, unwrap_state_dict
+from .checkpoints import CheckpointError, name_some, other_classes, read_checkpoint, stored_classes, unwrap_state_dict
 from .layers import resize_table
 from .released import convert_released
 from .text import printable
@@ -51,6 +52,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")
     if model is None:
         return state_dict
+    if not stored_classes(content) and list(classes) != sorted(classes):
+        _logger.warning(f"{path}: names no classes; they are taken to be in this order: {name_some(list(classes))}")
     return fit_state_dict(state_dict, model, path, new_head=new_head, misfit=other_classes(content, classes))
 
 
@@ -91,6 +94,9 @@ def fit_state_dict(
     Raises:
         CheckpointError: the state dict is another model's, and the message names some keys; or it is not finite.
     """
+    if isinstance(model, FeatureGetterNet):
+        how = f"features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})"
+        raise CheckpointError(f"{path}: does not go into a model of feature maps; create that with {how}")
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
     first_convs, heads = (to_ntuple(1)(cfg.get(key) or default) for key, default in DEFAULT_NAMES.items())
     heads = tuple(f"{head}." for head in heads)
@@ -119,6 +125,21 @@ def fit_state_dict(
         odd = f"{len(odd)} weights are not finite ({name_some(odd)})"
         raise CheckpointError(f"{path}: {odd}; use a checkpoint from before the training failed")
     return state_dict
+
+
+def input_and_outputs(state_dict: dict[str, Tensor]) -> tuple[tuple[int, int], int]:
+    """(height, width) in pixels that a LIT's position tables are made for, and the number of its head's classes.
+
+    The state dict is in this package's layout; what it lacks is that of the variants.
+    """
+    tables = (state_dict.get(f"stages.3.{name}") for name in ("pos_embed", "blocks.0.attn.rel_pos_bias"))
+    classes = _length(state_dict.get("head.bias")) or 1000
+    embedding, bias = (table.shape[2:] if table is not None and table.ndim == 4 else () for table in tables)
+    if embedding:
+        return (32 * embedding[0], 32 * embedding[1]), classes  # the last stage has one token per 32 pixels
+    if bias:
+        return (16 * (bias[0] + 1), 16 * (bias[1] + 1)), classes  # 2 * tokens - 1
+    return (224, 224), classes
 
 
 def architecture(model: nn.Module) -> str:

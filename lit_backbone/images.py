@@ -12,7 +12,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import get_img_extensions
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .text import printable
 
@@ -45,14 +45,14 @@ def find_images(paths: list[str]) -> list[str]:
             raise DataError(f"{path}: no such file or folder")
         found = images_below(path) if os.path.isdir(path) else [path]
         if not found:
-            raise DataError(f"{path}: holds no images ({', '.join(get_img_extensions())})")
+            raise DataError(f"{path}: holds no images ({', '.join(IMG_EXTENSIONS)})")
         images += found
     return images
 
 
 def images_below(folder: str | Path) -> list[str]:
     """All files named like images, readable or not, in natural order. A folder that several links reach counts once."""
-    extensions, found, entered, starts = get_img_extensions(), [], set(), [str(folder)]
+    found, entered, starts = [], set(), [str(folder)]
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: a folder that cannot be read ({error.strerror})") from error
@@ -66,7 +66,7 @@ def images_below(folder: str | Path) -> list[str]:
                 continue
             entered.add((status.st_dev, status.st_ino))
             starts += filter(os.path.islink, (os.path.join(here, name) for name in folders))
-            found += [os.path.join(here, name) for name in names if name.lower().endswith(extensions)]
+            found += [os.path.join(here, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     return sorted(found, key=natural_key)
 
 
@@ -84,14 +84,14 @@ def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:
 
 
 @contextmanager
-def naming(file: str | Path) -> Iterator[None]:
-    """Turn whatever decoders raise into a DataError that names the file."""
+def naming(file: str | Path, remedy: str = "repair or remove the file") -> Iterator[None]:
+    """Turn whatever decoders raise into a DataError that names the file, and the remedy."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # decoders fail in many ways
-        reason, remedy = str(error) or type(error).__name__, "repair or remove the file"
+        reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}"
         if is_shortage(error):

@@ -132,6 +132,8 @@ class LIT(nn.Module):
             raise ValueError(f"merging={merging!r}: use 'dtm', 'conv' or 'conv_bn'")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
+        if class_token and not attention[-1]:
+            raise ValueError("class_token=True: without attention in the last stage, it would see no image")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)

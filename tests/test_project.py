@@ -80,8 +80,23 @@ def test_torch_hub(folder: Path) -> None:
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
     entries = [name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
     assert sorted(entries) == sorted(timm.list_models(module="lit"))  # what torch.hub.list shows
-    with pytest.raises(lit_backbone.CheckpointError, match="not a checkpoint of"):
+    with pytest.raises(lit_backbone.CheckpointError, match="create that with") as refused:
         hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
+    remedy = str(refused.value).partition("create that with ")[2]
+    features = eval(f"timm.create_model('lit_s', {remedy})", {"timm": timm})
+    torch.testing.assert_close(
+        features.model.state_dict()["stages.1.blocks.0.norm2.bias"], model.state_dict()["stages.1.blocks.0.norm2.bias"]
+    )
+
+
+def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) -> None:
+    trained = timm.create_model("lit_s", num_classes=7, img_size=(64, 96)).eval()
+    torch.save(trained.state_dict(), tmp_path / "own.pth")
+    model = hubconf.lit_s(checkpoint=tmp_path / "own.pth").eval()
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 96)
+    images = torch.rand(1, 3, 64, 96)
+    assert torch.equal(model(images), trained(images))
+    assert hubconf.lit_s(checkpoint=tmp_path / "own.pth", num_classes=3, img_size=224).num_classes == 3
 
 
 def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:

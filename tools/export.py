@@ -55,6 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
     parser.add_argument("--grid-sample", action="store_true", help="onnx for runtimes without DeformConv; slower")
     args = parser.parse_args(argv)
+    suffix = Path("x" + FORMATS[args.format][0]).suffix
+    if args.output and suffix and args.output.suffix != suffix:  # by which readers tell the formats
+        parser.error(f"argument --output: {args.output} should end in {suffix}")
     if args.grid_sample and args.format != "onnx":
         parser.error(f"argument --grid-sample: no choice of the {args.format} format; use it with onnx")
     if args.dense and args.format not in ("onnx", "torch-export"):
@@ -118,7 +121,7 @@ def write_hf(classifier: Classifier, path: Path) -> None:
 
 
 def write_released(classifier: Classifier, path: Path) -> None:
-    torch.save({"model": to_released(classifier.model.state_dict())}, path)
+    torch.save({"model": to_released(classifier.model.state_dict()), "classes": classifier.folders}, path)
 
 
 FORMATS: dict[str, tuple[str, Callable[[Classifier, Path], None]]] = {

@@ -1,5 +1,6 @@
 """The keys of a run's configuration; their defaults are LIT-S's recipe. `config_file.py` reads and checks them."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
@@ -55,7 +56,7 @@ class Section(BaseModel):
     def _is_text(cls, value: Any) -> Any:
         if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
             raise PydanticCustomError("text", "Input should be UTF-8 text without NUL")
-        return value
+        return os.path.expanduser(value) if str(value).startswith("~/") else value  # as the shell does
 
 
 class Data(Section):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, get_img_extensions
+from timm.data import ImageDataset, create_dataset, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_backbone.images import DataError, decode_rgb, images_below, is_shortage, naming, natural_key, open_rgb, to_rgb
 from lit_classification.augmentation import build_transform
@@ -44,7 +45,7 @@ class ImageFolder(Dataset):
         for name in sorted(entries.keys() ^ filled.keys(), key=natural_key):
             if name in filled:
                 raise DataError(f"{filled[name]}: an image in no class folder; move or remove it")
-            kinds = " ".join(get_img_extensions())
+            kinds = " ".join(IMG_EXTENSIONS)
             problem = f"a class folder without images ({kinds}) of its own"
             raise DataError(f"{entries[name]}: {problem}; fill it or remove it everywhere")
         self.classes = sorted(filled, key=natural_key)
@@ -92,7 +93,8 @@ class Images(Dataset):
         if not isinstance(key, SampleKey):
             image, target = self.read(key)
         else:
-            image, target = self.read_or_skip(key.index) if self.skip else self.read(key.index)
+            remedy = "repair it, or set DATA.ON_BAD_IMAGE skip"  # without it, epochs might have fewer updates
+            image, target = self.read_or_skip(key.index) if self.skip else self.read(key.index, remedy)
             seed_everything("augmentation", self.seed, key.epoch, key.position, devices=False)
         return self.transform(image), target
 
@@ -109,9 +111,9 @@ class Images(Dataset):
                 _logger.warning(f"skipped {error}")
         raise DataError(f"none of the {len(self)} images is readable")
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, remedy: str = "repair or remove the file") -> tuple[Image.Image, int]:
         """The decoded image, RGB, and its class."""
-        with naming(self.name(index)):
+        with naming(self.name(index), remedy):
             if isinstance(self.dataset, ImageDataset):  # its own __getitem__ would take the next image for a bad one
                 file, target = self.dataset.reader[index]
                 with file:
@@ -159,7 +161,8 @@ def build_dataset(config: Config, is_training: bool) -> Images:
         raise DataError(f"DATA.DATASET {name!r}: streams its images; expected a data set with random access")
     classes = _class_names(dataset)
     if len(classes) != config.MODEL.NUM_CLASSES:
-        remedy = _missing_folders(where, split) or f"to train on them, set MODEL.NUM_CLASSES {len(classes)}"
+        remedy = f"to train on them, set MODEL.NUM_CLASSES {len(classes)}; to evaluate, add the others"
+        remedy = _missing_folders(where, split) or remedy
         raise DataError(f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; {remedy}")
     skip = is_training and config.DATA.ON_BAD_IMAGE == "skip"
     return Images(dataset, build_transform(config, is_training), classes, config.SEED, skip)
@@ -172,7 +175,7 @@ def _missing_folders(where: str | Path, split: str) -> str:
         return ""
     own, others = ({entry.name for entry in os.scandir(place) if entry.is_dir()} for place in (where, other))
     missing = sorted(others - own, key=natural_key)
-    return f"add {', '.join(missing[:5])} to it, as in {other}, or remove it there" if missing else ""
+    return f"add {', '.join(missing[:5])} to it, as in {other}" if missing else ""
 
 
 def _from_timm(name: str, where: str | Path, split: str) -> Dataset:
@@ -181,6 +184,7 @@ def _from_timm(name: str, where: str | Path, split: str) -> Dataset:
     timm leaves to chance which of two classes comes first that differ in case or leading zeros only.
     """
     archive = isinstance(where, Path)
+    set_img_extensions(IMG_EXTENSIONS)  # in archives, as in folders
     try:
         options = {"cache_tarinfo": False} if archive else {}  # a pickle beside the data
         dataset = create_dataset("" if archive else name, root=str(where), split=split, **options)

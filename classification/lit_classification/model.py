@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
-from lit_backbone.fit import load_checkpoint
+from lit_backbone.fit import input_and_outputs, load_checkpoint
 from lit_backbone.released import convert_released
 from lit_backbone.text import printable
 from lit_classification.augmentation import build_transform
@@ -88,7 +87,7 @@ def model_of(
     if timm.models.is_model_in_modules(config.MODEL.NAME, ["lit"]):  # timm's may not be made without memory
         with torch.device("meta"):
             outline = timm.create_model(**config.model_keywords)
-        load_checkpoint(path, outline, classes=classes, new_head=False, content=content)
+        load_checkpoint(path, outline, new_head=False, content=content)
     model = build_model(config, device)
     model.load_state_dict(load_checkpoint(path, model, classes=classes, new_head=False, content=content))
     return model
@@ -129,7 +128,7 @@ def stored_config(content: dict[str, Any], path: str | Path) -> Config | None:
     Raises:
         CheckpointError: it is not one of this version.
     """
-    if "classes" not in content:
+    if not {"classes", "config"} <= content.keys():
         return None
     tree = stored_records(content, path, Records).config
     if isinstance(tree.get("MODEL"), dict):
@@ -168,7 +167,7 @@ def as_trained(config: Config, content: dict[str, Any], load: Callable[..., Conf
 def recognize(state_dict: dict[str, Tensor], path: str | Path) -> Config:
     """The recipe's configuration for the variant whose weights, in this package's layout, these are."""
     shapes, variants = layout(state_dict), timm.list_models(module="lit")
-    count, size = math.prod(shapes.get("head.bias", (1000,))), input_size(shapes)
+    size, count = input_and_outputs(state_dict)
     for name in variants:
         tree = {"MODEL": {"NAME": name, "NUM_CLASSES": count}, "DATA": {"IMG_SIZE": size}}
         with suppress(ConfigError), torch.device("meta"):
@@ -178,16 +177,6 @@ def recognize(state_dict: dict[str, Tensor], path: str | Path) -> Config:
     raise CheckpointError(
         f"{path}: weights of no known classifier; expected those of {', '.join(variants)}, or a checkpoint of main.py"
     )
-
-
-def input_size(shapes: dict[str, torch.Size]) -> tuple[int, int]:
-    """(height, width) in pixels that position tables are made for; the last stage has one token per 32 pixels."""
-    embedding, bias = (shapes.get(f"stages.3.{name}", ()) for name in ("pos_embed", "blocks.0.attn.rel_pos_bias"))
-    if len(embedding) == 4:
-        return 32 * embedding[2], 32 * embedding[3]
-    if len(bias) == 4:
-        return 16 * (bias[2] + 1), 16 * (bias[3] + 1)  # 2 * tokens - 1
-    return 224, 224
 
 
 def layout(state_dict: dict[str, Tensor]) -> dict[str, torch.Size]:

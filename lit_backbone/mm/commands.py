@@ -24,7 +24,7 @@ from .runner import StrictRunner
 from .screen import import_package
 
 KEYS = {*inspect.signature(Runner).parameters, "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile"}
-KEYS |= {"efficient_conv_bn_eval", "activation_checkpointing"}  # of a config, which it need not have
+KEYS |= {"efficient_conv_bn_eval", "activation_checkpointing", "auto_scale_lr", "tta_model", "tta_pipeline"}
 
 
 def train(description: str, argv: list[str] | None = None) -> None:
@@ -107,8 +107,9 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
     """
     try:
         cfg = Config.fromfile(path)
-        if unknown := {key.split(".")[0] for key in overrides} - cfg.keys() - KEYS:
-            raise DataError(f"--cfg-options: {min(unknown)}: neither {path} nor mmengine has this key")
+        if unread := {key.split(".")[0] for key in overrides} - KEYS:
+            remedy = "change the key that a variable went into, e.g. train_dataloader.dataset.data_root"
+            raise DataError(f"--cfg-options: {min(unread)}: nothing reads this key of {path}; {remedy}")
         cfg.merge_from_dict(overrides)
     except (DataError, FileNotFoundError):
         raise

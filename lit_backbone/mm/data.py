@@ -13,6 +13,7 @@ from mmcv.transforms import Compose, LoadAnnotations, LoadImageFromFile
 from mmengine.fileio import load
 from PIL import Image
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ..checkpoints import name_some
@@ -64,11 +65,16 @@ def check_dataset(dataset: Any) -> None:
             raise DataError(f"{source}: has no category {odd}; name its own in metainfo.classes: {', '.join(own)}")
         if list(classes) != (order := [names[number] for number in found]):  # as mmdetection numbers them
             raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
+    folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
+    if suffix and not dataset.ann_file:
+        own = {Path(f"x{suffix}").suffix}
+        if dataset.data_prefix.get("seg_map_path") == folder:
+            own.add(Path(f"x{dataset.seg_map_suffix}").suffix)
+        there = {Path(name).suffix for _, _, names in os.walk(folder) for name in names} - own
+        if odd := sorted(end for end in there if end.lower() in IMG_EXTENSIONS):
+            problem = f"holds {', '.join(odd)} files, but img_suffix is {suffix}"
+            raise DataError(f"{folder}: {problem}; set that of all images, all in one spelling")
     if not len(dataset):
-        folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
-        if suffix and not dataset.ann_file:
-            there = sorted({Path(name).suffix for _, _, names in os.walk(folder) for name in names})
-            raise DataError(f"{folder}: no file ends in the data set's img_suffix, {suffix}; there are {there}")
         raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
     names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     missing = []

@@ -124,6 +124,12 @@ MISTAKES = [
     ("MODEL.LIT.depths", "hello", None, "expected a valid tuple, got 'hello'"),
     ("MODEL.LIT.pretrained", "true", None, "unknown key"),
     ("MODEL.LIT.class_token", "true", "MODEL.LIT", "makes no model: class_token=True: it has no place on the map"),
+    (
+        "MODEL.LIT",
+        "{class_token: true, pos_embed: none, attention: false}",
+        None,
+        "makes no model: class_token=True: without attention in the last stage, it would see no image",
+    ),
     # values that no machine has room for
     ("MODEL.LIT.depths", "1000000", None, "expected less than or equal to 64, got 1000000"),
     ("MODEL.LIT.embed_dims", "[4096, 4096, 4096, 4096]", "MODEL.LIT", "heads do not divide"),
@@ -313,6 +319,10 @@ def test_shortcuts_set_their_keys_and_none_sets_nothing():
     assert (config.MODEL.RESUME, config.MODEL.PRETRAINED, config.DATA.DATA_PATH) == ("", "w.pth", "/a: b")
     assert (config.DATA.BATCH_SIZE, config.OUTPUT, config.TAG) == (64, "out", "5")
     assert complaint(CONFIGS / "lit-s.yaml", batch_size=0).startswith("--batch-size: DATA.BATCH_SIZE: ")
+
+
+def test_the_home_folder_is_the_users_also_in_yaml(tiny_cfg):
+    assert load_config(tiny_cfg(OUTPUT="~/runs")).OUTPUT == str(Path.home() / "runs")
 
 
 def test_an_odd_batch_is_fine_without_mixing(write):

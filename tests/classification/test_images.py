@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -167,6 +168,20 @@ def test_names_that_no_terminal_shows_are_escaped(tmp_path):
 
 
 # ---- folders
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_every_usual_kind_of_image_counts(archive, tiny_cfg, own_folder):
+    """Those of torchvision's ImageFolder, not only timm's three."""
+    for kind in ("webp", "bmp", "TIFF"):
+        with Image.open(own_folder / "val" / "bee" / "0.jpg") as image:
+            image.save(own_folder / "val" / "bee" / f"{kind}.{kind}")
+    assert len(find_images([str(own_folder / "val")])) == 15
+    if archive:
+        with tarfile.open(own_folder / "val.tar", "w") as tar:
+            tar.add(own_folder / "val", "val")
+        shutil.rmtree(own_folder / "val")
+    assert len(build_dataset(load_config(tiny_cfg(), data_path=str(own_folder)), is_training=False)) == 15
 
 
 def test_links_are_followed_once(own_folder, tmp_path):

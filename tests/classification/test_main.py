@@ -145,7 +145,7 @@ def test_another_model_of_timm_takes_its_keywords_from_yaml(tiny_cfg, folder, im
 def test_evaluation_of_the_moving_average(tiny_cfg, folder, capsys):
     cfg = tiny_cfg(TRAIN={"EMA": 0.999})  # so slow that it has hardly left the initial weights
     main.main(["--cfg", str(cfg)])
-    capsys.readouterr()
+    assert "TRAIN.EMA 0.999: 99% of the last average is the start; lower it" in capsys.readouterr().out
     main.main(["--cfg", str(cfg), "--eval", "--resume", str(folder / LATEST)])
     accuracy = accuracy_by_hand(cfg, folder / LATEST)
     assert f" * Acc@1 {accuracy:.3f} " in capsys.readouterr().out
@@ -158,6 +158,31 @@ def test_the_average_counts_whatever_the_evaluating_configuration_says(tiny_cfg,
     capsys.readouterr()
     main.main(["--cfg", str(tiny_cfg()), "--eval", "--resume", str(folder / LATEST), "--batch-size", "5"])
     assert f" * Acc@1 {accuracy_by_hand(tiny_cfg(), folder / LATEST):.3f} " in capsys.readouterr().out
+
+
+def test_rates_below_their_floor_are_told(tiny_cfg, folder, capsys):
+    main.main(["--cfg", str(tiny_cfg()), "--opts", "TRAIN.MIN_LR", "0.01", "TRAIN.WARMUP_EPOCHS", "0"])
+    out = capsys.readouterr().out
+    assert "learning rates of offset rise from 7.81e-05 to MIN_LR, 0.000156" in out and "rates of decay rise" not in out
+
+
+def test_classes_of_weights_without_names_are_told_where_order_counts(tiny_cfg, image_folder, folder, tmp_path, capsys):
+    """torchvision's data sets, the original's among them, order 10 before 9."""
+    for number, name in zip((9, 10, "x"), CLASSES):
+        for split in ("train", "val"):
+            shutil.copytree(image_folder / split / name, tmp_path / "numbers" / split / str(number))
+    command = ["--cfg", str(tiny_cfg()), "--data-path", str(tmp_path / "numbers")]
+    main.main(command)
+    content = read_checkpoint(folder / LATEST)
+    torch.save({"model": content["model"]}, tmp_path / "bare.pth")
+    torch.save({"model": content["model"], "classes": ["10", "9", "x"]}, tmp_path / "named.pth")
+    capsys.readouterr()
+    main.main([*command, "--eval", "--resume", str(tmp_path / "bare.pth")])
+    assert (
+        capsys.readouterr().out.count("bare.pth: names no classes; they are taken to be in this order: 9, 10, x") == 1
+    )
+    with pytest.raises(SystemExit, match="its classes are not those of the data: 3 with 10, 9 against 3 with 9, 10"):
+        main.main([*command, "--eval", "--resume", str(tmp_path / "named.pth")])
 
 
 def test_a_finished_run_says_that_it_ignores_new_weights(tiny_cfg, folder, capsys):

@@ -173,6 +173,7 @@ def slurm(tmp_path):
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     job = dict(JOB_ID=str(os.getpid()), JOB_NODELIST="node[1-2]", NNODES="2", GPUS_ON_NODE="1", CPUS_PER_TASK="4")
+    job["RESTART_COUNT"] = "1"
     variables = {f"SLURM_{name}": value for name, value in job.items()}
     return lambda *args, cwd: begin(["bash", SCRIPTS / "slurm.sbatch", *args], cwd, tmp_path, **variables)
 
@@ -184,6 +185,7 @@ def test_slurm_joins_its_nodes(slurm, workplace):
     stdout, stderr = job.communicate()
     assert job.returncode == 0, stdout + stderr
     assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in stdout and "requeue" not in stdout
+    assert " --opts TRAIN.AUTO_RESUME true\n" in stdout  # it was queued again
     assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in stdout
     assert (workplace / "output/lit-s/slurm/latest.pth").is_file()
 

@@ -101,13 +101,19 @@ def load_first(folder: Path) -> None:
     cfg = commands.read_config(str(OWN), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
     init_default_scope(cfg.default_scope)
     dataset = runner.StrictRunner.build_dataloader(cfg.train_dataloader).dataset
+    check_dataset(dataset)
     name_files(dataset.pipeline, dataset)
     dataset[0]
 
 
-def test_a_suffix_that_no_image_has(tmp_path: Path) -> None:
+def test_a_suffix_that_no_image_has_or_not_all(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", suffix=".png")
-    with pytest.raises(DataError, match="data/own/images/train: no file ends in the data set.s img_suffix, .jpg"):
+    with pytest.raises(DataError, match="own/images/train: holds .png files, but img_suffix is .jpg; set"):
+        load_first(tmp_path)
+    folder = tmp_path / "data/own/images/train"
+    for i, ending in enumerate((".jpg", ".JPG", ".jpg", ".jpg", ".jpg", ".jpg")):
+        (folder / f"{i}.png").rename(folder / f"{i}{ending}")
+    with pytest.raises(DataError, match="own/images/train: holds .JPG files, but img_suffix is .jpg; set"):
         load_first(tmp_path)
 
 

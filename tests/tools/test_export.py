@@ -255,6 +255,17 @@ def test_released_file(tmp_path: Path) -> None:
         torch.testing.assert_close(read, dict(model.state_dict()), rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_class_names_stay_with_released_files(tmp_path: Path) -> None:
+    """A thousand classes without names would be ImageNet's."""
+    names = [f"plant {i}" for i in range(1000)]
+    config = {"MODEL": {"NAME": "lit_s", "NUM_CLASSES": 1000}, "DATA": {"IMG_SIZE": 64}}
+    weights = timm.create_model("lit_s", img_size=64).state_dict()
+    torch.save({"model": weights, "config": config, "classes": names}, tmp_path / "own.pth")
+    main([str(tmp_path / "own.pth"), "--format", "released"])
+    assert load_classifier(tmp_path / "own-released.pth", torch.device("cpu")).classes == names
+
+
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
 def test_what_cannot_be_exported(
     checkpoint: tuple[Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture
@@ -271,6 +282,7 @@ def test_what_cannot_be_exported(
             to_released(small_lit(merging=merging, pos_embed=pos_embed).state_dict())
     assert "--dense" in export(path, "--format", "hf", "--dense", status=2)
     assert "--grid-sample" in export(path, "--format", "hf", "--grid-sample", status=2)
+    assert "other.pth should end in .onnx" in export(path, "--format", "onnx", "--output", "other.pth", status=2)
     assert "is the checkpoint itself" in export(path, "--format", "released", "--output", path, status=1)
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx", status=1)
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
