@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import flex_attention
 
 from .row_attention import RowAttention, bias_strips
@@ -100,7 +101,8 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 @lru_cache
 def _has_flex_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether FlexAttention compiles with a bias, forward and backward; rows of queries step in where it doesn't."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    apart = saved_tensors_hooks(lambda x: x, lambda x: x)  # or a checkpoint around would be run again
+    with apart, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         q, k, v = torch.zeros(3, 2, 2, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
         table = torch.zeros(1, 2, 31, 31, device=device, requires_grad=True)
         try:

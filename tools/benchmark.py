@@ -61,6 +61,7 @@ class Bench:
         self.repeats = args.repeats
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[self.device.type]
         self.compile = args.compile
+        self.output: Path | None = None  # folder to write into after each comparison
         self.classes = args.classes or {"cpu": "S", "cuda": "SMB"}[self.device.type]
         self.rows: list[dict[str, Any]] = []  # a measured thing each; `mib` is its peak, above what was held before
         self.ratios: dict[str, float] = {}
@@ -100,7 +101,14 @@ class Bench:
             if name != first:
                 self.ratios[f"{what}, time: {name} / {first}"] = ms / medians[first]
                 self.ratios[f"{what}, memory: {name} / {first}"] = memory[name] / memory[first]
+        self.write()
         return medians
+
+    def write(self) -> None:
+        if self.output:
+            self.output.mkdir(parents=True, exist_ok=True)
+            found = {"machine": machine(self), "rows": self.rows, "ratios": self.ratios}
+            (self.output / f"{self.device.type}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 MERGINGS = {
@@ -272,11 +280,10 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     bench = Bench(args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    bench.output = args.output
     for section in args.sections:
         SECTIONS[section](bench)
-        found = {"machine": machine(bench), "rows": bench.rows, "ratios": bench.ratios}
-        Path(args.output, f"{args.device}.json").write_text(json.dumps(found, indent=1) + "\n")
+    bench.write()  # with the last ratios
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine(bench).items()))
     for name, ratio in bench.ratios.items():
         print(f"{ratio:8.2f}  {name}")

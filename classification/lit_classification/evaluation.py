@@ -41,7 +41,7 @@ def evaluate(model: nn.Module, loader: DataLoader, config: Config, processes: Pr
             logits = model(images).float()  # (B, classes)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(targets), device=processes.device))
+        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.full((), len(targets), device=processes.device))
         totals += torch.stack([count.to(totals.dtype) for count in counts])
     right1, right5, loss, images = processes.sum(totals).tolist()
     return {"acc1": 100 * right1 / images, "acc5": 100 * right5 / images, "loss": loss / images, "images": int(images)}

@@ -4,14 +4,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lit_backbone.layers import biased_attention, relative_position_bias
-from tests.gpu.conftest import DEVICE, ON_GPU, relative_error
+from lit_backbone.layers import _has_flex_attention, biased_attention, relative_position_bias
+from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
 from tests.lit_backbone.test_layers import looked_up
 
 
 def with_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=relative_position_bias(table, height, width))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flex_attention_is_what_runs(dtype: torch.dtype) -> None:
+    """Also where the first call is within a checkpoint, as in the recipes of detection."""
+    _has_flex_attention.cache_clear()
+    inputs = torch.randn(3, 1, 3, 46 * 46, 32, dtype=dtype, device=DEVICE, requires_grad=True)
+    table = torch.randn(1, 3, 91, 91, device=DEVICE, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(attend(*inputs.unbind(), table, 46, 46).float().square().sum(), (inputs, table))
+        for attend in (lambda *args: checkpoint(biased_attention, *args, use_reentrant=False), biased_attention)
+    ]
+    assert _has_flex_attention(torch.device("cuda", torch.cuda.current_device()), dtype, 32)
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-3
 
 
 @pytest.mark.parametrize("compiled", [False, True])

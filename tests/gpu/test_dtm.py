@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_backbone import dtm
 from lit_backbone.dtm import DeformableTokenMerging, deformable_sample
-from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
+from tests.gpu.conftest import DEVICE, needs_gpu, relative_error
 from tests.lit_backbone.test_dtm import oracle, output_and_gradients, random_inputs, warp_and_merge
 
 
@@ -85,9 +85,7 @@ def test_offsets_are_computed_without_tf32(compiled: bool, monkeypatch: pytest.M
     x = torch.randn(2, 384, 28, 28, device=DEVICE, requires_grad=True)
     offset = torch.compile(layer, fullgraph=True)(x) if compiled else layer(x)
     expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2)
-    assert relative_error(offset, expected) < 2e-6
-    if ON_GPU and torch.cuda.get_device_capability() >= (8, 0):
-        assert relative_error(F.conv2d(x, layer.weight, layer.bias, stride=2), expected) > 1e-5  # TF32 is on
+    assert relative_error(offset, expected) < 5e-6  # with TF32, where cuDNN has such a kernel, about 1e-3
     tensors = (x, layer.weight, layer.bias)
     cotangent = torch.randn_like(offset)
     gradients = torch.autograd.grad(offset, tensors, cotangent)

@@ -154,6 +154,25 @@ def test_flex_attention_is_tried_out_once_and_warns() -> None:
         assert not layers._has_flex_attention(torch.device("cpu"), torch.float32, 16)
 
 
+def test_flex_attention_is_tried_out_within_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward pass does not run the block again, of which it is no part."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr("lit_backbone.layers._compiled_flex_attention", lambda: flex_attention)
+    layers._has_flex_attention.cache_clear()
+    found = []
+
+    def block(x: Tensor) -> Tensor:
+        x = x.sin()
+        found.append(layers._has_flex_attention(torch.device("cpu"), torch.float32, 16))
+        return x.cos()
+
+    x = torch.randn(5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(x.sin().cos().sum(), x)[0])
+    assert found == [True, True]
+    layers._has_flex_attention.cache_clear()  # of the CPU that was not refused
+
+
 def test_lack_of_memory_says_nothing_about_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
