@@ -19,14 +19,15 @@ from lit_backbone import fit  # noqa: E402
 
 def _entry(create: types.FunctionType) -> types.FunctionType:
     def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs: object) -> nn.Module:
-        weights = {} if checkpoint is None else lit_backbone.load_checkpoint(checkpoint)
-        if weights:
-            size, classes = fit.input_and_outputs(weights)
-            own = dict(num_classes=classes, img_size=size, pretrained_cfg_overlay=dict(input_size=(3, *size)))
-            kwargs = own | kwargs
-        model = timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
-        if weights:
-            model.load_state_dict(fit.fit_state_dict(weights, model, checkpoint))
+        if checkpoint is None:
+            return timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
+        weights = lit_backbone.load_checkpoint(checkpoint)
+        size, classes = fit.input_and_outputs(weights)
+        kwargs = dict(num_classes=classes, img_size=size) | kwargs
+        size = timm.layers.to_2tuple(kwargs["img_size"])
+        overlay = dict(input_size=(3, *size)) | kwargs.pop("pretrained_cfg_overlay", {})
+        model = timm.create_model(create.__name__, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+        model.load_state_dict(fit.fit_state_dict(weights, model, checkpoint))
         return model
 
     load.__name__ = create.__name__

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoints import CheckpointError, name_some, other_classes, read_checkpoint, stored_classes, unwrap_state_dict
+from .images import natural_key
 from .layers import resize_table
 from .released import convert_released
 from .text import printable
@@ -52,8 +53,10 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: holds no weights; expected them bare, or under 'model' or 'state_dict'")
     if model is None:
         return state_dict
-    if not stored_classes(content) and list(classes) != sorted(classes):
-        _logger.warning(f"{path}: names no classes; they are taken to be in this order: {name_some(list(classes))}")
+    ambiguous = sorted(classes) != sorted(classes, key=natural_key) and not stored_classes(content)
+    if ambiguous and input_and_outputs(state_dict)[1] == len(classes):
+        problem = f"names no classes, which are taken to be in this order: {name_some(list(classes))}"
+        _logger.warning(f"{path}: {problem}; if its training had another, give the folders names in that order")
     return fit_state_dict(state_dict, model, path, new_head=new_head, misfit=other_classes(content, classes))
 
 
@@ -94,7 +97,7 @@ def fit_state_dict(
     Raises:
         CheckpointError: the state dict is another model's, and the message names some keys; or it is not finite.
     """
-    if isinstance(model, FeatureGetterNet):
+    if isinstance(model, FeatureGetterNet) and not state_dict.keys() <= model.state_dict().keys():
         how = f"features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})"
         raise CheckpointError(f"{path}: does not go into a model of feature maps; create that with {how}")
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})

@@ -101,17 +101,17 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 @lru_cache
 def _has_flex_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether FlexAttention compiles with a bias, forward and backward; rows of queries step in where it doesn't."""
-    apart = saved_tensors_hooks(lambda x: x, lambda x: x)  # or a checkpoint around would be run again
-    with apart, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        q, k, v = torch.zeros(3, 2, 2, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
-        table = torch.zeros(1, 2, 31, 31, device=device, requires_grad=True)
-        try:
+    own = saved_tensors_hooks(lambda x: x, lambda x: x)  # those of a checkpoint around would run its block again
+    try:
+        with own, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            q, k, v = torch.zeros(3, 2, 2, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
+            table = torch.zeros(1, 2, 31, 31, device=device, requires_grad=True)
             flex_attention_with_bias(q, k, v, table, 16, 16).sum().backward()
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the kernel
-            raise
-        except Exception as error:
-            warnings.warn(f"large maps are attended to more slowly: FlexAttention failed with {error!r}", stacklevel=1)
-            return False
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the kernel
+        raise
+    except Exception as error:
+        warnings.warn(f"large maps are attended to more slowly: FlexAttention failed with {error!r}", stacklevel=1)
+        return False
     return True
 
 

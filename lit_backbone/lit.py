@@ -132,14 +132,14 @@ class LIT(nn.Module):
             raise ValueError(f"merging={merging!r}: use 'dtm', 'conv' or 'conv_bn'")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
-        if class_token and not attention[-1]:
-            raise ValueError("class_token=True: without attention in the last stage, it would see no image")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
         lengths = {len(depths), len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)}
         if len(lengths) > 1:
             raise ValueError("depths, embed_dims, num_heads, mlp_ratios and attention must name as many stages each")
+        if class_token and not attention[-1]:
+            raise ValueError("class_token=True: without attention in the last stage, it would see no image")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NLC" if class_token else "NHWC"  # of forward_features

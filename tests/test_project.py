@@ -96,7 +96,10 @@ def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) ->
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 96)
     images = torch.rand(1, 3, 64, 96)
     assert torch.equal(model(images), trained(images))
-    assert hubconf.lit_s(checkpoint=tmp_path / "own.pth", num_classes=3, img_size=224).num_classes == 3
+    other = dict(num_classes=3, img_size=224, pretrained_cfg_overlay=dict(crop_pct=1.0))
+    model = hubconf.lit_s(checkpoint=tmp_path / "own.pth", **other)
+    data = timm.data.resolve_model_data_config(model)
+    assert (model.num_classes, data["input_size"], data["crop_pct"]) == (3, (3, 224, 224), 1.0)
 
 
 def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:

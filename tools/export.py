@@ -55,9 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
     parser.add_argument("--grid-sample", action="store_true", help="onnx for runtimes without DeformConv; slower")
     args = parser.parse_args(argv)
-    suffix = Path("x" + FORMATS[args.format][0]).suffix
-    if args.output and suffix and args.output.suffix != suffix:  # by which readers tell the formats
-        parser.error(f"argument --output: {args.output} should end in {suffix}")
+    if args.output and (args.output.suffix == ".safetensors") != (args.format == "safetensors"):
+        parser.error(f"argument --output: {args.output}: .safetensors is the suffix of that format, and of no other")
     if args.grid_sample and args.format != "onnx":
         parser.error(f"argument --grid-sample: no choice of the {args.format} format; use it with onnx")
     if args.dense and args.format not in ("onnx", "torch-export"):

@@ -56,7 +56,8 @@ class Section(BaseModel):
     def _is_text(cls, value: Any) -> Any:
         if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
             raise PydanticCustomError("text", "Input should be UTF-8 text without NUL")
-        return os.path.expanduser(value) if str(value).startswith("~/") else value  # as the shell does
+        in_home = isinstance(value, str) and value.startswith("~/")  # which the shell replaces, YAML does not
+        return os.path.expanduser(value) if in_home else value
 
 
 class Data(Section):

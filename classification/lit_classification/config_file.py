@@ -155,7 +155,7 @@ def _files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
     for base in bases:
-        yield from _files(path.parent / base, (*heirs, path))
+        yield from _files(path.parent / os.path.expanduser(base), (*heirs, path))
     yield str(path), mapping
 
 

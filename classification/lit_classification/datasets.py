@@ -161,7 +161,7 @@ def build_dataset(config: Config, is_training: bool) -> Images:
         raise DataError(f"DATA.DATASET {name!r}: streams its images; expected a data set with random access")
     classes = _class_names(dataset)
     if len(classes) != config.MODEL.NUM_CLASSES:
-        remedy = f"to train on them, set MODEL.NUM_CLASSES {len(classes)}; to evaluate, add the others"
+        remedy = f"to train on them, set MODEL.NUM_CLASSES {len(classes)}; to evaluate, use data of the head's classes"
         remedy = _missing_folders(where, split) or remedy
         raise DataError(f"{where}: holds {len(classes)} classes, the head has {config.MODEL.NUM_CLASSES}; {remedy}")
     skip = is_training and config.DATA.ON_BAD_IMAGE == "skip"

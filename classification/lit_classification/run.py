@@ -189,10 +189,10 @@ def describe_run(config: Config, processes: Processes, state: TrainState, folder
         f"learning rate {config.learning_rates[0]:.3g}"
     )
     for group in state.optimizer.param_groups:
-        if group["lr"] < (floor := config.learning_rates[2]):
+        if group["lr"] < (1 - 1e-6) * (floor := config.learning_rates[2]):
             _logger.warning(f"learning rates of {group['name']} rise from {group['lr']:.3g} to MIN_LR, {floor:.3g}")
     if (start := config.TRAIN.EMA ** (config.TRAIN.EPOCHS * state.updates_per_epoch)) > 0.01:
-        _logger.warning(f"TRAIN.EMA {config.TRAIN.EMA}: {start:.0%} of the last average is the start; lower it")
+        _logger.warning(f"TRAIN.EMA {config.TRAIN.EMA}: {start:.0%} of the last average are initial weights; lower it")
 
 
 def train(

@@ -108,8 +108,11 @@ def read_config(path: str, *needed: str, **overrides: Any) -> Config:
     try:
         cfg = Config.fromfile(path)
         if unread := {key.split(".")[0] for key in overrides} - KEYS:
-            remedy = "change the key that a variable went into, e.g. train_dataloader.dataset.data_root"
-            raise DataError(f"--cfg-options: {min(unread)}: nothing reads this key of {path}; {remedy}")
+            problem = f"{min(unread)}: neither {path} nor mmengine has this key"
+            if min(unread) in cfg:  # a variable
+                remedy = "change the key that it went into, such as train_dataloader.dataset.data_root"
+                problem = f"{min(unread)}: mmengine does not read this key of {path}; {remedy}"
+            raise DataError(f"--cfg-options: {problem}")
         cfg.merge_from_dict(overrides)
     except (DataError, FileNotFoundError):
         raise

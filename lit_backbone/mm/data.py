@@ -13,7 +13,6 @@ from mmcv.transforms import Compose, LoadAnnotations, LoadImageFromFile
 from mmengine.fileio import load
 from PIL import Image
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ..checkpoints import name_some
@@ -67,13 +66,13 @@ def check_dataset(dataset: Any) -> None:
             raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
     folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
     if suffix and not dataset.ann_file:
-        own = {Path(f"x{suffix}").suffix}
-        if dataset.data_prefix.get("seg_map_path") == folder:
-            own.add(Path(f"x{dataset.seg_map_suffix}").suffix)
-        there = {Path(name).suffix for _, _, names in os.walk(folder) for name in names} - own
-        if odd := sorted(end for end in there if end.lower() in IMG_EXTENSIONS):
-            problem = f"holds {', '.join(odd)} files, but img_suffix is {suffix}"
-            raise DataError(f"{folder}: {problem}; set that of all images, all in one spelling")
+        names = [name for _, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+        if not len(dataset):
+            there = sorted({Path(name).suffix for name in names})
+            raise DataError(f"{folder}: no file ends in the data set's img_suffix, {suffix}; there are {there}")
+        for name in names:  # mmsegmentation leaves it out
+            if not name.endswith(suffix) and _spelt(name).endswith(_spelt(suffix)):
+                raise DataError(f"{folder}: {name} does not end in the data set's img_suffix, {suffix}; rename it")
     if not len(dataset):
         raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
     names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
@@ -86,6 +85,11 @@ def check_dataset(dataset: Any) -> None:
                 missing.append(path)
     if missing:
         raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
+
+
+def _spelt(name: str) -> str:
+    """A file's name as all who write JPEG files differently might have it."""
+    return name.lower().replace(".jpeg", ".jpg")
 
 
 def check_metric(dataset: Any, metric: Any) -> None:

@@ -173,7 +173,6 @@ def slurm(tmp_path):
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     job = dict(JOB_ID=str(os.getpid()), JOB_NODELIST="node[1-2]", NNODES="2", GPUS_ON_NODE="1", CPUS_PER_TASK="4")
-    job["RESTART_COUNT"] = "1"
     variables = {f"SLURM_{name}": value for name, value in job.items()}
     return lambda *args, cwd: begin(["bash", SCRIPTS / "slurm.sbatch", *args], cwd, tmp_path, **variables)
 
@@ -185,7 +184,6 @@ def test_slurm_joins_its_nodes(slurm, workplace):
     stdout, stderr = job.communicate()
     assert job.returncode == 0, stdout + stderr
     assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in stdout and "requeue" not in stdout
-    assert " --opts TRAIN.AUTO_RESUME true\n" in stdout  # it was queued again
     assert "batch 4 x 2 processes x 1 accumulated = 8 images per update" in stdout
     assert (workplace / "output/lit-s/slurm/latest.pth").is_file()
 
@@ -211,3 +209,5 @@ def test_slurm_job_submitted_wrongly_is_refused(slurm, tmp_path):
     )
     for args in ([], ["--data-path", "data"]):
         assert slurm(*args, cwd=SCRIPTS.parent).communicate()[1].startswith("error: name a configuration: sbatch ")
+    refused = slurm("configs/lit-s.yaml", "--opts", "TRAIN.AUTO_RESUME", "false", cwd=SCRIPTS.parent).communicate()[1]
+    assert refused.startswith("error: TRAIN.AUTO_RESUME false: the job would begin anew")

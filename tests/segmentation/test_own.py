@@ -108,13 +108,19 @@ def load_first(folder: Path) -> None:
 
 def test_a_suffix_that_no_image_has_or_not_all(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data" / "own", suffix=".png")
-    with pytest.raises(DataError, match="own/images/train: holds .png files, but img_suffix is .jpg; set"):
+    with pytest.raises(DataError, match="images/train: no file ends in the data set.s img_suffix, .jpg; there are"):
         load_first(tmp_path)
     folder = tmp_path / "data/own/images/train"
-    for i, ending in enumerate((".jpg", ".JPG", ".jpg", ".jpg", ".jpg", ".jpg")):
-        (folder / f"{i}.png").rename(folder / f"{i}{ending}")
-    with pytest.raises(DataError, match="own/images/train: holds .JPG files, but img_suffix is .jpg; set"):
-        load_first(tmp_path)
+    for image in folder.iterdir():
+        image.rename(image.with_suffix(".jpg"))
+    (folder / ".thumbnail.JPG").touch()
+    (folder / "depth.png").touch()
+    load_first(tmp_path)
+    for ending in (".JPG", ".jpeg"):
+        renamed = (folder / "3.jpg").rename(folder / f"3{ending}")
+        with pytest.raises(DataError, match=f"images/train: 3{ending} does not end in the data set.s img_suffix, .jpg"):
+            load_first(tmp_path)
+        renamed.rename(folder / "3.jpg")
 
 
 @pytest.mark.parametrize(

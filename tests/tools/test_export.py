@@ -282,7 +282,9 @@ def test_what_cannot_be_exported(
             to_released(small_lit(merging=merging, pos_embed=pos_embed).state_dict())
     assert "--dense" in export(path, "--format", "hf", "--dense", status=2)
     assert "--grid-sample" in export(path, "--format", "hf", "--grid-sample", status=2)
-    assert "other.pth should end in .onnx" in export(path, "--format", "onnx", "--output", "other.pth", status=2)
+    for form, name in (("safetensors", "a.pth"), ("released", "a.safetensors")):
+        said = export(path, "--format", form, "--output", tmp_path / name, status=2)
+        assert f"{name}: .safetensors is the suffix" in said
     assert "is the checkpoint itself" in export(path, "--format", "released", "--output", path, status=1)
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx", status=1)
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
