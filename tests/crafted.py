@@ -78,7 +78,6 @@ CONFIGS = {
     "cycle": (config("AUG", SCALE=cycle()), "AUG.SCALE: expected a valid number, got [[[[[[[...]]]]]]]"),
     "shared": (config("AUG", SCALE=shared()), "AUG.SCALE: expected a valid number, got [[[["),
     "no sections": (record("config", None), "'config' is not as main.py writes it"),
-    "no configuration": (without("config"), "'config' is not as main.py writes it"),
     "numbered": (record("config", {5: 6}), "is not as main.py writes it"),
 }
 WEIGHTS = {

@@ -213,7 +213,7 @@ def test_folder_without_images(trained, tmp_path):
     path, *_ = trained()
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert complaint(folder, "--checkpoint", path).startswith(f"{folder}: holds no images (.png")
+    assert complaint(folder, "--checkpoint", path).startswith(f"{folder}: holds no images (.jpg")
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
