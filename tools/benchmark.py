@@ -54,14 +54,14 @@ Calls = dict[str, Callable[[], object]]  # what is compared, by name
 
 
 class Bench:
-    """Times calls on a device and keeps what it found."""
+    """Times calls on a device and keeps what it found, also in a folder `output`, after each comparison."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, output: Path | None = None):
         self.device = torch.device(args.device)
         self.repeats = args.repeats
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[self.device.type]
         self.compile = args.compile
-        self.output: Path | None = None  # folder to write into after each comparison
+        self.output = output
         self.classes = args.classes or {"cpu": "S", "cuda": "SMB"}[self.device.type]
         self.rows: list[dict[str, Any]] = []  # a measured thing each; `mib` is its peak, above what was held before
         self.ratios: dict[str, float] = {}
@@ -279,8 +279,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
-    bench = Bench(args)
-    bench.output = args.output
+    bench = Bench(args, args.output)
     for section in args.sections:
         SECTIONS[section](bench)
     bench.write()  # with the last ratios

@@ -53,7 +53,7 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _is_text(cls, value: Any) -> Any:
+    def _read_text(cls, value: Any) -> Any:
         if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
             raise PydanticCustomError("text", "Input should be UTF-8 text without NUL")
         in_home = isinstance(value, str) and value.startswith("~/")  # which the shell replaces, YAML does not

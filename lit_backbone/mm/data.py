@@ -64,8 +64,8 @@ def check_dataset(dataset: Any) -> None:
             raise DataError(f"{source}: has no category {odd}; name its own in metainfo.classes: {', '.join(own)}")
         if list(classes) != (order := [names[number] for number in found]):  # as mmdetection numbers them
             raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
-    folder, suffix = dataset.data_prefix.get("img_path"), getattr(dataset, "img_suffix", "")
-    if suffix and not dataset.ann_file:
+    if (suffix := getattr(dataset, "img_suffix", "")) and not dataset.ann_file:  # it lists a folder
+        folder = dataset.data_prefix["img_path"]
         names = [name for _, _, names in os.walk(folder) for name in names if not name.startswith(".")]
         if not len(dataset):
             there = sorted({Path(name).suffix for name in names})

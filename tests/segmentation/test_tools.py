@@ -230,4 +230,4 @@ def test_demo_learns(tmp_path: Path) -> None:
     changes |= dict(default_hooks__checkpoint__interval=1000, default_hooks__logger__interval=50)
     changes |= dict(train_dataloader__batch_size=8, randomness__seed=0)
     output = train(CONFIG, *build_options(tmp_path / "scenes", tmp_path / "run", **changes))
-    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 50  # 68 and more were seen; untrained, less than 10
+    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 50  # 68 was seen, and 0.6 after one iteration
