@@ -1,9 +1,10 @@
 """Measures how fast LIT is, beside its peers, in one run on one machine; tools/plot_benchmark.py draws it.
 
-    python tools/benchmark.py [--sections operator models dense growth input] [--output outputs/benchmark]
+    python tools/benchmark.py [--sections operator models attention dense growth input] [--output FOLDER]
 
 operator  DTM's deformable sampling and product, against torchvision's operator and a plain 2x2 stride-2 convolution
 models    inference and training step of whole models, against timm's of the same size and LIT on torchvision's operator
+attention over maps of several sizes, the relative position bias looked up and as a tensor
 dense     training step of the dense backbone at 800 x 1344
 growth    inference against image size
 input     the input pipeline of `classification/`, beside what a training step takes in
@@ -20,7 +21,7 @@ import platform
 import re
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -40,6 +41,8 @@ from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
 from lit_backbone.dtm import deformable_sample, use_deform_conv
+from lit_backbone.layers import flex_attention_with_bias, relative_position_bias
+from lit_backbone.row_attention import RowAttention
 
 DTM_SHAPES = ((96, 192, 56), (192, 384, 28), (384, 768, 14))  # of LIT-S at 224: channels in and out, side of the map
 ORIGINAL = "lit_s, torchvision's operator"
@@ -62,7 +65,8 @@ class Bench:
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[self.device.type]
         self.compile = args.compile
         self.output = output
-        self.classes = args.classes or {"cpu": "S", "cuda": "SMB"}[self.device.type]
+        classes = args.classes or {"cpu": "S", "cuda": "SMB"}[self.device.type]
+        self.groups = [args.models] if args.models else [PEERS[size] for size in classes]
         self.rows: list[dict[str, Any]] = []  # a measured thing each; `mib` is its peak, above what was held before
         self.ratios: dict[str, float] = {}
 
@@ -188,21 +192,43 @@ def multiply_adds(build: Callable[[], nn.Module], size: tuple[int, int] = (224, 
 def bench_models(bench: Bench) -> None:
     images = random_images(bench, bench.batch, 224, 224)
     ways = ("eager", "compiled") if bench.compile else ("eager",)
-    for size in bench.classes:
+    for names in bench.groups:
         for way in ways:
-            calls = {name: partial(infer, model.eval(), images) for name, model in _models(bench, size, way).items()}
+            calls = {name: partial(infer, model.eval(), images) for name, model in _models(bench, names, way).items()}
             bench.compare("models", f"inference at 224, {way}", calls, len(images))
         way = ways[-1] if bench.device.type == "cuda" else "eager"
-        steps = {name: training_step(model, images) for name, model in _models(bench, size, way).items()}
+        steps = {name: training_step(model, images) for name, model in _models(bench, names, way).items()}
         bench.compare("models", f"training step at 224, {way}", steps, len(images))
 
 
-def _models(bench: Bench, size: str, way: str) -> dict[str, nn.Module]:
+def _models(bench: Bench, names: Sequence[str], way: str) -> dict[str, nn.Module]:
     if way == "eager":
-        return {name: build_model(name, bench) for name in PEERS[size]}
+        return {name: build_model(name, bench) for name in names}
     torch.compiler.reset()
-    own = [name for name in PEERS[size] if name != ORIGINAL]  # which could not be compiled
+    own = [name for name in names if name != ORIGINAL]  # which could not be compiled
     return {f"{name}, compiled": torch.compile(build_model(name, bench)) for name in own}
+
+
+def bench_attention(bench: Bench) -> None:
+    """Forward and backward, 12 heads of 32 channels: where LARGE_MAP and LARGE_MAP_ON_GPU of layers.py should be."""
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    ways = {"bias looked up": flex_attention_with_bias if dtype == torch.bfloat16 else RowAttention.apply}
+    ways["bias as a tensor"] = _attend_with_tensor
+    for side in (14, 24, 32, 45, 64):
+        batch = max(1, bench.batch * 14**2 // side**2)
+        q, k, v = torch.randn(3, batch, 12, side**2, 32, device=bench.device, dtype=dtype, requires_grad=True)
+        table = torch.randn(1, 12, 2 * side - 1, 2 * side - 1, device=bench.device, requires_grad=True)
+        calls = {name: partial(_run_attention, attend, (q, k, v, table), side) for name, attend in ways.items()}
+        bench.compare("attention", f"attention, {batch} x {side} x {side}", calls)
+
+
+def _attend_with_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, relative_position_bias(table.to(q.dtype), height, width))
+
+
+def _run_attention(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], side: int) -> None:
+    out = attend(*inputs, side, side)
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
 
 
 def bench_dense(bench: Bench) -> None:
@@ -251,8 +277,8 @@ def bench_input(bench: Bench) -> None:
         bench.ratios[f"workers that a training step of {step['name']} keeps busy"] = busy
 
 
-SECTIONS = {"operator": bench_operator, "models": bench_models, "dense": bench_dense, "growth": bench_growth}
-SECTIONS |= {"input": bench_input}
+SECTIONS = {"operator": bench_operator, "models": bench_models, "attention": bench_attention, "dense": bench_dense}
+SECTIONS |= {"growth": bench_growth, "input": bench_input}
 
 
 def machine(bench: Bench) -> dict[str, str | int]:
@@ -269,6 +295,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="what to measure (all)")
     parser.add_argument("--classes", choices=("S", "M", "B", "SM", "MB", "SMB"), help="of models (cpu: S, cuda: SMB)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="to compare in place of a class")
     parser.add_argument("--batch-size", type=int, help="images of a call (cpu: 8, cuda: 256)")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled models")
