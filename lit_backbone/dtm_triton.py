@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # samples x channels of a program
-ACCUMULATOR_BYTES = 32 * 2**20  # of a gradient in float32 that is then rounded: stays in the second-level cache
 
 
 @triton.jit
@@ -123,19 +122,7 @@ def sample_forward(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor
 
 def sample_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of tokens and offsets, the latter channels-last in memory, from that of the samples."""
-    tensors = (grad_out.contiguous(), tokens.contiguous(), offset.permute(0, 2, 3, 1).contiguous())
-    if tokens.dtype == torch.float32:
-        grad_tokens, grad_offset = _accumulate(*tensors)
-    else:
-        step = max(1, ACCUMULATOR_BYTES // (4 * max(1, tokens[:1].numel())))  # images at a time
-        grad_tokens, grad_offset = torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
-        for first in range(0, len(tokens), step):
-            part = slice(first, first + step)
-            grad_tokens[part], grad_offset[part] = _accumulate(*(tensor[part] for tensor in tensors))
-    return grad_tokens, grad_offset.permute(0, 3, 1, 2)
-
-
-def _accumulate(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    grad_out, tokens, offset = grad_out.contiguous(), tokens.contiguous(), offset.permute(0, 2, 3, 1).contiguous()
     batch, height, width, channels = tokens.shape
     h, w = offset.shape[1:3]
     grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
@@ -145,4 +132,4 @@ def _accumulate(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[Tenso
         arguments = (grad_out, tokens, offset, grad_tokens, grad_offset, samples, height, width, h, w, channels)
         with torch.cuda.device_of(tokens):
             _backward_kernel[(triton.cdiv(samples, tile["SAMPLES"]),)](*arguments, **tile)
-    return grad_tokens, grad_offset
+    return grad_tokens.to(tokens.dtype), grad_offset.permute(0, 3, 1, 2)

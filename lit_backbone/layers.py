@@ -135,6 +135,26 @@ def _use_flex_attention(q: Tensor) -> bool:
     )
 
 
+@torch.library.custom_op("lit::align_bias", mutates_args=())
+def _align(bias: Tensor) -> Tensor:
+    """A copy of `(1, heads, N, N)` whose rows begin at multiples of 8 entries, as fused attention wants it on a GPU.
+
+    PyTorch makes one too, but its compiler (2.11) may lay that out in an order of dimensions that the backward refuses.
+    """
+    tokens = bias.shape[-1]
+    aligned = bias.new_zeros(*bias.shape[:-1], tokens + -tokens % 8)[..., :tokens]
+    return aligned.copy_(bias)
+
+
+@_align.register_fake
+def _(bias: Tensor) -> Tensor:
+    tokens = bias.shape[-1]
+    return bias.new_empty(*bias.shape[:-1], tokens + -tokens % 8)[..., :tokens]
+
+
+_align.register_autograd(lambda ctx, grad: grad)
+
+
 @torch.fx.wrap
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Attention over a whole map with a relative position bias, see :func:`flex_attention_with_bias` for the shapes.
@@ -148,7 +168,9 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         if not torch.compiler.is_compiling():
             table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
             return RowAttention.apply(q, k, v, table, height, width)
-    bias = relative_position_bias(table.to(q.dtype), height, width)
+    bias = relative_position_bias(table, height, width).to(q.dtype)  # the table's gradient is summed in its own dtype
+    if bias.is_cuda and not is_exporting():
+        bias = _align(bias)
     if torch.onnx.is_in_onnx_export():  # a mask that asks for gradients takes a path that PyTorch cannot export
         bias = bias.detach()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

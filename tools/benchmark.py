@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
-from lit_backbone.dtm import deformable_sample, use_deform_conv
+from lit_backbone.dtm import autocast_dtype, deformable_sample, use_deform_conv
 from lit_backbone.layers import flex_attention_with_bias, relative_position_bias
 from lit_backbone.row_attention import RowAttention
 
@@ -116,7 +116,7 @@ class Bench:
 
 
 MERGINGS = {
-    "ours": lambda x, offset, weight: F.conv2d(deformable_sample(x, offset), weight, stride=2),
+    "ours": lambda x, offset, weight: F.conv2d(deformable_sample(x, offset, autocast_dtype(x)), weight, stride=2),
     "torchvision, float32": lambda x, offset, weight: deform_conv2d(x, offset, weight, stride=2),
     "plain convolution": lambda x, offset, weight: F.conv2d(x, weight, stride=2),
 }
@@ -127,8 +127,7 @@ def bench_operator(bench: Bench) -> None:
         offset = torch.randn(bench.batch, 8, side // 2, side // 2, device=bench.device)
         weight = torch.randn(out_chs, in_chs, 2, 2, device=bench.device)
         x = torch.randn(bench.batch, side, side, in_chs, device=bench.device).permute(0, 3, 1, 2)  # (B, C, H, W)
-        dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-        inputs = dict.fromkeys(MERGINGS, (x.to(dtype), offset, weight.to(dtype)))
+        inputs = dict.fromkeys(MERGINGS, (x, offset, weight))  # in float32, in which models keep tokens
         inputs["torchvision, float32"] = (x.contiguous(), offset, weight)  # what its operator is written for
         for steps in ("forward", "forward + backward"):
             calls = {}
@@ -139,7 +138,8 @@ def bench_operator(bench: Bench) -> None:
 
 
 def _run_operator(merge: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    out = merge(*inputs)
+    with autocast(inputs[0]):
+        out = merge(*inputs)
     if out.requires_grad:
         torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)  # a plain convolution has no offsets
 
