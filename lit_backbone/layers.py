@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from .row_attention import RowAttention, bias_strips
 
 # Tokens of a map from which its bias is no longer a tensor. On a CPU rows of queries are then faster, and save memory;
-# on a GPU the number is a guess, not measured: for 12 heads, the bias has 100 MB in bfloat16.
+# on a GPU FlexAttention is then as fast (measured on an H100, docs/performance.md), in a fraction of the memory.
 LARGE_MAP, LARGE_MAP_ON_GPU = 576, 2048
 
 HAS_TRITON = find_spec("triton") is not None
@@ -135,24 +135,17 @@ def _use_flex_attention(q: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("lit::align_bias", mutates_args=())
-def _align(bias: Tensor) -> Tensor:
-    """A copy of `(1, heads, N, N)` whose rows begin at multiples of 8 entries, as fused attention wants it on a GPU.
-
-    PyTorch makes one too, but its compiler (2.11) may lay that out in an order of dimensions that the backward refuses.
-    """
+def _aligned(bias: Tensor, images: int) -> Tensor:
     tokens = bias.shape[-1]
-    aligned = bias.new_zeros(*bias.shape[:-1], tokens + -tokens % 8)[..., :tokens]
-    return aligned.copy_(bias)
+    rows = F.pad(bias.contiguous(), (0, -tokens % 8)).narrow(3, 0, tokens)
+    return rows.expand(images, -1, -1, -1)
 
 
-@_align.register_fake
-def _(bias: Tensor) -> Tensor:
-    tokens = bias.shape[-1]
-    return bias.new_empty(*bias.shape[:-1], tokens + -tokens % 8)[..., :tokens]
-
-
-_align.register_autograd(lambda ctx, grad: grad)
+# A bias (1, heads, N, N) as fused attention wants it on a GPU: for each image, in rows that begin at multiples of 8
+# entries. PyTorch does this itself, but compiled (2.11) it may order dimensions in ways that its kernels refuse.
+_align = torch.library.custom_op("lit::align_bias", _aligned, mutates_args=())
+_align.register_fake(_aligned)
+_align.register_autograd(lambda ctx, grad: (grad.sum(0, keepdim=True), None))
 
 
 @torch.fx.wrap
@@ -170,7 +163,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
             return RowAttention.apply(q, k, v, table, height, width)
     bias = relative_position_bias(table, height, width).to(q.dtype)  # the table's gradient is summed in its own dtype
     if bias.is_cuda and not is_exporting():
-        bias = _align(bias)
+        bias = _align(bias, len(q))
     if torch.onnx.is_in_onnx_export():  # a mask that asks for gradients takes a path that PyTorch cannot export
         bias = bias.detach()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -22,7 +22,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(5 * columns, 3 * lines), layout="constrained")
     for i, (title, panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, i)
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(title, fontsize="medium", loc="right")
         curves(axes, panel) if panel[0]["section"] == "growth" else bars(axes, panel)
     return figure
 
@@ -33,8 +33,8 @@ def bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ours = [name.startswith(("ours", "lit")) and "torchvision" not in name for name in names]
     values = [row["images_per_s"] if speed else row["ms"] for row in rows]
     drawn = axes.barh(names, values, color=["C0" if own else "0.7" for own in ours])
-    axes.bar_label(drawn, fmt="%.3g", padding=2)
-    axes.margins(x=0.2)
+    axes.bar_label(drawn, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=2)
+    axes.margins(x=0.35)
     axes.invert_yaxis()
     axes.set_xlabel("images/s, more is better" if speed else "ms, less is better")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.goldens.compare import assert_agrees
 from tests.goldens.fill import fill, image
-from tests.gpu.conftest import DEVICE, autocast, relative_error
+from tests.gpu.conftest import DEVICE, autocast, needs_gpu, relative_error
 from tests.lit_backbone.small import KINDS, small_lit
 from tests.lit_backbone.test_goldens import own_name, training_step
 
@@ -34,11 +34,11 @@ def test_logits(name: str, dtype: torch.dtype, tolerance: float, goldens: dict[s
     assert_agrees(logits.cpu(), goldens["outputs"]["logits"][name], tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.12)])
 @pytest.mark.parametrize("start", ["train_step", "train_step_zero_offsets"])
 @pytest.mark.parametrize("name", ["lit_s", "lit_ti"])
 def test_training_step(name: str, start: str, dtype: torch.dtype, tolerance: float, goldens: dict[str, Any]) -> None:
-    """Loss and norms of gradients."""
+    """Loss and norms of gradients, which move by up to 4 % where float32 weights move by half a step of bfloat16."""
     model, state = released(name, goldens)
     figures = goldens[start][name]
     if "offset_grads" in figures:
@@ -75,6 +75,19 @@ def test_compiled(kind: str, dynamic: bool) -> None:
         gradients = [torch.autograd.grad(logits.square().sum(), parameters) for logits in (actual, expected)]
         for name, gradient, reference in zip(dict(model.named_parameters()), *gradients, strict=True):
             assert relative_error(gradient, reference) < 1e-3 or reference.norm() < 1e-4, name
+
+
+@needs_gpu
+def test_compiled_training_step_in_mixed_precision(goldens: dict[str, Any]) -> None:
+    """Of LIT-S, whose 14 x 14 tokens PyTorch's attention must pad: what it lays out itself, its backward refuses."""
+    model, state = released("lit_s", goldens)
+    with autocast(torch.bfloat16):
+        eager = training_step(model, state)
+        norms = [parameter.grad.norm() for parameter in model.parameters()]
+        model.compile(fullgraph=True)
+        assert training_step(model, state) == pytest.approx(eager, rel=5e-3)
+    compiled = [parameter.grad.norm() for parameter in model.parameters()]
+    assert relative_error(torch.stack(compiled), torch.stack(norms)) < 0.12
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -48,10 +48,10 @@ def test_what_was_found_is_drawn(results: tuple[str, Path]) -> None:
     rows = json.loads(results[1].read_text())["rows"]
     growth = [dict(section="growth", what=f"1 x {n} x {n}", name="lit_s", ms=n, images_per_s=1e3 / n) for n in (64, 96)]
     *bars, curves = plot_benchmark.draw(rows + growth).axes
-    assert [axes.get_title() for axes in bars] == [f"forward + backward, {shape}" for shape in SHAPES]
+    assert [axes.get_title("right") for axes in bars] == [f"forward + backward, {shape}" for shape in SHAPES]
     for axes in bars:
         drawn = {label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches)}
-        assert drawn == {row["name"]: row["ms"] for row in rows if row["what"] == axes.get_title()}
+        assert drawn == {row["name"]: row["ms"] for row in rows if row["what"] == axes.get_title("right")}
     assert curves.lines[0].get_xydata().tolist() == [[64, 64], [96, 96]]
     run("plot_benchmark.py", results[1])
     assert Image.open(results[1].with_suffix(".png")).size[0] == 1500
