@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # samples x channels of a program; with 4096, the backward pass takes a fifth longer on an H100
+TILE = 1024  # samples x channels of a program; with 4096, backward passes take a fifth longer on an H100
 
 
 @triton.jit

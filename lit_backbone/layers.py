@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from .row_attention import RowAttention, bias_strips
 
 # Tokens of a map from which its bias is no longer a tensor. On a CPU rows of queries are then faster, and save memory;
-# on a GPU FlexAttention is then as fast (measured on an H100, docs/performance.md), in a fraction of the memory.
+# on a GPU FlexAttention is then as fast (an H100 in bfloat16, docs/performance.md), in a fraction of the memory.
 LARGE_MAP, LARGE_MAP_ON_GPU = 576, 2048
 
 HAS_TRITON = find_spec("triton") is not None
@@ -135,17 +135,24 @@ def _use_flex_attention(q: Tensor) -> bool:
     )
 
 
-def _aligned(bias: Tensor, images: int) -> Tensor:
+def _aligned(bias: Tensor, images: int, dtype: torch.dtype) -> Tensor:
     tokens = bias.shape[-1]
-    rows = F.pad(bias.contiguous(), (0, -tokens % 8)).narrow(3, 0, tokens)
-    return rows.expand(images, -1, -1, -1)
+    rows = bias.new_zeros(*bias.shape[:-1], tokens + -tokens % 8, dtype=dtype).narrow(3, 0, tokens)
+    return rows.copy_(bias).expand(images, -1, -1, -1)
 
 
-# A bias (1, heads, N, N) as fused attention wants it on a GPU: for each image, in rows that begin at multiples of 8
-# entries. PyTorch does this itself, but compiled (2.11) it may order dimensions in ways that its kernels refuse.
+# A bias (1, heads, N, N) as fused attention wants it on a GPU: in the dtype of queries, for each image, in rows that
+# begin at multiples of 8 entries. PyTorch does this itself, but its compiler (2.11) has laid out the result so that the
+# kernels refused it: in LIT-S's backward pass at batch 256, and for a map of one token under activation checkpointing.
 _align = torch.library.custom_op("lit::align_bias", _aligned, mutates_args=())
 _align.register_fake(_aligned)
-_align.register_autograd(lambda ctx, grad: (grad.sum(0, keepdim=True), None))
+
+
+def _align_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad.sum(0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)), None, None
+
+
+_align.register_autograd(_align_backward)
 
 
 @torch.fx.wrap
@@ -161,9 +168,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         if not torch.compiler.is_compiling():
             table = resize_table(table, 2 * height - 1, 2 * width - 1, mode="bicubic")
             return RowAttention.apply(q, k, v, table, height, width)
-    bias = relative_position_bias(table, height, width).to(q.dtype)  # the table's gradient is summed in its own dtype
-    if bias.is_cuda and not is_exporting():
-        bias = _align(bias, len(q))
+    bias = relative_position_bias(table, height, width)  # in the table's dtype, in which its gradient is summed
+    bias = _align(bias, len(q), q.dtype) if q.is_cuda and not is_exporting() else bias.to(q.dtype)
     if torch.onnx.is_in_onnx_export():  # a mask that asks for gradients takes a path that PyTorch cannot export
         bias = bias.detach()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -41,7 +41,7 @@ from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
 from lit_backbone.dtm import autocast_dtype, deformable_sample, use_deform_conv
-from lit_backbone.layers import flex_attention_with_bias, relative_position_bias
+from lit_backbone.layers import biased_attention, flex_attention_with_bias
 from lit_backbone.row_attention import RowAttention
 
 DTM_SHAPES = ((96, 192, 56), (192, 384, 28), (384, 768, 14))  # of LIT-S at 224: channels in and out, side of the map
@@ -222,8 +222,11 @@ def bench_attention(bench: Bench) -> None:
         bench.compare("attention", f"attention, {batch} x {side} x {side}", calls)
 
 
-def _attend_with_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, relative_position_bias(table.to(q.dtype), height, width))
+def _attend_with_tensor(*inputs) -> Tensor:
+    set_fused_attn(False)
+    out = biased_attention(*inputs)
+    set_fused_attn(True)
+    return out
 
 
 def _run_attention(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], side: int) -> None:
@@ -295,7 +298,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="what to measure (all)")
     parser.add_argument("--classes", choices=("S", "M", "B", "SM", "MB", "SMB"), help="of models (cpu: S, cuda: SMB)")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="to compare in place of a class")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="what `models` compares in place of a class")
     parser.add_argument("--batch-size", type=int, help="images of a call (cpu: 8, cuda: 256)")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled models")

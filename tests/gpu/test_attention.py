@@ -38,7 +38,7 @@ def test_output_and_gradients(map_size: tuple[int, int], dtype: torch.dtype, tol
     """Of queries, keys, values and table, which is resized for two of the maps; the bias of the first is a tensor."""
     tokens, heads = map_size[0] * map_size[1], 3
     with torch.device(DEVICE):
-        inputs = [torch.randn(1, heads, tokens, 32, dtype=dtype) for _ in range(3)]
+        inputs = [torch.randn(2, heads, tokens, 32, dtype=dtype) for _ in range(3)]
         table = torch.randn(1, heads, 91, 91)
         expected = looked_up(with_tensor, *map_size, *(tensor.double() for tensor in (*inputs, table)))
         attend = torch.compile(biased_attention) if compiled and ON_GPU else biased_attention

@@ -34,11 +34,13 @@ def test_logits(name: str, dtype: torch.dtype, tolerance: float, goldens: dict[s
     assert_agrees(logits.cpu(), goldens["outputs"]["logits"][name], tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.12)])
+@pytest.mark.parametrize("dtype, loss, tolerance", [(torch.float32, 1e-4, 1e-3), (torch.bfloat16, 5e-3, 0.12)])
 @pytest.mark.parametrize("start", ["train_step", "train_step_zero_offsets"])
 @pytest.mark.parametrize("name", ["lit_s", "lit_ti"])
-def test_training_step(name: str, start: str, dtype: torch.dtype, tolerance: float, goldens: dict[str, Any]) -> None:
-    """Loss and norms of gradients, which move by up to 4 % where float32 weights move by half a step of bfloat16."""
+def test_training_step(
+    name: str, start: str, dtype: torch.dtype, loss: float, tolerance: float, goldens: dict[str, Any]
+) -> None:
+    """Loss and norms of gradients; bfloat16 moves LIT-S's norms by 5 % on a CPU, by 8 % on an H100."""
     model, state = released(name, goldens)
     figures = goldens[start][name]
     if "offset_grads" in figures:
@@ -47,7 +49,7 @@ def test_training_step(name: str, start: str, dtype: torch.dtype, tolerance: flo
     else:
         norms = figures["grad_norms"]
     with autocast(dtype):
-        assert training_step(model, state) == pytest.approx(figures["loss"], rel=tolerance / 10)
+        assert training_step(model, state) == pytest.approx(figures["loss"], rel=loss)
     gradients = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     compared = {own_name(key): norm for key, norm in norms.items()}
     # a bias before BatchNorm has no gradient up to rounding, and lit_ti's last table is two parameters here
@@ -79,7 +81,7 @@ def test_compiled(kind: str, dynamic: bool) -> None:
 
 @needs_gpu
 def test_compiled_training_step_in_mixed_precision(goldens: dict[str, Any]) -> None:
-    """Of LIT-S, whose 14 x 14 tokens PyTorch's attention must pad: what it lays out itself, its backward refuses."""
+    """Of LIT-S, whose bias of 14 x 14 tokens its compiled backward pass once refused."""
     model, state = released("lit_s", goldens)
     with autocast(torch.bfloat16):
         eager = training_step(model, state)

@@ -43,14 +43,16 @@ def test_relative_bias_is_looked_up_by_displacement(map_size: tuple[int, int], c
             assert torch.equal(bias[0, :, query, key], expected), (query, key)
 
 
+@pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [1, 4, 14, 16])
-def test_rows_of_a_bias_are_aligned_for_a_gpu(tokens: int) -> None:
-    bias = torch.randn(1, 2, tokens, tokens, requires_grad=True)
-    torch.library.opcheck(layers._align, (bias, 3))
-    aligned = layers._align(bias, 3)
-    assert torch.equal(aligned, bias.expand(3, -1, -1, -1))
+def test_rows_of_a_bias_are_aligned_for_a_gpu(tokens: int, images: int) -> None:
+    """Also those of a bias whose heads are next to each other in memory."""
+    bias = torch.randn(1, tokens, tokens, 2).permute(0, 3, 1, 2).requires_grad_()
+    torch.library.opcheck(layers._align, (bias, images, torch.float32))
+    aligned = layers._align(bias, images, torch.bfloat16)
+    assert torch.equal(aligned, bias.bfloat16().expand(images, -1, -1, -1))
     assert all(stride % 8 == 0 for stride in aligned.stride()[:3]) and aligned.stride(3) == 1
-    assert torch.equal(*torch.autograd.grad(aligned.sum(), bias), torch.full_like(bias, 3))
+    assert torch.equal(*torch.autograd.grad(aligned.sum(), bias), torch.full_like(bias, images))
 
 
 def test_relative_bias_of_another_map_is_resized_bicubically() -> None:

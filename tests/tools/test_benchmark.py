@@ -21,7 +21,18 @@ SHAPES = ("96 x 56 x 56", "192 x 28 x 28", "384 x 14 x 14")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run printed, and the file it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
-    arguments = ["--device", "cpu", "--sections", "operator", "input", "--repeats", "1", "--batch-size", "2"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--sections",
+        "operator",
+        "attention",
+        "input",
+        "--repeats",
+        "1",
+        "--batch-size",
+        "2",
+    ]
     return run("benchmark.py", *arguments, "--output", folder), folder / "cpu.json"
 
 
@@ -36,6 +47,7 @@ def test_every_comparison_has_its_ratio(results: tuple[str, Path]) -> None:
     assert found["machine"]["torch"] == torch.__version__
     operator = {(row["what"], row["name"]): row for row in found["rows"] if row["section"] == "operator"}
     assert len(operator) == 2 * 3 * 3  # forward and with backward, shapes of LIT-S, ways
+    assert len([row for row in found["rows"] if row["section"] == "attention"]) == 5 * 2  # sizes, ways
     assert all(row["ms"] > 0 and row["mib"] > 0 for row in operator.values())
     for (what, name), row in operator.items():
         if name != "ours":
