@@ -21,18 +21,7 @@ SHAPES = ("96 x 56 x 56", "192 x 28 x 28", "384 x 14 x 14")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run printed, and the file it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
-    arguments = [
-        "--device",
-        "cpu",
-        "--sections",
-        "operator",
-        "attention",
-        "input",
-        "--repeats",
-        "1",
-        "--batch-size",
-        "2",
-    ]
+    arguments = "--device cpu --sections operator attention input --repeats 1 --batch-size 2".split()
     return run("benchmark.py", *arguments, "--output", folder), folder / "cpu.json"
 
 
