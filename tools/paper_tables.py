@@ -44,7 +44,7 @@ def build(name: str) -> nn.Module:
 
 def measure(bench: Bench) -> Costs:
     """Parameters, multiply-adds, and images/s in inference and training of every model, timed by turns."""
-    images = random_images(bench, bench.batch, SIDE, SIDE)
+    images = random_images(bench, bench.batch, SIDE, SIDE).contiguous()  # as main.py has them
     models = {name: build(name).to(bench.device) for name in MODELS}
     costs = {name: {"parameters": sum(p.numel() for p in model.parameters())} for name, model in models.items()}
     calls = {name: partial(infer, model.eval(), images) for name, model in models.items()}
