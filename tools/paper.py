@@ -4,8 +4,9 @@
 
 Trains small LITs with more and less attention, and with other mergings than DTM, and small models of other families, on
 CIFAR-10; then a detector and a segmentor on scenes of digits, from LIT's weights and from random ones. What is in
-results.json, with the settings of now, counts as done; what was interrupted goes on, within a training, too. Prints
-tables of what there is and draws accuracy.png, and sampling.png of lit.pth, LIT of seed 0; `--report` does only this.
+results.json, with the settings of now, counts as done: in the repository's all of it is, `--results` names another folder.
+What was interrupted goes on, within a training, too. Prints tables of what there is and draws accuracy.png, and
+sampling.png of lit.pth, LIT of seed 0; `--report` does only this.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the classifiers (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at a time (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/paper", help="of trainings (%(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/paper", help="of one device (%(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/paper", help="of one schedule (%(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -117,6 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     done = finished(results, runs)
     todo = [run for run in runs if run.key not in done and not args.report]
     if todo:
+        if others := read(results).keys() & {run.key for run in todo}:
+            found = f"{results}: has {', '.join(sorted(others))} by other settings"
+            raise TrainingError(f"{found}; name another folder by --results, or remove their lines")
         if models:
             write_images(ROOT / "data/cifar10")
         if tasks:

@@ -114,9 +114,10 @@ def classification_runs(output: Path, models: Sequence[str], seeds: Sequence[int
     """By main.py, with further KEY VALUE pairs."""
     runs = []
     for seed, name in product(seeds, models):
-        path, tag, opts = str(CONFIGS / f"{name}.yaml"), f"seed-{seed}", ("SEED", str(seed), *options)
-        command = ("classification/main.py", "--cfg", path, "--output", str(output), "--tag", tag, "--opts", *opts)
+        path, opts = str(CONFIGS / f"{name}.yaml"), ("SEED", str(seed), *options)
         computed = [_settings(path, *opts), options]
+        tag = f"seed-{seed}-{digest(computed)}"  # main.py takes a run of other settings that has ended for this one
+        command = ("classification/main.py", "--cfg", path, "--output", str(output), "--tag", tag, "--opts", *opts)
         runs.append(Run(name, seed, output / name / tag, command, computed, "log.jsonl", "val/acc1"))
     return runs
 

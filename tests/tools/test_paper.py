@@ -77,6 +77,25 @@ def test_what_starts_from_another_lit_is_another_training(tmp_path: Path, monkey
         paper.main(command)
 
 
+def test_other_settings_neither_continue_nor_replace_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ten, five = (paper.classification_runs(tmp_path, [LIT], [0], "TRAIN.EPOCHS", n)[0] for n in ("10", "5"))
+    assert ten.folder != five.folder and ten.folder.name in ten.command
+    kept = {"settings": ten.digest, "reached": [70.0], "cpu_seconds": 1}
+    paper.keep(tmp_path / "results.json", ten.key, kept)
+    monkeypatch.setattr(paper, "write_images", lambda _: None)
+    started = []
+    monkeypatch.setattr(paper, "train_all", lambda runs, *_: started.extend(runs) or iter(()))
+    monkeypatch.setattr(paper, "report", lambda *_: "")
+    command = ["--models", LIT, "--seeds", "0", "--epochs", "5", "--results"]
+    with pytest.raises(TrainingError, match=r"results.json: has lit, seed 0 by other settings; name another folder"):
+        paper.main([*command, str(tmp_path)])
+    assert not started and paper.read(tmp_path / "results.json") == {ten.key: kept}
+    paper.main([*command, str(tmp_path / "five")])
+    assert [run.key for run in started] == [five.key]
+
+
 def test_what_the_repository_keeps_is_of_the_settings_of_now() -> None:
     folder = ROOT / "docs/paper"
     options = ("TRAIN.EPOCHS", "10", "RUNTIME.DEVICE", "cpu", "RUNTIME.COMPILE", "False")
