@@ -4,7 +4,7 @@
 
 Trains small LITs with more and less attention, and with other mergings than DTM, and small models of other families, on
 CIFAR-10; then a detector and a segmentor on scenes of digits, from LIT's weights and from random ones. What is in
-results.json, with the settings of now, counts as done; the repository's has all of it, `--results` names another folder.
+results.json, with the settings of now, counts as done; the repository has all of it, `--results` names another folder.
 What was interrupted goes on, within a training, too. Prints tables of what there is and draws accuracy.png, and
 sampling.png of lit.pth, LIT of seed 0; `--report` does only this.
 """
