@@ -55,7 +55,7 @@ bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); a
 	"$(PYTHON)" tools/benchmark.py --output outputs/benchmark
 	"$(PYTHON)" tools/plot_benchmark.py outputs/benchmark/*.json
 
-paper: env-mm ## train small LITs and their peers on photographs and compare, by finished trainings and new ones; hours
+paper: env-mm ## compare small LITs and their peers on photographs; docs/paper.md says how to train them anew
 	"$(PYTHON)" -m tools.paper
 
 test: env-test lint ## check the style, then run the test suite

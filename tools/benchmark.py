@@ -213,7 +213,7 @@ def bench_attention(bench: Bench) -> None:
     """Forward and backward, 12 heads of 32 channels: where LARGE_MAP and LARGE_MAP_ON_GPU of layers.py should be."""
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     ways = {"bias looked up": flex_attention_with_bias if dtype == torch.bfloat16 else RowAttention.apply}
-    ways["bias as a tensor"] = _attend_with_tensor
+    ways["bias as a tensor"] = partial(_with_tensor, biased_attention)
     for side in (14, 24, 32, 45, 64):
         batch = max(1, bench.batch * 14**2 // side**2)
         q, k, v = torch.randn(3, batch, 12, side**2, 32, device=bench.device, dtype=dtype, requires_grad=True)
@@ -222,11 +222,12 @@ def bench_attention(bench: Bench) -> None:
         bench.compare("attention", f"attention, {batch} x {side} x {side}", calls)
 
 
-def _attend_with_tensor(*inputs) -> Tensor:
+def _with_tensor(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns where the bias of attention is a tensor."""
     set_fused_attn(False)
-    out = biased_attention(*inputs)
+    result = function(*args)
     set_fused_attn(True)
-    return out
+    return result
 
 
 def _run_attention(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], side: int) -> None:
@@ -238,15 +239,13 @@ def bench_dense(bench: Bench) -> None:
     model = build_model("lit_s", bench, features_only=True, img_size=DENSE_SIZE).train()
     images = random_images(bench, 2 if bench.device.type == "cuda" else 1, *DENSE_SIZE)
 
-    def step(fused: bool) -> None:
-        set_fused_attn(fused)
+    def step() -> None:
         with autocast(images):
             loss = sum(features.float().mean() for features in model(images))
         loss.backward()
         model.zero_grad(set_to_none=True)
-        set_fused_attn(True)
 
-    calls = {"bias looked up": partial(step, True), "bias as a tensor": partial(step, False)}
+    calls = {"bias looked up": step, "bias as a tensor": partial(_with_tensor, step)}
     bench.compare("dense", f"training step, {len(images)} x {DENSE_SIZE[0]} x {DENSE_SIZE[1]}", calls, len(images))
 
 

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     if todo:
         if others := read(results).keys() & {run.key for run in todo}:
             found = f"{results}: has {', '.join(sorted(others))} by other settings"
-            raise TrainingError(f"{found}; name another folder by --results, or remove their lines")
+            raise TrainingError(f"{found}; name another folder by --results")
         if models:
             write_images(ROOT / "data/cifar10")
         if tasks:

@@ -306,7 +306,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lit_backbone.dtm_triton import _backward_kernel, _forward_kernel
+from lit_backbone.dtm_triton import _backward_kernel, _forward_kernel, _tile
 
 for features in ("*fp16", "*bf16", "*fp32"):
     for kernel in (_forward_kernel, _backward_kernel):
@@ -315,7 +315,7 @@ for features in ("*fp16", "*bf16", "*fp32"):
         pointers |= dict(offset="*fp32", grad_tokens="*fp32", grad_offset="*fp32")
         types = pointers | dict(SAMPLES="constexpr", CHANNELS="constexpr")
         signature = {name: types.get(name, "i32") for name in names}
-        tile = {(names.index("SAMPLES"),): 32, (names.index("CHANNELS"),): 128}
+        tile = {(names.index(name),): size for name, size in _tile(128).items()}
         divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in [*pointers, "C"]}
         source = ASTSource(kernel, signature=signature, constexprs=tile, attrs=divisible)
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
