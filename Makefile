@@ -67,11 +67,12 @@ test-slow: env-mm ## run the tests that take minutes
 test-gpu: env ## run the tests that need a GPU, alone
 	"$(PYTHON)" -m pytest tests/gpu
 
-lint: env ## check style and formatting
+lint: env ## check style, formatting, language, links, spelling and types
 	"$(PYTHON)" -m ruff check
 	"$(PYTHON)" -m ruff format --check
+	"$(PYTHON)" -m tools.check_language
 
-format: env ## mend style and formatting
+format: env ## fix style and formatting where ruff can
 	"$(PYTHON)" -m ruff check --fix
 	"$(PYTHON)" -m ruff format
 
