@@ -71,6 +71,7 @@ lint: env ## check style, formatting, language, links, spelling and types
 	"$(PYTHON)" -m ruff check
 	"$(PYTHON)" -m ruff format --check
 	"$(PYTHON)" -m tools.check_language
+	"$(PYTHON)" -m tools.check_links
 
 format: env ## fix style and formatting where ruff can
 	"$(PYTHON)" -m ruff check --fix
