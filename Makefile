@@ -72,6 +72,7 @@ lint: env ## check style, formatting, language, links, spelling and types
 	"$(PYTHON)" -m ruff format --check
 	"$(PYTHON)" -m tools.check_language
 	"$(PYTHON)" -m tools.check_links
+	"$(PYTHON)" -m codespell_lib
 
 format: env ## fix style and formatting where ruff can
 	"$(PYTHON)" -m ruff check --fix

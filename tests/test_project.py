@@ -102,9 +102,10 @@ def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) ->
     assert (model.num_classes, data["input_size"], data["crop_pct"]) == (3, (3, 224, 224), 1.0)
 
 
-def test_commits_are_checked_by_the_ruff_that_tests_use() -> None:
+@pytest.mark.parametrize("tool", ["ruff", "codespell"])
+def test_commits_are_checked_by_the_versions_that_tests_use(tool: str) -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    pins = {pin for hook in hooks for pin in hook["additional_dependencies"] if pin.startswith("ruff")}
+    pins = {pin for hook in hooks for pin in hook.get("additional_dependencies", []) if re.match(rf"{tool}\b", pin)}
     assert len(pins) == 1 and pins <= set((ROOT / "requirements/constraints.txt").read_text().splitlines())
 
 
