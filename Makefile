@@ -73,6 +73,7 @@ lint: env ## check style, formatting, language, links, spelling and types
 	"$(PYTHON)" -m tools.check_language
 	"$(PYTHON)" -m tools.check_links
 	"$(PYTHON)" -m codespell_lib
+	"$(PYTHON)" -m pyrefly check --python-interpreter-path "$(PYTHON)"
 
 format: env ## fix style and formatting where ruff can
 	"$(PYTHON)" -m ruff check --fix
