@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on several GPUs: bash tools/dist_train.sh CONFIG GPUS [options of train.py]
-# On several nodes: the same on each, with NNODES, NODE_RANK, MASTER_ADDR and, if 29500 is taken, PORT set.
+# Train on several GPUs: bash tools/dist_train.sh CONFIG GPUS [options of train.py]
+# For several nodes, run it on each node with NNODES, NODE_RANK and MASTER_ADDR set. PORT overrides the port, 29500.
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$tools/../../tools/launch.sh"
 dist_train "$tools" mmdet "$@"

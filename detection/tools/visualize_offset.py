@@ -1,13 +1,6 @@
-"""Draw where the backbone samples pictures: `python tools/visualize_offset.py street.jpg --config C --checkpoint F`."""
+"""Draw DTM's sampling positions: `python tools/visualize_offset.py street.jpg --config CONFIG --checkpoint FILE`."""
 
-import sys
-
-try:
-    from lit_backbone.mm.commands import one_line_errors
-    from lit_backbone.mm.inference import visualize_offset
-except ImportError as error:
-    sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
+from lit_backbone.mm.inference import visualize_offset
 
 if __name__ == "__main__":
-    with one_line_errors():
-        visualize_offset(__doc__)
+    visualize_offset(__doc__)

@@ -1,4 +1,4 @@
-"""LIT as a backbone for dense prediction, registered once for mmdetection and mmsegmentation."""
+"""LIT backbone for dense prediction, registered for mmdetection and mmsegmentation."""
 
 import re
 from collections.abc import Sequence
@@ -12,36 +12,33 @@ from ..fit import fit_state_dict
 from ..images import DataError
 from ..lit import ARCHS, LIT
 from ..released import convert_released
-from .loading import load_file
+from .checkpoints import load_file
 
-# What a backbone does not take from a classifier's checkpoint; the last norm does not become an output norm.
+# Weights of a classifier that the backbone does not use. The final norm is not reused as an output norm.
 CLASSIFIER_ONLY = re.compile(r"(norm|head)\.|stages\.\d+\.cls_(token|pos_embed)$")
 
 
 @MODELS.register_module()
 class LITBackbone(LIT):
-    """LIT that returns the outputs of its stages, without class token, final norm and head.
+    """LIT backbone that returns the feature maps of its stages, without class token, final norm and head.
 
-    Input `(B, 3, H, W)` of at least 32 x 32 pixels; output a tuple of maps `(B, C, H / stride, W / stride)`, NCHW, with
-    strides 4, 8, 16 and 32 for the stages 0 to 3.
+    It maps images `(B, 3, H, W)` to a tuple of feature maps `(B, C, H / stride, W / stride)`. The strides are 4, 8, 16
+    and 32.
 
     Args:
-        arch: `lit_ti`, `lit_s`, `lit_m` or `lit_b`, or a dictionary of :class:`LIT`'s keywords for another size.
-        img_size: input size in pixels that the position tables are stored for, one number or (height, width); at any
-            other size they are interpolated on the fly.
-        out_indices: stages to return, in rising order. Stages after the last of them are not built.
-        out_norms: those of them that get a LayerNorm (`norm0` to `norm3`) on their output.
-        drop_path_rate: stochastic depth of the last block.
-        frozen_stages: number of first stages that do not train: no gradients, BatchNorm in evaluation mode.
-        with_cp: recompute the blocks' activations in the backward pass instead of keeping them.
-        init_cfg: `dict(type="Pretrained", checkpoint=...)`, a file or an http(s) address: a classifier in the released
-            or this package's layout. With `prefix="backbone."`, the backbone of a detector or segmentor.
-
-    Raises:
-        ValueError: an argument is not one of these.
+        arch: `lit_ti`, `lit_s`, `lit_m` or `lit_b`, or a dictionary of :class:`LIT` keywords.
+        img_size: input size in pixels of the stored position tables, one number or (height, width). The tables are
+            interpolated for other input sizes.
+        out_indices: stages to return, in ascending order. Later stages are not built.
+        out_norms: stages whose output passes a LayerNorm (`norm0` to `norm3`), a subset of `out_indices`.
+        drop_path_rate: stochastic depth rate of the last block.
+        frozen_stages: number of leading stages to freeze: no gradients, BatchNorm in evaluation mode.
+        with_cp: use activation checkpointing in the blocks.
+        init_cfg: `dict(type="Pretrained", checkpoint=...)` with a file or URL. The checkpoint is a classifier in the
+            released layout or in the layout of this package. Add `prefix="backbone."` for a detector or segmentor.
     """
 
-    init_cfg: dict[str, Any] | None = None  # LIT's constructor calls `init_weights` before it is set
+    init_cfg: dict[str, Any] | None = None  # LIT's constructor calls `init_weights` before the attribute is set
 
     def __init__(
         self,
@@ -55,11 +52,11 @@ class LITBackbone(LIT):
         init_cfg: dict[str, Any] | None = None,
     ):
         if isinstance(arch, str) and arch not in ARCHS:
-            raise ValueError(f"arch={arch!r}: use one of {', '.join(ARCHS)}, or a dictionary of LIT's keywords")
+            raise ValueError(f"arch={arch!r}: unknown. Use {', '.join(ARCHS)}, or a dictionary of LIT keywords.")
         if list(out_indices) != sorted(set(out_indices) & set(range(4))) or not out_indices:
-            raise ValueError(f"out_indices={out_indices}: use some of 0, 1, 2, 3, in rising order")
+            raise ValueError(f"out_indices={out_indices}: invalid. Use stages out of 0, 1, 2, 3 in ascending order.")
         if not set(out_norms) <= set(out_indices):
-            raise ValueError(f"out_norms={out_norms}: use some of out_indices={out_indices}")
+            raise ValueError(f"out_norms={out_norms}: invalid. Use stages out of out_indices={out_indices}.")
         keywords = dict(ARCHS[arch] if isinstance(arch, str) else arch)
         if keywords.pop("class_token", False):
             keywords["global_pool"] = "avg"
@@ -67,30 +64,26 @@ class LITBackbone(LIT):
         self.pretrained_cfg = {"architecture": arch if isinstance(arch, str) else f"LIT({arch})"}  # for messages
         self.out_indices = self.prune_intermediate_layers(list(out_indices), prune_norm=True)
         for i in out_norms:
-            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))  # its eps is 1e-5 everywhere
+            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
         self.frozen_stages = frozen_stages
         self.stages[: max(frozen_stages, 0)].requires_grad_(False)
         self.set_grad_checkpointing(with_cp)
         self.init_cfg = init_cfg
 
     def init_weights(self) -> None:
-        """Draw new weights, or load those of the checkpoint that `init_cfg` names.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be read safely, or is not one of this backbone.
-        """
+        """Initialize the weights. Raise CheckpointError if the checkpoint in `init_cfg` does not match."""
         super().init_weights()
         if self.init_cfg is None:
             return
-        settings = dict(self.init_cfg)
-        kind, path, prefix = settings.pop("type", None), settings.pop("checkpoint", None), settings.pop("prefix", "")
-        if kind != "Pretrained" or path is None or settings:
-            raise ValueError(f'init_cfg={self.init_cfg}: use dict(type="Pretrained", checkpoint=FILE)')
+        cfg = dict(self.init_cfg)
+        kind, path, prefix = cfg.pop("type", None), cfg.pop("checkpoint", None), cfg.pop("prefix", "")
+        if kind != "Pretrained" or path is None or cfg:
+            raise ValueError(f'init_cfg={self.init_cfg}: invalid. Use dict(type="Pretrained", checkpoint=FILE).')
         weights = unwrap_state_dict(load_file(str(path)))
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if not weights:
-            missing = f"no key that begins with {prefix!r}, the prefix in init_cfg" if prefix else "no weights"
-            raise CheckpointError(f"{path}: holds {missing}")
+            missing = f"no key starts with init_cfg.prefix={prefix!r}" if prefix else "no weights"
+            raise CheckpointError(f"{path}: {missing}. Use a checkpoint of {self.pretrained_cfg['architecture']}.")
         state_dict = {key: value for key, value in self.state_dict().items() if key.startswith("norm")}  # output norms
         built = tuple(f"stages.{i}." for i in range(len(self.stages)))
         for key, value in convert_released(weights).items():
@@ -99,19 +92,17 @@ class LITBackbone(LIT):
         self.load_state_dict(fit_state_dict(state_dict, self, path))
 
     def train(self, mode: bool = True) -> "LITBackbone":
+        """Set the training mode. Frozen stages stay in evaluation mode."""
         super().train(mode)
         self.stages[: max(self.frozen_stages, 0)].eval()
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Raises DataError for an input so small that its last map has no token."""
+        """Compute the feature maps. Raise DataError if the input is smaller than the largest stride."""
         height, width = x.shape[2:]
-        if min(height, width) < (least := self.feature_info[len(self.stages) - 1]["reduction"]):
-            raise DataError(f"{height} x {width} pixels: LIT needs {least} x {least} or more; enlarge the images")
-        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
-        outputs = []
-        for i, y in zip(self.out_indices, maps, strict=True):
-            norm = getattr(self, f"norm{i}", None)
-            y = y if norm is None else norm(y)
-            outputs.append(y.permute(0, 3, 1, 2).contiguous())  # (B, H, W, C) -> (B, C, H, W), as mmcv's operators want
-        return tuple(outputs)
+        minimum = self.feature_info[len(self.stages) - 1]["reduction"]
+        if min(height, width) < minimum:
+            raise DataError(f"input of {height} x {width} pixels is smaller than {minimum} x {minimum}. Enlarge it.")
+        features = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
+        outputs = (getattr(self, f"norm{i}", nn.Identity())(y) for i, y in zip(self.out_indices, features, strict=True))
+        return tuple(y.permute(0, 3, 1, 2).contiguous() for y in outputs)  # (B, H, W, C) -> (B, C, H, W)

@@ -1,4 +1,4 @@
-"""Looks at data sets and their files, so that a mistake there ends a run in one line that names the place."""
+"""Checks of datasets and their files. A mistake stops the run with a one-line error that names the file or key."""
 
 import os
 import re
@@ -17,140 +17,174 @@ from tqdm import tqdm
 
 from ..checkpoints import name_some
 from ..images import DataError
+from ..text import printable
 
 
-def leaves(dataset: Any) -> list[Any]:
-    """The data sets within a loader and wrappers such as ConcatDataset, or those within their configs."""
+def unwrap_datasets(dataset: Any) -> list[Any]:
+    """List the datasets in a dataloader and wrappers such as ConcatDataset, or in their configs."""
     inner = dataset if isinstance(dataset, dict) else {k: getattr(dataset, k, None) for k in ("dataset", "datasets")}
-    parts = inner.get("datasets") or [inner.get("dataset")]
-    return [dataset] if parts == [None] else [leaf for part in parts for leaf in leaves(part)]
+    children = inner.get("datasets") or [inner.get("dataset")]
+    return [dataset] if children == [None] else [leaf for child in children for leaf in unwrap_datasets(child)]
 
 
-def check_classes(config: dict[str, Any]) -> None:
-    """Raise DataError if the classes in a data set's config are one string, which has letters for items, or have
-    too few colours."""
-    classes, palette = ((config.get("metainfo") or {}).get(key) for key in ("classes", "palette"))
-    if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine takes a file of names, too
-        raise DataError(f'metainfo.classes={classes!r}: is a string; a single class needs a comma: ("{classes}",)')
-    if isinstance(palette, list) and classes and not isinstance(classes, str) and len(palette) < len(classes):
-        raise DataError(f"metainfo.palette: has {len(palette)} colours for {len(classes)} classes; give each its own")
+# ---- classes
 
 
-def check_heads(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Raise DataError if a detector's or segmentor's head is not for as many classes as the data have, if these say."""
+def check_metainfo(configs: Sequence[dict[str, Any]]) -> None:
+    """Raise DataError if the classes in a dataset config are a single string or the palette has too few colors."""
+    for config in configs:
+        classes, palette = ((config.get("metainfo") or {}).get(key) for key in ("classes", "palette"))
+        if isinstance(classes, str) and not os.path.isfile(classes):  # mmengine also accepts a file of names
+            raise DataError(f'metainfo.classes={classes!r}: expected a tuple. Write ("{classes}",) for a single class.')
+        if isinstance(palette, list) and classes and not isinstance(classes, str) and len(palette) < len(classes):
+            raise DataError(f"metainfo.palette: {len(palette)} colors for {len(classes)} classes. Add the others.")
+
+
+def check_num_classes(model: nn.Module, classes: Sequence[str] | None) -> None:
+    """Raise DataError if a head of a detector or segmentor is for another number of classes than the data."""
     for name, module in model.named_modules():
-        number = getattr(module, "num_classes", None)
-        if not classes or number in (None, len(classes)):
+        num_classes = getattr(module, "num_classes", None)
+        if not classes or num_classes in (None, len(classes)):
             continue
-        if re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):  # in a cascade they are numbered
+        if re.search(r"(bbox|mask|decode)_head(\.\d+)?$", name):  # a cascade has numbered heads
             key = f"model.{name.removeprefix('module.')}.num_classes"
-            raise DataError(f"{key}={number}: the data has {len(classes)} classes; set it so")
+            raise DataError(f"{key}={num_classes}: the data has {len(classes)} classes. Set {key}={len(classes)}.")
+
+
+def check_equal_classes(datasets: Sequence[Any]) -> None:
+    """Raise DataError if datasets differ in their class names or the order of these."""
+    classes = [tuple(dataset.metainfo.get("classes") or ()) for dataset in datasets]
+    if mismatch := [names for names in classes if names != classes[0]]:
+        problem = f"datasets have different classes, {classes[0]} and {mismatch[0]}"
+        raise DataError(printable(f"metainfo.classes: {problem}. Use the same classes in the same order.", 500))
+
+
+def _check_categories(dataset: Any) -> None:
+    """Compare the categories in a COCO file with the classes in the config, in the order that mmdetection uses."""
+    file, classes, ids = dataset.ann_file, list(dataset.metainfo.get("classes") or ()), dataset.cat_ids
+    if classes == list(dataset.METAINFO.get("classes") or ()):  # a public dataset, whose large file is not read again
+        if type(dataset).__name__ != "CocoDataset" or (len(ids), ids[-1:]) == (80, [90]):  # the last id in COCO is 90
+            return
+    categories = load(file)["categories"]
+    names, by_id = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
+    if duplicates := name_some([name for name in classes if names.count(name) > 1]):
+        raise DataError(f"{file}: several categories are named {duplicates}. Give each category a unique name.")
+    if missing := name_some([name for name in classes if name not in names]):
+        raise DataError(f"{file}: category {missing} is missing. Set metainfo.classes to {', '.join(names)}.")
+    if classes != (order := [by_id[i] for i in ids]):
+        raise DataError(f"{file}: the categories are in another order. Set metainfo.classes to {order}.")
+
+
+# ---- files
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raise DataError if a category or file of a data set is missing, or all images are; opens no image."""
+    """Raise DataError if a category or file is missing or the dataset is empty. No image is opened."""
     source = getattr(dataset, "ann_file", "") or dataset.data_root
-    classes, found = dataset.metainfo.get("classes"), getattr(dataset, "cat_ids", None)
-    # of data sets that know their classes, whose files are large, only COCO's numbers are compared
-    known = list(classes or ()) == list(dataset.METAINFO.get("classes") or ())
-    if known and type(dataset).__name__ == "CocoDataset":
-        known = bool(found) and found[-1] == len(found) + 10  # COCO's own 80 categories go to number 90
-    if found is not None and not known:
-        categories = load(dataset.ann_file)["categories"]
-        own, names = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
-        if twice := name_some([name for name in classes if own.count(name) > 1]):
-            raise DataError(f"{source}: has several categories named {twice}; give each its own name there")
-        if odd := name_some([name for name in classes if name not in names.values()]):
-            raise DataError(f"{source}: has no category {odd}; name its own in metainfo.classes: {', '.join(own)}")
-        if list(classes) != (order := [names[number] for number in found]):  # as mmdetection numbers them
-            raise DataError(f"{source}: has the categories in another order; in metainfo.classes, write {order}")
-    if (suffix := getattr(dataset, "img_suffix", "")) and not dataset.ann_file:  # it lists a folder
-        folder = dataset.data_prefix["img_path"]
-        names = [name for _, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-        if not len(dataset):
-            there = sorted({Path(name).suffix for name in names})
-            raise DataError(f"{folder}: no file ends in the data set's img_suffix, {suffix}; there are {there}")
-        for name in names:  # mmsegmentation leaves it out
-            if not name.endswith(suffix) and _spelt(name).endswith(_spelt(suffix)):
-                raise DataError(f"{folder}: {name} does not end in the data set's img_suffix, {suffix}; rename it")
+    if getattr(dataset, "cat_ids", None) is not None:
+        _check_categories(dataset)
+    if getattr(dataset, "img_suffix", "") and not dataset.ann_file:
+        _check_suffixes(dataset)
     if not len(dataset):
-        raise DataError(f"{source}: holds no image with annotations; see data_root and data_prefix of the data set")
-    names_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        raise DataError(f"{source}: no image with annotations. Check data_root and data_prefix of the dataset.")
+    list_folder = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     missing = []
     for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
         info = dataset.get_data_info(i)
         for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
             folder, name = os.path.split(path)
-            if "://" not in path and name not in names_in(folder):
+            if "://" not in path and name not in list_folder(folder):
                 missing.append(path)
     if missing:
-        raise DataError(f"{missing[0]}: no such file; {source} names {len(missing)} files that are not there")
+        raise DataError(f"{missing[0]}: no such file. {source} refers to {len(missing)} missing files.")
 
 
-def _spelt(name: str) -> str:
-    """A file's name as all who write JPEG files differently might have it."""
+def _check_suffixes(dataset: Any) -> None:
+    """Check that a dataset that lists a folder does not skip images because of another suffix."""
+    folder, suffix = dataset.data_prefix["img_path"], dataset.img_suffix
+    names = [name for _, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    if not len(dataset):
+        suffixes = sorted({Path(name).suffix for name in names})
+        raise DataError(f"{folder}: no file ends in img_suffix={suffix!r}. Set img_suffix to one of {suffixes}.")
+    for name in names:
+        if not name.endswith(suffix) and _normalize_suffix(name).endswith(_normalize_suffix(suffix)):
+            raise DataError(f"{folder}: {name} does not end in img_suffix={suffix!r}. Rename the file.")
+
+
+def _normalize_suffix(name: str) -> str:
+    """Lower-case a file name and map .jpeg to .jpg."""
     return name.lower().replace(".jpeg", ".jpg")
 
 
 def check_metric(dataset: Any, metric: Any) -> None:
-    """Raise DataError if a metric of COCO compares the images of a data set with the annotations of others, or one that
-    writes maps would give two images' the same name."""
+    """Raise DataError if output files would share a name or a COCO metric has the annotations of other images."""
     if getattr(metric, "output_dir", None):
         counts = Counter(Path(dataset.get_data_info(i)["img_path"]).stem for i in range(len(dataset)))
         name, count = counts.most_common(1)[0]
         if count > 1:
-            raise DataError(f"--out: {count} images are named {name}, in several folders; test these one by one")
-    if truth := getattr(metric, "_coco_api", None):
+            raise DataError(
+                f"--out: {count} images in different folders are named {name}. Test each folder separately."
+            )
+    if coco := getattr(metric, "_coco_api", None):
         for i in range(len(dataset)):
             info = dataset.get_data_info(i)
-            name = truth.imgs.get(info["img_id"], {}).get("file_name")
+            name = coco.imgs.get(info["img_id"], {}).get("file_name")
             if not name or os.path.basename(info["img_path"]) != os.path.basename(name):
-                key = "the evaluator's ann_file"
-                raise DataError(f"{info['img_path']}: {key} has {name} in its place; name that of the data set there")
+                advice = "Set it to the dataset's ann_file."
+                raise DataError(f"{info['img_path']}: image is {name} in the evaluator's ann_file. {advice}")
 
 
-class Loading:
-    """A step of a pipeline that reads an image, its annotations or mask; raises DataError that names a bad file."""
+# ---- images and annotations when they are loaded
+
+
+class CheckedStep:
+    """Wrap a pipeline step that loads an image or annotations. Errors are DataErrors that name the file."""
 
     def __init__(self, step: LoadImageFromFile | LoadAnnotations, dataset: Any):
         self.step = step
-        self.classes = len(dataset.metainfo.get("classes") or ()) if hasattr(dataset, "label_map") else 0  # of masks
-        self.ignored, self.first = getattr(dataset, "ignore_index", 255), int(getattr(dataset, "reduce_zero_label", 0))
+        self.num_classes = len(dataset.metainfo.get("classes") or ()) if hasattr(dataset, "label_map") else 0
+        self.ignore_index = getattr(dataset, "ignore_index", 255)
+        self.first_class = int(getattr(dataset, "reduce_zero_label", 0))  # in the file
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         path = isinstance(self.step, LoadAnnotations) and results.get("seg_map_path") or results["img_path"]
-        size = results.get("height"), results.get("width")  # by COCO's annotations, which may not know it
+        annotated_size = results.get("height"), results.get("width")
         try:
             loaded = self.step(results)
-        except Exception as error:  # decoders fail in many ways
-            raise DataError(f"{path}: it, or its annotations, cannot be read ({error!r})") from error
-        if isinstance(self.step, LoadImageFromFile) and all(size) and loaded and loaded["ori_shape"] != size:
-            problem = f"has height and width {loaded['ori_shape']}, its annotations say {size}"
-            raise DataError(f"{path}: {problem}; mend these, or turn the picture as they have it")
-        if self.classes and loaded and "gt_seg_map" in loaded:
-            self.check_mask(loaded["gt_seg_map"], loaded["ori_shape"], path)
+        except Exception as error:  # decoders raise many types of exceptions
+            raise DataError(f"{path}: image or annotations are unreadable ({error!r}). Repair the file.") from error
+        if not loaded:
+            return loaded
+        if isinstance(self.step, LoadImageFromFile) and all(annotated_size) and loaded["ori_shape"] != annotated_size:
+            problem = f"height and width are {loaded['ori_shape']}, but {annotated_size} in the annotations"
+            raise DataError(f"{path}: {problem}. Fix the annotations, or rotate the image to match.")
+        if self.num_classes and "gt_seg_map" in loaded:
+            self._check_mask(loaded["gt_seg_map"], loaded["ori_shape"], path)
         return loaded
 
-    def check_mask(self, mask: np.ndarray, shape: tuple[int, int], path: str) -> None:
-        """Raise DataError if a mask `(H, W)` is none, or does not fit its image's `shape` or the classes."""
+    def _check_mask(self, mask: np.ndarray, shape: tuple[int, int], path: str) -> None:
+        """Check the type, shape and values of a mask `(H, W)`."""
         if os.path.isfile(path):
             with Image.open(path) as file:
-                if file.mode[0] in "IF":  # mmsegmentation would take their number modulo 256
-                    raise DataError(f"{path}: has more than 8 bits a pixel; write its class numbers with 8")
+                if file.mode[0] in "IF":  # mmsegmentation would truncate the values to 8 bits
+                    raise DataError(f"{path}: more than 8 bits per pixel. Save the class indices with 8 bits.")
         if mask.ndim != 2:
-            raise DataError(f"{path}: has {mask.shape[-1]} channels; a mask has one, of class numbers")
+            raise DataError(f"{path}: {mask.shape[-1]} channels. Save the class indices in a single channel.")
         if mask.shape != shape:
-            raise DataError(f"{path}: has height and width {mask.shape}, its image {shape}")
-        odd = mask[(mask >= self.classes) & (mask != self.ignored)]
-        if odd.size:
-            span = f"{self.first} to {self.classes - 1 + self.first}, or {self.ignored} for none"
-            raise DataError(f"{path}: holds {odd[0] + self.first}; by metainfo.classes it is {span}")
+            raise DataError(f"{path}: height and width are {mask.shape}, but {shape} in the image. Replace the mask.")
+        invalid = mask[(mask >= self.num_classes) & (mask != self.ignore_index)]
+        if invalid.size:
+            first, last = self.first_class, self.first_class + self.num_classes - 1
+            advice = (
+                f"Use {first} to {last} for the classes in metainfo.classes and {self.ignore_index} to ignore a pixel."
+            )
+            raise DataError(f"{path}: invalid class index {invalid[0] + first}. {advice}")
 
 
-def name_files(pipeline: Compose, dataset: Any) -> None:
-    """Make the loading steps of a data set's pipeline name the files that they cannot use."""
+def check_loaded_files(pipeline: Compose, dataset: Any) -> None:
+    """Wrap the loading steps of a dataset's pipeline in :class:`CheckedStep`, in place."""
     for i, step in enumerate(pipeline.transforms):
-        for routine in getattr(step, "subroutines", ()):  # of TestTimeAug
-            name_files(routine, dataset)
+        for branch in getattr(step, "subroutines", ()):  # of TestTimeAug
+            check_loaded_files(branch, dataset)
         if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
-            pipeline.transforms[i] = Loading(step, dataset)
+            pipeline.transforms[i] = CheckedStep(step, dataset)

@@ -1,20 +1,14 @@
-"""mmengine's runner, stricter about what it reads."""
+"""Runner of mmengine with strict checkpoint loading and float32 losses."""
 
 import re
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from pathlib import Path
-from reprlib import repr as shortened
+from reprlib import repr as short_repr
 from typing import Any
 
-import mmcv.ops  # noqa: F401, fails here, with a name, where mmcv was built without its operators
 import torch
-import torch.distributed
 from mmengine.config import ConfigDict
-from mmengine.evaluator import Evaluator
-from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -22,160 +16,132 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, other_classes, unwrap_state_dict
+from ..checkpoints import CheckpointError, name_some, other_classes, unwrap_state_dict
 from ..fit import check_optimizer_state
-from ..text import printable
-from .data import check_classes, check_dataset, leaves
-from .loading import fit_weights, load_file
-from .screen import is_of_interest
+from .checkpoints import fit_weights, load_file
+from .data import check_dataset, check_metainfo, unwrap_datasets
 
 HALF = (torch.float16, torch.bfloat16)
-PROGRESS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}  # of a schedule
-PROGRESS |= {"params", "foreach", "fused"}  # and what of a group of parameters is no setting
+FROM_WEIGHTS = "start a new run from the weights with --cfg-options load_from=FILE"
+# State of schedulers and parameter groups that is not a setting
+PROGRESS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}
+PROGRESS |= {"params", "foreach", "fused"}
 
 
 class StrictRunner(Runner):
-    """mmengine's runner, except that it refuses a checkpoint that is not its model's, where mmengine warns."""
+    """Runner that raises an error if a checkpoint does not match the model. mmengine only logs a warning.
 
-    new_head = False  # whether a checkpoint may differ from the model outside the backbone: fine-tuning
+    Set `allow_new_head` for fine-tuning: mismatched weights outside the backbone then keep their initialization.
+    """
+
+    allow_new_head = False
 
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """As mmengine's; raises DataError where classes are one string, or a data set turns out to be empty."""
-        configs = [leaf for leaf in leaves(dataloader) if isinstance(leaf, dict)]
-        for config in configs:
-            check_classes(config)
+        """Build a dataloader. Raise DataError if the classes are invalid or the dataset is empty."""
+        configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
+        check_metainfo(configs)
         try:
-            with redirect_stdout(StringIO()):  # pycocotools counts its steps
-                return Runner.build_dataloader(dataloader, *args, **kwargs)
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
-            if "need at least one array" not in str(error):  # numpy, on no samples at all
-                raise
-            for config in configs:
-                check_dataset(DATASETS.build(dict(config, serialize_data=False)))
+            if "need at least one array" in str(error):  # NumPy's error for an empty dataset
+                for config in configs:
+                    check_dataset(DATASETS.build(dict(config, serialize_data=False)))
             raise
 
-    def build_evaluator(self, evaluator: Any) -> Evaluator:
-        with redirect_stdout(StringIO()):
-            return super().build_evaluator(evaluator)
-
-    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """As mmengine's, but for what is in the file only; begins with a header."""
-        logger = super().build_logger(*args, **kwargs)
-        logger.handlers[0].addFilter(is_of_interest)  # the screen's
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        where = f"on {self._world_size} x {device}, in {self.work_dir}"
-        logger.info(f"{self.cfg.filename}: {where}; environment and config are in {logger.log_file}")
-        return logger
-
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """As mmengine's, with float32 arithmetic, and BN for SyncBN without a GPU, for which alone PyTorch has it."""
+        """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
         if not torch.cuda.is_available():
             model = revert_sync_batchnorm(model)
         keep_float32(model)
         return super().wrap_model(model_wrapper_cfg, model)
 
-    def load_checkpoint(self, filename: str, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
-        """Load a checkpoint's weights into the model.
-
-        Raises:
-            CheckpointError: the file cannot be read safely, is another model's, or knows other classes than the data;
-                or it is to be resumed, and holds no optimiser or another one's.
-        """
+    def load_checkpoint(self, filename: str, map_location: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
+        """Load the weights of a checkpoint. Raise CheckpointError if model, classes or optimizer do not match."""
         checkpoint = load_file(filename, map_location)
-        checkpoint.setdefault("state_dict", unwrap_state_dict(checkpoint))  # which EMAHook reads
+        checkpoint.setdefault("state_dict", unwrap_state_dict(checkpoint))  # EMAHook reads this key
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model, anew = self.model, ()
+        model, reset_keys = self.model, ()
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         dataset = (self.train_dataloader if self._train_loop is not None else self.test_dataloader).dataset
-        if misfit := other_classes(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
-            if not self.new_head:
-                raise CheckpointError(f"{filename}: {misfit}; give the data sets those by metainfo.classes")
-            anew = class_dependent(self.cfg.model, model)
-            self.logger.warning(f"{filename}: {misfit}; what depends on them starts anew")
-        weights = fit_weights(checkpoint, model, filename, new_head=self.new_head, anew=anew)
+        if mismatch := other_classes(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
+            if not self.allow_new_head:
+                raise CheckpointError(f"{filename}: {mismatch}. Set metainfo.classes to those of the checkpoint.")
+            reset_keys = class_dependent_keys(self.cfg.model, model)
+            self.logger.warning(f"{filename}: {mismatch}. Weights that depend on the classes are reinitialized.")
+        weights = fit_weights(checkpoint, model, filename, allow_new_head=self.allow_new_head, reset_keys=reset_keys)
         if self._resume:
             if "optimizer" not in checkpoint:
-                remedy = "start from them with --cfg-options load_from=FILE instead"
-                raise CheckpointError(f"{filename}: holds weights, not a run to resume; {remedy}")
+                raise CheckpointError(f"{filename}: no optimizer state to resume from. Instead, {FROM_WEIGHTS}.")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
-            if change := self.changed_setting(checkpoint):
-                remedy = "resume with the run's own, or start from its weights with --cfg-options load_from=FILE"
-                raise CheckpointError(f"{filename}: {printable(change, 300)}; {remedy}")
-            # the classes have been compared; the rest, which mmengine compares too, has not been read
+            if changes := self.overridden_settings(checkpoint):
+                problem = f"the checkpoint overrides settings of the config: {name_some(changes)}"
+                self.logger.warning(f"{filename}: {problem}. To use those of the config, {FROM_WEIGHTS}.")
+            # mmengine compares the metainfo; the classes are compared above, other fields are not read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
         model.load_state_dict(weights)
         self._has_loaded = True
-        self.logger.info(f"loaded {filename}")
+        self.logger.info(f"Loaded checkpoint {filename}")
         return checkpoint
 
-    def changed_setting(self, checkpoint: dict[str, Any]) -> str:
-        """A setting that resuming would overwrite by the checkpoint's, in words; empty if all are the same."""
-        schedulers, groups = checkpoint.get("param_schedulers") or [], checkpoint["optimizer"]["param_groups"]
-        own = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
-        pairs = {"param_scheduler": (schedulers, own), "group": (groups, self.optim_wrapper.optimizer.param_groups)}
-        for name, (theirs, ours) in pairs.items():
-            if len(theirs) != len(ours):
-                return f"has {len(theirs)} {name}s, this run {len(ours)}"
-            for i, (old, new) in enumerate(zip(theirs, ours)):
-                for key in sorted((old.keys() & new.keys()) - PROGRESS):
-                    if f"initial_{key}" in new or (key == "betas" and "initial_momentum" in new):
-                        continue  # follows a schedule
-                    if type(old[key]) is not type(new[key]) or old[key] != new[key]:
-                        return f"{name} {i} has {key} {shortened(old[key])}, this run {shortened(new[key])}"
-        return ""
+    def overridden_settings(self, checkpoint: dict[str, Any]) -> list[str]:
+        """List the optimizer and schedule settings of the config that the checkpoint overrides on resume."""
+        schedulers = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
+        pairs = [*zip(checkpoint.get("param_schedulers") or [], schedulers)]
+        pairs += zip(checkpoint["optimizer"]["param_groups"], self.optim_wrapper.optimizer.param_groups)
+        changes = {}
+        for ckpt, config in pairs:
+            for key in sorted((ckpt.keys() & config.keys()) - PROGRESS):
+                scheduled = f"initial_{key}" in config or (key == "betas" and "initial_momentum" in config)
+                if not scheduled and (type(ckpt[key]) is not type(config[key]) or ckpt[key] != config[key]):
+                    changes[f"{key} {short_repr(ckpt[key])} instead of {short_repr(config[key])}"] = None
+        return list(changes)
 
     def dump_config(self) -> None:
-        """As mmengine's, but not in tests, whose options would replace those of the training in the same folder."""
+        """Write the config to the work directory, except in a test: its options would replace those of the training."""
         if self._train_loop is not None:
             super().dump_config()
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As mmengine's; raises CheckpointError also for records that are no run's, those of a longer run, or those of
-        one with other settings of optimiser and schedule, which mmengine would take in place of this run's."""
+        """Resume a run. Raise CheckpointError if the training state is invalid or past the end of this run."""
         try:
             super().resume(filename, *args, **kwargs)
             for key, value in self.message_hub.runtime_info.items():
-                if key.startswith("best_ckpt"):  # mmengine deletes this file when it has a better one
-                    own = re.fullmatch(r"best_.*\.pth", Path(value).name)
-                    self.message_hub.update_info(key, str(Path(self.work_dir, own[0])) if own else "")
+                if key.startswith("best_ckpt"):  # CheckpointHook deletes this file: restrict it to the work directory
+                    name = re.fullmatch(r"best_.*\.pth", Path(value).name)
+                    self.message_hub.update_info(key, str(Path(self.work_dir, name[0])) if name else "")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            remedy = "start from its weights with --cfg-options load_from=FILE instead"
-            raise CheckpointError(f"{filename}: holds no run that can be resumed; {remedy}") from error
-        unit, done, end = "epoch", self.epoch, self.max_epochs
-        if isinstance(self.train_loop, IterBasedTrainLoop):
-            unit, done, end = "iteration", self.iter, self.max_iters
+            raise CheckpointError(f"{filename}: no valid training state. Instead, {FROM_WEIGHTS}.") from error
+        unit = "iter" if isinstance(self.train_loop, IterBasedTrainLoop) else "epoch"
+        done, end = getattr(self, unit), getattr(self, f"max_{unit}s")
         if done > end:
-            raise CheckpointError(f"{filename}: is at {unit} {done}, and this run ends at {end}")
+            raise CheckpointError(f"{filename}: {unit} {done} is past the end of this run. Raise max_{unit}s={end}.")
 
 
-def class_dependent(config: ConfigDict, model: nn.Module) -> list[str]:
-    """Keys of the weights that depend on the classes: with one class more, they would have another shape."""
+def class_dependent_keys(config: ConfigDict, model: nn.Module) -> list[str]:
+    """List the keys of weights whose shape depends on the number of classes."""
 
-    def one_more(node: Any) -> Any:
+    def add_class(node: Any) -> Any:
         if isinstance(node, dict):
-            return ConfigDict({key: x + 1 if key == "num_classes" else one_more(x) for key, x in node.items()})
-        return type(node)(map(one_more, node)) if isinstance(node, (list, tuple)) else node
+            return ConfigDict({key: x + 1 if key == "num_classes" else add_class(x) for key, x in node.items()})
+        return type(node)(map(add_class, node)) if isinstance(node, (list, tuple)) else node
 
     with torch.device("meta"):
-        other = MODELS.build(one_more(config)).state_dict()
-    return [key for key, value in model.state_dict().items() if value.shape != other[key].shape]
+        larger = MODELS.build(add_class(config)).state_dict()
+    return [key for key, value in model.state_dict().items() if value.shape != larger[key].shape]
 
 
 def keep_float32(model: nn.Module) -> None:
-    """Run losses, the arithmetic of boxes and RoIAlign in float32 under autocast, too, as mmdetection 2 did.
-
-    Layers of the heads, which produce what goes into it, stay in mixed precision.
-    """
+    """Run losses, box arithmetic and RoIAlign in float32 under autocast, as mmdetection 2 did."""
     for module in model.modules():
         names = ["loss_by_feat", "loss_and_target", "predict_by_feat"]
         names += ["forward"] * hasattr(module, "roi_layers")  # RoIAlign
         for name in filter(partial(hasattr, module), names):
-            setattr(module, name, partial(_in_float32, getattr(module, name)))  # a partial is copied with its module
+            setattr(module, name, partial(_call_in_float32, getattr(module, name)))  # deepcopy also copies a partial
 
 
-def _in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     args, kwargs = apply_to((args, kwargs), lambda x: isinstance(x, Tensor) and x.dtype in HALF, Tensor.float)
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         return function(*args, **kwargs)

@@ -1,11 +1,6 @@
 """Evaluate a segmentor: `python tools/test.py configs/lit/lit_s_fpn_r50_512x512_80k_ade20k.py sem_fpn_lit_s.pth`."""
 
-import sys
-
-try:
-    from lit_backbone.mm.commands import test
-except ImportError as error:
-    sys.exit(f"{error}: run `bash setup_env.sh --mm` and activate its environment")
+from lit_backbone.mm.cli import test
 
 if __name__ == "__main__":
     test(__doc__)

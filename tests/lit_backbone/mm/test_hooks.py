@@ -1,4 +1,4 @@
-"""The hooks, within mmengine's own loops."""
+"""Hooks in the loops of mmengine."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 class Normalizer(BaseModel):
-    """A BatchNorm that learns to return zeros."""
+    """BatchNorm that is trained to return zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class Normalizer(BaseModel):
 
 
 def train_by_iterations(rank: int, folder: Path) -> None:
-    """One of two processes; each has data of its own, and writes what its BatchNorm has seen."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    """Train on one of two ranks with different data, and save the BatchNorm statistics."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     data = torch.randn(8, 3, generator=torch.Generator().manual_seed(rank)) + 10 * rank
     runner = Runner(
         Normalizer(),
@@ -48,15 +48,14 @@ def train_by_iterations(rank: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("iteration", [2, 3])
 @pytest.mark.parametrize("kind", ["state_dict", "ema_state_dict"])
-def test_checkpoints_hold_the_average_of_all_processes(kind: str, iteration: int, averaged: Path) -> None:
-    """And so does that of the moving average, which is the first of the two in the file."""
+def test_checkpoint_holds_average_over_ranks(kind: str, iteration: int, averaged: Path) -> None:
     content = torch.load(averaged / "run" / f"iter_{iteration}.pth", weights_only=False)
     saved = {key.removeprefix("module."): value for key, value in content[kind].items()}
     decay = 1 - 0.9**iteration
     torch.testing.assert_close(saved["norm.running_mean"], torch.full((3,), 5.0 * decay), atol=0.5 * decay, rtol=0)
 
 
-def test_processes_go_on_from_the_average(averaged: Path) -> None:
+def test_training_continues_from_average(averaged: Path) -> None:
     first, second = (torch.load(averaged / f"mean{rank}.pth") for rank in range(2))
     torch.testing.assert_close(first, second)
 

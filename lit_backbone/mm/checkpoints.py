@@ -1,0 +1,144 @@
+"""Safe checkpoint reader for mmengine, which falls back to unrestricted unpickling."""
+
+import os
+import re
+from collections.abc import Collection
+from hashlib import sha256
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from filelock import FileLock
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from timm.models._hub import get_cache_dir
+from torch import Tensor, nn
+from torch.hub import download_url_to_file
+
+from ..checkpoints import CheckpointError, name_some, read_checkpoint, stored_classes, unwrap_state_dict
+from ..fit import architecture, fit_state_dict
+from ..released import load_released_layout
+
+URL_PREFIXES = ("http://", "https://")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
+
+
+class _Placeholder:
+    """Inert placeholder for pickled objects of NumPy and mmengine."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _scalar(dtype: _Placeholder, data: bytes) -> bool | int | float:
+    """Convert a pickled NumPy number to a Python number."""
+    kind, order = dtype.args[0], ">" if dtype.state[1] == ">" else "<"
+    if not re.fullmatch("b1|[iu][1248]|f[248]", kind):
+        raise TypeError(kind)
+    return np.frombuffer(data, order + kind)[0].item()
+
+
+# Objects in the files of mmengine. Its HistoryBuffer pickles `getattr`.
+_NAMES = ("numpy.dtype", "numpy.ndarray", "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
+PLACEHOLDERS: list[Any] = [(_Placeholder, name) for name in _NAMES]
+for _module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and NumPy 1
+    PLACEHOLDERS += [(_scalar, f"{_module}.scalar"), (_Placeholder, f"{_module}._reconstruct")]
+
+
+def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint from a file or URL without executing code in it.
+
+    A download is cached in the hub directory of PyTorch (`TORCH_HOME`). Metadata is reduced to what a run needs.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt, or contains unsafe objects.
+    """
+    path = _download(path) if path.startswith(URL_PREFIXES) else os.path.expanduser(path)
+    return _select_metadata(_read(path, map_location or "cpu"))
+
+
+CheckpointLoader.register_scheme(("", *URL_PREFIXES), load_file, force=True)
+
+
+def _read(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
+    with torch.serialization.safe_globals(PLACEHOLDERS):
+        return read_checkpoint(path, device)
+
+
+def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
+    """Drop metadata that a run does not need, such as config text, which mmengine would execute.
+
+    Malformed values are dropped, too. Resuming then fails because they are missing.
+    """
+    result = {key: value for key, value in content.items() if key not in ("meta", "message_hub")}
+    if isinstance(meta := content.get("meta"), dict):
+        result["meta"] = {key: meta[key] for key in ("epoch", "iter", "seed") if type(meta.get(key)) is int}
+        if classes := stored_classes({"meta": meta}):
+            result["meta"]["dataset_meta"] = dict(classes=tuple(classes))
+    hub = content.get("message_hub")
+    if isinstance(hub, dict) and isinstance(info := hub.get("runtime_info"), dict):
+        info = {key: value for key, value in info.items() if _is_hook_state(str(key), value)}
+        result["message_hub"] = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
+    return result
+
+
+def _is_hook_state(key: str, value: Any) -> bool:
+    """Return True for state of CheckpointHook. With several metrics, the keys end in their names."""
+    if key.startswith("best_score"):
+        return isinstance(value, (int, float))
+    if key.startswith("best_ckpt"):
+        return isinstance(value, str)
+    return key == "keep_ckpt_ids" and isinstance(value, list) and all(type(i) is int for i in value)
+
+
+def _download(url: str) -> str:
+    """Return the cached file of a URL, after downloading it if necessary."""
+    name = Path(urlparse(url).path).name
+    path = Path(get_cache_dir(), f"{sha256(url.encode()).hexdigest()[:8]}-{name}")  # many URLs end in latest.pth
+    temporary, digest = path.with_name(f"new-{path.name}"), HASH_IN_NAME.search(name)
+    try:
+        with FileLock(f"{path}.lock"):  # one process downloads while the others wait
+            if not path.exists():
+                print_log(f"Downloading {url} to {path.parent}")
+                download_url_to_file(url, str(temporary), digest and digest[1])
+                _read(temporary)  # raises an error if the download is truncated
+                temporary.replace(path)
+    except (OSError, HTTPException, RuntimeError) as error:
+        advice = "Download it on a machine with network access and pass the file."
+        raise CheckpointError(f"{url}: download failed ({error}). {advice}") from error
+    return str(path)
+
+
+def fit_weights(
+    checkpoint: dict[str, Any],
+    model: nn.Module,
+    path: str,
+    *,
+    allow_new_head: bool = False,
+    reset_keys: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Convert a checkpoint of a detector or segmentor to a state dict that loads strictly into `model`.
+
+    The backbone may be in the released layout and have position tables of another size. With `allow_new_head`,
+    mismatched weights outside the backbone and those in `reset_keys` keep the initialization of `model`.
+
+    Raises:
+        CheckpointError: the checkpoint, read from `path`, does not match the model.
+    """
+    state_dict = unwrap_state_dict(checkpoint)
+    load_released_layout(model.backbone, state_dict, "backbone.")
+    if allow_new_head:
+        model_head = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+        ckpt_head = {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
+        shared = {key for key in model_head.keys() & ckpt_head.keys() if ckpt_head[key].shape == model_head[key].shape}
+        if mismatched := [key for key in model_head | ckpt_head if key not in shared - set(reset_keys)]:
+            print_log(f"{path}: {name_some(mismatched)} do not match. They keep their initialization.", level=30)
+        state_dict = model_head | {key: value for key, value in state_dict.items() if key not in mismatched}
+    name = f"{type(model).__name__} with {architecture(model.backbone)}"
+    return fit_state_dict(state_dict, model, path, name=name)

@@ -1,0 +1,166 @@
+"""Command lines of tools/train.py and tools/test.py, with the options of mmdetection 3. They run on GPUs or a CPU."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
+from mmengine.runner import find_latest_checkpoint
+
+from ..checkpoints import CheckpointError
+from ..images import DataError
+from .data import unwrap_datasets
+from .runner import StrictRunner
+
+
+def train(description: str, argv: list[str] | None = None) -> None:
+    """Train the model of a config."""
+    parser = _build_parser(description)
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch size")
+    help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help=help)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper")
+        if args.amp:
+            cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        if args.auto_scale_lr:
+            if "auto_scale_lr" not in cfg:
+                raise DataError(
+                    f"{args.config}: auto_scale_lr is missing. Add auto_scale_lr=dict(base_batch_size=...)."
+                )
+            cfg.auto_scale_lr.enable = True
+        if args.resume == "auto":
+            args.resume = _find_latest(cfg.work_dir)
+        if args.resume:
+            cfg.resume, cfg.load_from = True, args.resume
+        runner = build_runner(cfg)
+        runner.allow_new_head = not cfg.get("resume")
+        runner.train()
+
+
+def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
+    """Evaluate a checkpoint and return the metrics."""
+    parser = _build_parser(description)
+    parser.add_argument("checkpoint", help="checkpoint file, trained here or released by the authors")
+    parser.add_argument("--out", metavar="PATH", help="write the predictions to a file or directory")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument("--show-dir", metavar="DIR", help="save images with the predictions")
+    parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
+    parser.add_argument("--tta", action="store_true", help="use test-time augmentation")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
+        cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
+        for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+            cfg.pop(key, None)
+        _configure_outputs(cfg, args)
+        if args.tta:
+            if "mask_head" in cfg.model.get("roi_head", ()):
+                raise DataError("--tta: mmdetection cannot average masks. Test a model with a mask head without --tta.")
+            for dataset in unwrap_datasets(cfg.test_dataloader.dataset):
+                dataset.pipeline = cfg.tta_pipeline
+            cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+        return build_runner(cfg).test()
+
+
+def _build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="config file, for example one in configs/lit")
+    parser.add_argument("--work-dir", metavar="DIR", help="work directory (work_dirs/<name of the config>)")
+    add_cfg_options(parser, "for example train_dataloader.batch_size=4 model.backbone.with_cp=True")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the option that overrides keys of the config."""
+    help = f"override keys of the config, {example}"
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=help)
+
+
+def _load_config(args: argparse.Namespace, *required: str) -> Config:
+    cfg = read_config(args.config, *required, **args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+    return cfg
+
+
+def read_config(path: str, *required: str, **overrides: Any) -> Config:
+    """Execute a config file, which is a Python program, and override some of its keys.
+
+    Raises:
+        DataError: the config raises an exception or lacks one of the `required` keys.
+        FileNotFoundError: the file or one of its base files is missing.
+    """
+    try:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(overrides)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a program can raise any exception
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(
+            f"{path}: reading the config failed ({reason:.300}). Fix the config or --cfg-options."
+        ) from error
+    if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
+        raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
+    return cfg
+
+
+def build_runner(cfg: Config) -> StrictRunner:
+    """Build the runner of a config. Without a GPU, train in float32 and communicate with gloo."""
+    if not torch.cuda.is_available():
+        if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+            print_log("No GPU is available. Training in float32 instead of mixed precision.")
+            amp = ("type", "loss_scale", "dtype", "use_fsdp")
+            cfg.optim_wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key not in amp}
+        if cfg.launcher == "pytorch":  # mmengine would assign a GPU to each process
+            torch.distributed.init_process_group("gloo")
+            cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    return StrictRunner.from_cfg(cfg)
+
+
+def _find_latest(work_dir: str) -> str | None:
+    """Find the latest checkpoint. The path stored by mmengine is outdated if the directory was moved or copied."""
+    latest = find_latest_checkpoint(work_dir)
+    moved = latest and Path(work_dir, Path(latest).name)
+    return str(moved) if moved and moved.exists() else latest
+
+
+def _configure_outputs(cfg: Config, args: argparse.Namespace) -> None:
+    """Show, draw and write predictions as requested on the command line."""
+    is_detection = cfg.get("default_scope") == "mmdet"
+    if args.show or args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and is_detection:
+        cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)  # else below the work directory
+    elif args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+    if args.out and is_detection:
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise DataError(f"--out {args.out}: unknown file type. Use a name that ends in .pkl.")
+        cfg.test_evaluator = [cfg.test_evaluator, dict(type="DumpDetResults", out_file_path=args.out)]
+    elif args.out:
+        cfg.test_evaluator.output_dir = args.out
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with a one-line message on an error in the user's files or settings. Other exceptions propagate."""
+    try:
+        yield
+    except (CheckpointError, DataError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]  # a DataLoader worker prepends its traceback
+        sys.exit(f"error: {lines[-1]}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # keep the process group until all ranks are done
+        torch.distributed.destroy_process_group()
