@@ -1,4 +1,4 @@
-"""Scenes and command lines for detectors small enough for tests."""
+"""Options and configs of small detectors."""
 
 import importlib.util
 import os
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests import dense
-from tests.dense import quick_configs  # noqa: F401, a fixture
-from tests.programs import single_thread  # noqa: F401, a fixture
+from tests.dense import quick_configs  # noqa: F401, fixture
+from tests.programs import single_thread  # noqa: F401, fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
-    collect_ignore_glob = ["*"]  # an environment for classification alone; continuous integration has all
+    collect_ignore_glob = ["*"]  # environment without mmcv; CI always runs these tests
 
 DETECTION = Path(__file__).parents[2] / "detection"
 DEMO = DETECTION / "configs" / "demo"
@@ -21,7 +21,7 @@ PUBLISHED = DETECTION / "configs" / "lit"
 
 
 def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
-    """:func:`dense.build_options` of a detector, for one epoch of batches of 2."""
+    """Build the options of a detector for one epoch with batch size 2."""
     keys: dict[str, Any] = {
         f"{split}_evaluator__ann_file": f"{scenes}/annotations/val.json" for split in ("val", "test")
     }
@@ -30,14 +30,14 @@ def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
 
 
 def classes_of_all_splits(classes: tuple[str, ...]) -> str:
-    """Lines of a config that give the three data sets their categories."""
+    """Return lines of a config that set the classes of all datasets."""
     dataset = dict(dataset=dict(metainfo=dict(classes=classes)))
     return "\n".join(f"{split}_dataloader = {dataset}" for split in ("train", "val", "test"))
 
 
 @pytest.fixture(scope="package", autouse=True)
 def imported() -> None:
-    """What the forked programs import, once for all of them."""
+    """Import the packages that the forked programs need."""
     from mmdet.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
@@ -45,5 +45,5 @@ def imported() -> None:
 
 @pytest.fixture
 def options(scenes: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
+    """Return a function that builds the options of a run in a subdirectory of `tmp_path`."""
     return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **changes)

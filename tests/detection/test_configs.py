@@ -1,4 +1,4 @@
-"""The published detectors: sizes, released layouts, recipes; and that each of them trains and validates."""
+"""Published detectors: parameters, released layouts, recipes, one training step and validation, mixed precision."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -14,20 +14,20 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 from lit_backbone.mm import load_file
-from lit_backbone.mm.commands import train
+from lit_backbone.mm.cli import train
 from lit_backbone.mm.runner import StrictRunner, keep_float32
 from tests.dense import derive
 from tests.detection.conftest import DEMO, PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count
 
-# name of the figures: config, parameters, learning rate
+# name: parameters, learning rate
 DETECTORS = {
     "retinanet_lit_ti": (29_621_708, 1e-4),
     "retinanet_lit_s": (38_904_292, 1e-4),
     "mask_rcnn_lit_ti": (39_539_144, 2e-4),
     "mask_rcnn_lit_s": (48_240_096, 2e-4),
 }
-CLASS_TOKEN_SLOT = 512  # of lit_ti's last position table, which dense prediction has no use for
+CLASS_TOKEN_SLOT = 512  # of the last position table of lit_ti, unused in dense prediction
 
 
 def load(name: str) -> Config:
@@ -71,17 +71,17 @@ def test_recipe(name: str) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {DETECTORS[name][1]}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    kept = {key for key, p in model.named_parameters() if decays[id(p)] == 0}
+    no_decay = {key for key, p in model.named_parameters() if decays[id(p)] == 0}
     expected = {key for key, _ in model.named_parameters() if "norm" in key or "rel_pos_bias" in key}
     assert set(decays.values()) <= {0.0, 1e-4}
-    assert kept == (expected if small else set()) and len(expected) > 20
+    assert no_decay == (expected if small else set()) and len(expected) > 20
 
 
 @pytest.mark.parametrize(
     "name", [name if name == "retinanet_lit_ti" else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
 )
 def test_trains_and_validates(name: str, options: Any, tmp_path: Any) -> None:
-    """One step and one validation of the config itself, on other data: fewer classes, smaller images."""
+    """Run one step and one validation of the config on data with fewer classes and smaller images."""
     heads = ["bbox_head"] if name.startswith("retinanet") else ["roi_head__bbox_head", "roi_head__mask_head"]
     changes: dict[str, Any] = {f"model__{head}__num_classes": 10 for head in heads}
     for split, file, resize in (("train", "train", 2), ("val", "val", 1), ("test", "val", 1)):
@@ -105,7 +105,7 @@ def bfloat16() -> torch.autocast:
 
 @pytest.fixture(params=["retinanet", "mask_rcnn"])
 def plain(request: pytest.FixtureRequest, bfloat16_attention: None) -> nn.Module:
-    """A small detector, as mmdetection computes it."""
+    """Small detector without :func:`keep_float32`."""
     cfg = Config.fromfile(DEMO / f"{request.param}_lit_digit_scenes.py")
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
@@ -114,39 +114,39 @@ def plain(request: pytest.FixtureRequest, bfloat16_attention: None) -> nn.Module
 
 
 def test_mixed_precision_keeps_boxes_and_losses_in_float32(plain: nn.Module) -> None:
-    """What becomes of a head's outputs in bfloat16 is what float32 makes of them."""
+    """Compare losses and boxes under autocast with those in float32, from the same outputs of the head."""
     wrapped = deepcopy(plain)
     keep_float32(wrapped)
     data = plain.data_preprocessor(demo_mm_inputs(2, [[3, 128, 160]] * 2, num_classes=10, with_mask=True), True)
     metas = [sample.metainfo for sample in data["data_samples"]]
-    truths = [sample.gt_instances for sample in data["data_samples"]]
+    targets = [sample.gt_instances for sample in data["data_samples"]]
     name = "rpn_head" if hasattr(plain, "roi_head") else "bbox_head"
 
-    model = deepcopy(wrapped)  # as a moving average of the weights is made, which must not call what it was made of
+    model = deepcopy(wrapped)  # EMA copies the model; the copy must not call methods of the original
     getattr(wrapped, name).prior_generator = None
 
-    def found(model: nn.Module, maps: Any) -> list[Tensor]:
-        found = getattr(model, name).predict_by_feat(*maps, batch_img_metas=metas)
-        return [tensor for image in found for tensor in (image.bboxes, image.scores)]
+    def boxes(model: nn.Module, outputs: Any) -> list[Tensor]:
+        results = getattr(model, name).predict_by_feat(*outputs, batch_img_metas=metas)
+        return [tensor for instances in results for tensor in (instances.bboxes, instances.scores)]
 
-    def losses(model: nn.Module, maps: Any) -> dict[str, list[Tensor]]:
+    def losses(model: nn.Module, outputs: Any) -> dict[str, list[Tensor]]:
         torch.manual_seed(0)  # anchors are sampled
-        return getattr(model, name).loss_by_feat(*maps, deepcopy(truths), metas)
+        return getattr(model, name).loss_by_feat(*outputs, deepcopy(targets), metas)
 
     with bfloat16(), torch.no_grad():
-        features = [maps.bfloat16() for maps in plain.extract_feat(data["inputs"])]
+        features = [x.bfloat16() for x in plain.extract_feat(data["inputs"])]
         outputs = getattr(plain, name)(features)
-    assert {maps.dtype for level in outputs for maps in level} == {torch.bfloat16}
-    exact = apply_to(outputs, torch.is_tensor, Tensor.float)
-    for compute in (found, losses):
-        expected = compute(plain, exact)
+    assert {x.dtype for level in outputs for x in level} == {torch.bfloat16}
+    outputs_float32 = apply_to(outputs, torch.is_tensor, Tensor.float)
+    for compute in (boxes, losses):
+        expected = compute(plain, outputs_float32)
         with bfloat16():
             torch.testing.assert_close(compute(model, outputs), expected, rtol=0, atol=0)
     if hasattr(plain, "roi_head"):
         rois = torch.tensor([[0, 10.3, 20.6, 40.1, 90.7], [1, 90.2, 5.9, 150.8, 33.3]])
         with bfloat16():
             pooled = model.roi_head.bbox_roi_extractor(features, rois)
-        expected = plain.roi_head.bbox_roi_extractor([maps.float() for maps in features], rois)
+        expected = plain.roi_head.bbox_roi_extractor([x.float() for x in features], rois)
         torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
 
 
@@ -158,5 +158,5 @@ def test_mixed_precision_trains_and_detects(plain: nn.Module, tmp_path: Path) ->
     loss.backward()
     assert all(value.dtype == torch.float32 and value.isfinite() for value in values.values())
     with bfloat16(), torch.no_grad():
-        found = model.eval()(**data, mode="predict")[0].pred_instances
-    assert len(found) and found.bboxes.dtype == torch.float32
+        instances = model.eval()(**data, mode="predict")[0].pred_instances
+    assert len(instances) and instances.bboxes.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Command lines for segmentors small enough for tests."""
+"""Options of small segmentors."""
 
 import importlib.util
 import os
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests import dense
-from tests.dense import quick_configs  # noqa: F401, a fixture
-from tests.programs import single_thread  # noqa: F401, a fixture
+from tests.dense import quick_configs  # noqa: F401, fixture
+from tests.programs import single_thread  # noqa: F401, fixture
 
 if not os.environ.get("CI") and importlib.util.find_spec("mmengine") is None:
-    collect_ignore_glob = ["*"]  # an environment for classification alone; continuous integration has all
+    collect_ignore_glob = ["*"]  # environment without mmcv; CI always runs these tests
 
 SEGMENTATION = Path(__file__).parents[2] / "segmentation"
 DEMO = SEGMENTATION / "configs" / "demo"
@@ -21,7 +21,7 @@ PUBLISHED = SEGMENTATION / "configs" / "lit"
 
 
 def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
-    """:func:`dense.build_options` of a segmentor, for one iteration with a batch of 2, then validation and saving."""
+    """Build the options of a segmentor for one iteration with batch size 2, followed by validation and saving."""
     keys = dict(train_dataloader__batch_size=2, train_cfg__max_iters=1, train_cfg__val_interval=1)
     keys |= dict(default_hooks__checkpoint__interval=1, default_hooks__logger__interval=1)
     return dense.build_options(scenes, work_dir, **(keys | changes))
@@ -29,7 +29,7 @@ def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
 
 @pytest.fixture(scope="package", autouse=True)
 def imported() -> None:
-    """What the forked programs import, once for all of them."""
+    """Import the packages that the forked programs need."""
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
@@ -37,5 +37,5 @@ def imported() -> None:
 
 @pytest.fixture
 def options(scenes: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """:func:`build_options` for a run below `tmp_path`; its first argument names the run's folder."""
+    """Return a function that builds the options of a run in a subdirectory of `tmp_path`."""
     return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **changes)

@@ -1,4 +1,4 @@
-"""The published segmentors: sizes, released layouts, recipes; and that each of them trains and validates."""
+"""Published segmentors: parameters, released layouts, recipes, one training step and validation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from lit_backbone.mm import load_file
-from lit_backbone.mm.commands import train
+from lit_backbone.mm.cli import train
 from tests.dense import derive
 from tests.goldens.compare import meta_state, parameter_count
 from tests.segmentation.conftest import PUBLISHED, build_options
 
 SEGMENTORS = {"lit_ti": 23_638_382, "lit_s": 31_850_502}  # parameters
-CLASS_TOKEN_SLOT = 512  # of lit_ti's last position table, which dense prediction has no use for
+CLASS_TOKEN_SLOT = 512  # of the last position table of lit_ti, unused in dense prediction
 
 
 def path_of(name: str) -> Path:
@@ -64,7 +64,7 @@ def test_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEGMENTORS)
 def test_trains_and_validates(name: str, scenes: Path, tmp_path: Path) -> None:
-    """One step and one validation of the config itself, on other data and smaller images."""
+    """Run one step and one validation of the config on other data with smaller images."""
     config = derive(tmp_path / "config.py", path_of(name), "model = dict(backbone=dict(init_cfg=None))")
     changes: dict[str, Any] = dict(
         model__data_preprocessor__size="(128,128)",

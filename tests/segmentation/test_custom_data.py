@@ -1,4 +1,4 @@
-"""One's own classes, by the config to copy and the README's words; and what a mistake in the data is told."""
+"""Training on a custom dataset with the config in configs/own, and error messages for invalid data."""
 
 import os
 import re
@@ -14,101 +14,97 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 from PIL import Image
 
-from lit_backbone.mm import DataError, commands, load_file, runner
-from lit_backbone.mm.data import check_dataset, check_metric, name_files
+from lit_backbone.mm import DataError, cli, load_file, runner
+from lit_backbone.mm.data import check_dataset, check_loaded_files, check_metric
 from lit_backbone.mm.inference import load_model
 from tests.dense import TINY, derive, draw_shapes
 from tests.programs import Program
 from tests.segmentation.conftest import SEGMENTATION
 
-OWN, TOOLS = SEGMENTATION / "configs" / "own" / "lit_s_fpn_own.py", SEGMENTATION / "tools"
-SMALL = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16"]
-SMALL += ["model.data_preprocessor.size=(64,64)"]
-SHORT = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
-SHORT += ["default_hooks.logger.interval=1"]
-SHORT += ["train_dataloader.dataset.pipeline.2.scale=(96,72)", "train_dataloader.dataset.pipeline.3.crop_size=(64,64)"]
+CONFIG, TOOLS = SEGMENTATION / "configs" / "own" / "lit_s_fpn_own.py", SEGMENTATION / "tools"
+OPTIONS = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16"]
+OPTIONS += ["model.data_preprocessor.size=(64,64)", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+OPTIONS += ["default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1"]
+OPTIONS += [f"train_dataloader.dataset.pipeline.{value}" for value in ("2.scale=(96,72)", "3.crop_size=(64,64)")]
 for _split in ("train", "val", "test"):
-    SHORT += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
+    OPTIONS += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
 for _split in ("val", "test"):
-    SHORT += [f"{_split}_dataloader.dataset.pipeline.1.scale=(96,72)"]
+    OPTIONS += [f"{_split}_dataloader.dataset.pipeline.1.scale=(96,72)"]
 
 
-def write_pictures(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array) -> None:
-    """Ten pictures and their masks, in which two rows have no class; `change` is made to the masks."""
+def write_dataset(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array) -> None:
+    """Write ten images and their masks, with two ignored rows. `change` is applied to the masks."""
     for split, seeds in (("train", range(6)), ("val", range(6, 10))):
         for folder in ("images", "masks"):
             (root / folder / split).mkdir(parents=True)
         for seed in seeds:
-            picture, mask, _ = draw_shapes(seed)
-            picture.save(root / "images" / split / f"{seed}{suffix}")
-            numbers = np.array(mask)
-            numbers[:2] = 255
-            Image.fromarray(change(numbers)).save(root / "masks" / split / f"{seed}.png")
+            image, mask, _ = draw_shapes(seed)
+            image.save(root / "images" / split / f"{seed}{suffix}")
+            labels = np.array(mask)
+            labels[:2] = 255
+            Image.fromarray(change(labels)).save(root / "masks" / split / f"{seed}.png")
 
 
 def train(config: Path, folder: Path, *options: str) -> str:
-    arguments = [config, "--work-dir", "run", "--cfg-options", *SMALL, *SHORT, *options]
+    arguments = [config, "--work-dir", "run", "--cfg-options", *OPTIONS, *options]
     return Program(TOOLS / "train.py", *arguments, prepare=partial(os.chdir, folder)).finish()
 
 
-def test_own_classes_train_and_are_painted(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data" / "own")
-    before, _, after = train(OWN, tmp_path).partition("Iter(train)")
-    assert len(before.splitlines()) <= 8 and re.search(r"mIoU: \d", after)
+def test_config_trains_and_tools_accept_it(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own")
+    assert re.search(r"mIoU: \d", train(CONFIG, tmp_path))
     meta = load_file(str(tmp_path / "run" / "iter_2.pth"))["meta"]["dataset_meta"]
     assert meta["classes"] == ("ground", "disc", "square")
-    cfg = Config.fromfile(OWN)
+    cfg = Config.fromfile(CONFIG)
     assert cfg.load_from.endswith("/sem_fpn_lit_s.pth")
     assert cfg.optim_wrapper.optimizer.lr == 1e-4 * cfg.train_dataloader.batch_size / 16
-    assert len(OWN.read_text().splitlines()) <= 40
 
-    drawn, overrides = [], [dict(option.split("=", 1) for option in (*SMALL, *SHORT)), {}]
-    overrides[0] = {key: DictAction._parse_iterable(value) for key, value in overrides[0].items()}
-    picture = tmp_path / "data" / "own" / "images" / "val" / "9.jpg"
-    for i, config in enumerate([[OWN, "--cfg-options", *SMALL, *SHORT], [tmp_path / "run" / OWN.name]]):
+    pairs = (option.split("=", 1) for option in OPTIONS)
+    drawn, overrides = [], [{key: DictAction._parse_iterable(value) for key, value in pairs}, {}]
+    image = tmp_path / "data" / "own" / "images" / "val" / "9.jpg"
+    for i, config in enumerate([[CONFIG, "--cfg-options", *OPTIONS], [tmp_path / "run" / CONFIG.name]]):
         model = load_model(str(config[0]), str(tmp_path / "run" / "iter_2.pth"), "cpu", **overrides[i])
-        assert model.cfg.test_pipeline[1]["scale"] == (96, 72)  # of the tests, not of ADE20K's
+        assert model.cfg.test_pipeline[1]["scale"] == (96, 72)  # from the test data, not from ADE20K
         out = tmp_path / f"drawn{i}"
         flags = ["--checkpoint", tmp_path / "run" / "iter_2.pth", "--out-dir", out, "--config", *config]
-        Program(TOOLS / "segment.py", picture, *flags).finish()
+        Program(TOOLS / "segment.py", image, *flags).finish()
         drawn.append((out / "9.png").read_bytes())
     assert drawn[0] == drawn[1]
 
 
-def test_what_the_config_has_comments_on(tmp_path: Path) -> None:
-    """Images of another suffix; masks in which 0 is no class, and the first of two classes is 1."""
-    write_pictures(tmp_path / "data" / "own", suffix=".bmp")
-    kinds = dict(img_suffix=".bmp", reduce_zero_label=True, metainfo=dict(classes=("disc", "square")))
-    kinds["metainfo"]["palette"] = [(230, 25, 75), (0, 130, 200)]
-    changes = "\n".join(f"{split}_dataloader = dict(dataset={kinds})" for split in ("train", "val", "test"))
-    config = derive(tmp_path / "two.py", OWN, f"{changes}\nmodel = dict(decode_head=dict(num_classes=2))")
+def test_other_suffix_and_reduce_zero_label(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own", suffix=".bmp")
+    changes = dict(img_suffix=".bmp", reduce_zero_label=True, metainfo=dict(classes=("disc", "square")))
+    changes["metainfo"]["palette"] = [(230, 25, 75), (0, 130, 200)]
+    lines = "\n".join(f"{split}_dataloader = dict(dataset={changes})" for split in ("train", "val", "test"))
+    config = derive(tmp_path / "two.py", CONFIG, f"{lines}\nmodel = dict(decode_head=dict(num_classes=2))")
     assert re.search(r"\|\s+disc\s+\|", train(config, tmp_path))
 
 
-def test_another_value_for_no_class(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data" / "own", change=lambda mask: np.where(mask == 255, 7, mask).astype(np.uint8))
+def test_other_ignore_index(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own", change=lambda mask: np.where(mask == 255, 7, mask).astype(np.uint8))
     copied = tmp_path / "copied.py"
-    text = OWN.read_text().replace("ignore = 255", "ignore = 7")
-    copied.write_text(text.replace('"../lit', f'"{OWN.parents[1]}/lit'))
+    text = CONFIG.read_text().replace("ignore = 255", "ignore = 7")
+    copied.write_text(text.replace('"../lit', f'"{CONFIG.parents[1]}/lit'))
     train(copied, tmp_path)
 
 
-# ---- mistakes
+# ---- invalid data
 
 
 def load_first(folder: Path) -> None:
-    """Loads the first training image and mask of `data/own`."""
-    cfg = commands.read_config(str(OWN), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
+    """Check the training data in `data/own` and load the first sample."""
+    cfg = cli.read_config(str(CONFIG), **{"train_dataloader.dataset.data_root": str(folder / "data" / "own")})
     init_default_scope(cfg.default_scope)
     dataset = runner.StrictRunner.build_dataloader(cfg.train_dataloader).dataset
     check_dataset(dataset)
-    name_files(dataset.pipeline, dataset)
+    check_loaded_files(dataset.pipeline, dataset)
     dataset[0]
 
 
-def test_a_suffix_that_no_image_has_or_not_all(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data" / "own", suffix=".png")
-    with pytest.raises(DataError, match="images/train: no file ends in the data set.s img_suffix, .jpg; there are"):
+def test_images_with_other_suffix(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own", suffix=".png")
+    with pytest.raises(DataError, match="images/train: no file ends in img_suffix='.jpg'. Set img_suffix to one of"):
         load_first(tmp_path)
     folder = tmp_path / "data/own/images/train"
     for image in folder.iterdir():
@@ -118,7 +114,7 @@ def test_a_suffix_that_no_image_has_or_not_all(tmp_path: Path) -> None:
     load_first(tmp_path)
     for ending in (".JPG", ".jpeg"):
         renamed = (folder / "3.jpg").rename(folder / f"3{ending}")
-        with pytest.raises(DataError, match=f"images/train: 3{ending} does not end in the data set.s img_suffix, .jpg"):
+        with pytest.raises(DataError, match=f"images/train: 3{ending} does not end in img_suffix='.jpg'"):
             load_first(tmp_path)
         renamed.rename(folder / "3.jpg")
 
@@ -126,32 +122,32 @@ def test_a_suffix_that_no_image_has_or_not_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda mask: mask + 1, "holds 3; by metainfo.classes it is 0 to 2, or 255 for none"),
-        (lambda mask: np.stack([mask] * 3, 2), "has 3 channels; a mask has one, of class numbers"),
-        (lambda mask: mask.astype(np.uint16) * 256, "has more than 8 bits a pixel; write its class numbers with 8"),
-        (lambda mask: mask[:, 1:], "has height and width (72, 95), its image (72, 96)"),
+        (lambda mask: mask + 1, "invalid class index 3. Use 0 to 2 for the classes in metainfo.classes"),
+        (lambda mask: np.stack([mask] * 3, 2), "3 channels. Save the class indices in a single channel."),
+        (lambda mask: mask.astype(np.uint16) * 256, "more than 8 bits per pixel. Save the class indices with 8 bits."),
+        (lambda mask: mask[:, 1:], "height and width are (72, 95), but (72, 96) in the image."),
     ],
     ids=["value", "channels", "bits", "size"],
 )
-def test_a_mask_that_is_none_is_named(change: Callable, message: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data" / "own", change=change)
+def test_invalid_masks(change: Callable, message: str, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own", change=change)
     with pytest.raises(DataError, match=f"masks/train/0.png: {re.escape(message)}"):
         load_first(tmp_path)
 
 
-def test_maps_of_one_name(tmp_path: Path) -> None:
+def test_output_files_share_a_name(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "b/1.jpg"):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     dataset = BaseSegDataset(data_prefix=dict(img_path=str(tmp_path)), metainfo=dict(classes=("ground",)))
-    check_dataset(BaseSegDataset(data_prefix=dict(img_path=str(tmp_path))))  # which names no classes
+    check_dataset(BaseSegDataset(data_prefix=dict(img_path=str(tmp_path))))  # has no classes
     check_metric(dataset, IoUMetric())
-    with pytest.raises(DataError, match="--out: 2 images are named 1, in several folders"):
+    with pytest.raises(DataError, match="--out: 2 images in different folders are named 1"):
         check_metric(dataset, IoUMetric(output_dir=str(tmp_path / "maps")))
 
 
-def test_one_line_names_a_mask_that_a_worker_loads(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data" / "own", change=lambda mask: mask[:, 1:])
-    command = [TOOLS / "train.py", OWN, "--cfg-options", *SMALL, *SHORT, "train_dataloader.num_workers=1"]
+def test_invalid_mask_in_dataloader_worker(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own", change=lambda mask: mask[:, 1:])
+    command = [TOOLS / "train.py", CONFIG, "--cfg-options", *OPTIONS, "train_dataloader.num_workers=1"]
     line = Program(*command, prepare=partial(os.chdir, tmp_path)).finish(status=1).splitlines()[-1]
-    assert re.match(r"error: data/own/masks/train/\d.png: has height and width \(72, 95\), its image", line)
+    assert re.match(r"error: data/own/masks/train/\d.png: height and width are \(72, 95\), but", line)

@@ -1,4 +1,4 @@
-"""The tools as they are used: training, resuming, testing, drawing, several processes, and what goes wrong."""
+"""Tools for training, resuming, testing and drawing, also with two processes, and their error messages."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 
 from demo.digit_scenes import write_scenes
 from lit_backbone import CheckpointError
-from lit_backbone.mm import DataError, commands, load_file
+from lit_backbone.mm import DataError, cli, load_file
 from lit_backbone.mm.inference import build_parser, load_model
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.programs import Program
@@ -29,55 +29,54 @@ def train(config: Path, *args: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def still_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's config less all chance but the order of images, which follows from the seed."""
-    still = "model = dict(backbone=dict(drop_path_rate=0.0))\nrandomness = dict(seed=0)"
-    return derive(tmp_path_factory.mktemp("configs") / "still.py", CONFIG, still)
+def fixed_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demo config without randomness, except for the image order, which depends on the seed."""
+    changes = "model = dict(backbone=dict(drop_path_rate=0.0))\nrandomness = dict(seed=0)"
+    return derive(tmp_path_factory.mktemp("configs") / "fixed.py", CONFIG, changes)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, still_config: Path, scenes: Path) -> Path:
-    """The folder of a run of four iterations."""
+def trained(tmp_path_factory: pytest.TempPathFactory, fixed_config: Path, scenes: Path) -> Path:
+    """Work directory of a run of four iterations."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(still_config, *build_options(scenes, folder, train_cfg__max_iters=4))
+    train(fixed_config, *build_options(scenes, folder, train_cfg__max_iters=4))
     return folder
 
 
 # ---- runs
 
 
-def test_a_run_leaves_what_is_promised(trained: Path) -> None:
-    assert {"iter_1.pth", "iter_4.pth", "last_checkpoint", "still.py"} <= {path.name for path in trained.iterdir()}
+def test_work_dir(trained: Path) -> None:
+    assert {"iter_1.pth", "iter_4.pth", "last_checkpoint", "fixed.py"} <= {path.name for path in trained.iterdir()}
     scalars = next(trained.glob("*/vis_data/scalars.json"))
     records = [json.loads(line) for line in scalars.read_text().splitlines()]
     assert sum("loss" in record for record in records) == sum("mIoU" in record for record in records) == 4
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Path, still_config: Path, options: Any) -> None:
+def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path, options: Any) -> None:
     arguments = options("again", train_cfg__max_iters=4)
     work_dir = Path(arguments[1])
     work_dir.mkdir()
     shutil.copy(trained / "iter_1.pth", work_dir)
-    (work_dir / "last_checkpoint").write_text(str(trained / "iter_1.pth"))  # of the folder that this is a copy of
-    train(still_config, *arguments, "--resume")
-    start, again, whole = (
+    (work_dir / "last_checkpoint").write_text(str(trained / "iter_1.pth"))  # path before the directory was copied
+    train(fixed_config, *arguments, "--resume")
+    start, resumed, expected = (
         load_file(str(path))["state_dict"]
         for path in (trained / "iter_1.pth", work_dir / "iter_4.pth", trained / "iter_4.pth")
     )
-    assert again.keys() == whole.keys()
-    for key in whole:
-        torch.testing.assert_close(again[key], whole[key], msg=key)
-    assert not torch.equal(start["decode_head.conv_seg.weight"], whole["decode_head.conv_seg.weight"])
+    assert resumed.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(resumed[key], expected[key], msg=key)
+    assert not torch.equal(start["decode_head.conv_seg.weight"], expected["decode_head.conv_seg.weight"])
 
 
-def test_what_cannot_go_on_begins_as_the_config_says(trained: Path, still_config: Path, options: Any) -> None:
-    """`--resume` where nothing was saved yet, as scripts say it that are started again and again."""
-    output = train(still_config, *options(load_from=trained / "iter_1.pth"), "--resume")
-    assert f"loaded {trained}/iter_1.pth" in output
+def test_resume_without_checkpoint_starts_a_run(trained: Path, fixed_config: Path, options: Any) -> None:
+    output = train(fixed_config, *options(load_from=trained / "iter_1.pth"), "--resume")
+    assert f"Loaded checkpoint {trained}/iter_1.pth" in output
 
 
-def test_the_best_so_far_is_kept_over_a_resumption(trained: Path, options: Any, tmp_path: Path) -> None:
-    """Its score is, and its file is replaced by a better one's, but no other file that a checkpoint may name."""
+def test_best_checkpoint_after_resume(trained: Path, options: Any, tmp_path: Path) -> None:
+    """Keep the best score, and replace the best checkpoint only inside the work directory."""
     content = torch.load(trained / "iter_1.pth", weights_only=False)
     info, hub = dict(best_score=np.float64(-1), best_ckpt=str(tmp_path / "best_x.pth")), content["message_hub"]
     torch.save(content | {"message_hub": hub | {"runtime_info": info}}, tmp_path / "iter_1.pth")
@@ -91,8 +90,8 @@ def test_the_best_so_far_is_kept_over_a_resumption(trained: Path, options: Any, 
     assert [path.name for path in Path(arguments[1]).glob("best_*")] == ["best_mIoU_iter_2.pth"]
     content["meta"]["iter"] = 10**9
     torch.save(content, tmp_path / "far.pth")
-    message = error_of(commands.train, "", [str(CONFIG), *arguments, "--resume", str(tmp_path / "far.pth")])
-    assert "far.pth: is at iteration 1000000000, and this run ends at 2" in message
+    message = error_of(cli.train, "", [str(CONFIG), *arguments, "--resume", str(tmp_path / "far.pth")])
+    assert "far.pth: iter 1000000000 is past the end of this run. Raise max_iters=2." in message
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--tta"], marks=pytest.mark.slow)], ids=["plain", "tta"])
@@ -107,20 +106,20 @@ def test_test(trained: Path, options: Any, flags: list[str], tmp_path: Path) -> 
 
 def test_whole_and_sliding_inference(trained: Path) -> None:
     model = load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu")
-    image = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # 4 divides neither side
-    whole = inference_model(model, image)
-    assert whole.pred_sem_seg.data.shape == (1, 101, 135) and whole.seg_logits.data.shape == (11, 101, 135)
+    image = np.random.default_rng(0).integers(256, size=(101, 135, 3), dtype=np.uint8)  # not divisible by 4
+    expected = inference_model(model, image)
+    assert expected.pred_sem_seg.data.shape == (1, 101, 135) and expected.seg_logits.data.shape == (11, 101, 135)
     model.test_cfg.update(mode="slide", crop_size=(101, 135), stride=(64, 64))
-    torch.testing.assert_close(inference_model(model, image).seg_logits.data, whole.seg_logits.data)
+    torch.testing.assert_close(inference_model(model, image).seg_logits.data, expected.seg_logits.data)
     model.test_cfg.update(crop_size=(64, 64), stride=(48, 48))
-    slid = inference_model(model, image).seg_logits.data
-    assert slid.shape == whole.seg_logits.data.shape and not torch.equal(slid, whole.seg_logits.data)
+    sliding = inference_model(model, image).seg_logits.data
+    assert sliding.shape == expected.seg_logits.data.shape and not torch.equal(sliding, expected.seg_logits.data)
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_test(still_config: Path, options: Any, tmp_path: Path) -> None:
-    output = output_of_script(TOOLS / "dist_train.sh", still_config, 2, *options("two", train_cfg__max_iters=2))
-    assert "still.py: on 2 x CPU, in " in output
+def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path: Path) -> None:
+    output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *options("two", train_cfg__max_iters=2))
+    assert re.search("GPU number: 2|Distributed training: True", output)
     checkpoint = tmp_path / "two" / "iter_2.pth"
     assert load_file(str(checkpoint))["meta"]["iter"] == 2
     output = output_of_script(TOOLS / "dist_test.sh", CONFIG, checkpoint, 2, *options("two"))
@@ -134,18 +133,18 @@ def test_segment_draws(trained: Path, scenes: Path, tmp_path: Path) -> None:
     assert len(drawn) == 4 and output.count("drawn in") == 4
     for path in drawn:
         width, height = Image.open(path).size
-        assert height == 512 and width > 512  # enlarged, and the legend at its right
+        assert height == 512 and width > 512  # enlarged, with a legend on the right
 
 
-def test_offsets_are_drawn_at_a_pictures_own_size(trained: Path, tmp_path: Path) -> None:
+def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
     check_offset_tool(TOOLS / "visualize_offset.py", CONFIG, trained / "iter_4.pth", tmp_path)
 
 
-# ---- bad input
+# ---- invalid input
 
 
 def train_error(options: Any, **changes: Any) -> str:
-    return error_of(commands.train, "", [str(CONFIG), *options(**changes)])
+    return error_of(cli.train, "", [str(CONFIG), *options(**changes)])
 
 
 def test_missing_images(options: Any) -> None:
@@ -157,59 +156,62 @@ def test_missing_masks(options: Any, scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "scenes")
     (tmp_path / "scenes" / "semantic" / "train" / "00001.png").unlink()
     message = train_error(options, train_dataloader__dataset__data_root=f"{tmp_path}/scenes/")
-    assert "semantic/train/00001.png: no such file" in message and "names 1 files that are not there" in message
+    assert "semantic/train/00001.png: no such file" in message and "refers to 1 missing files" in message
 
 
-def test_a_head_for_another_number_of_classes(options: Any) -> None:
+def test_wrong_number_of_classes(options: Any) -> None:
     assert "model.decode_head.num_classes=150: the data has 11 classes" in train_error(
         options, model__decode_head__num_classes=150
     )
 
 
-def test_segment_names_a_picture_that_is_too_small(trained: Path, tmp_path: Path) -> None:
+def test_segment_names_small_image(trained: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
     command = [tmp_path / "small.png", "--config", CONFIG, "--checkpoint", trained / "iter_4.pth"]
     printed = Program(TOOLS / "segment.py", *command, "--out-dir", tmp_path / "drawn").finish(status=1)
     assert "Traceback" not in printed
-    assert "small.png: 20 x 40 pixels: LIT needs 32 x 32 or more" in printed.splitlines()[-1]
+    assert "small.png: input of 20 x 40 pixels is smaller than 32 x 32" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
-def test_devices_that_are_none(device: str, capsys: pytest.CaptureFixture) -> None:
+def test_unavailable_device(device: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         build_parser("").parse_args(["a.jpg", "--config", "c.py", "--checkpoint", "c.pth", "--device", device])
-    assert f"argument --device: {device}: not usable here; use cpu" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"argument --device: {device}: device is not available. Use cpu or cuda."
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "defines no model, "),
-        ("model = 3", "defines no model, "),
-        ("model = dict(", "no config that can be read (SyntaxError: "),
-        ("1 / 0", "no config that can be read (ZeroDivisionError: division by zero)"),
+        ("", "keys are missing (model, "),
+        ("model = 3", "keys are missing (model, "),
+        ("model = dict(", "reading the config failed (SyntaxError: "),
+        ("1 / 0", "reading the config failed (ZeroDivisionError: division by zero)"),
         ("_base_ = 'none.py'", "none.py"),
     ],
 )
-def test_configs_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_configs(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)
-    assert message in error_of(commands.train, "", [str(path)])
-    assert message in error_of(commands.test, "", [str(path), "none.pth"])
+    assert message in error_of(cli.train, "", [str(path)])
+    assert message in error_of(cli.test, "", [str(path), "none.pth"])
     with pytest.raises((DataError, FileNotFoundError), match=re.escape(message)):
         load_model(str(path), "none.pth", "cpu")
 
 
-def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_path: Path) -> None:
+def test_mismatched_checkpoints(trained: Path, options: Any, tmp_path: Path) -> None:
     def test_error(checkpoint: Path, config: Path = CONFIG, **changes: Any) -> str:
-        return error_of(commands.test, "", [str(config), str(checkpoint), *options(**changes)])
+        return error_of(cli.test, "", [str(config), str(checkpoint), *options(**changes)])
 
     last = trained / "iter_4.pth"
     names = dict(dataset=dict(metainfo=dict(classes=("background", *"1023456789"))))
-    other = derive(tmp_path / "other.py", CONFIG, f"test_dataloader = {names}")
-    assert "iter_4.pth: its classes are not those of the data" in test_error(last, other)
+    swapped = derive(tmp_path / "swapped.py", CONFIG, f"test_dataloader = {names}")
+    assert "Set metainfo.classes to those of the checkpoint" in test_error(last, swapped)
     message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
-    assert "iter_4.pth: not a checkpoint of EncoderDecoder with lit_s" in message
+    assert "iter_4.pth: " in message and "EncoderDecoder with lit_s" in message
     assert "none.pth: no such file" in test_error(tmp_path / "none.pth")
     content = load_file(str(last))
     content["meta"]["dataset_meta"] = dict(classes=["one"])
@@ -218,16 +220,13 @@ def test_checkpoints_that_are_not_the_models(trained: Path, options: Any, tmp_pa
         load_model(str(CONFIG), str(tmp_path / "one.pth"), "cpu")
 
 
-# ---- what takes minutes
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_demo_learns(tmp_path: Path) -> None:
-    """The last checkpoint's mIoU on held-out scenes, after half the demo's training."""
+    """Check the mIoU on the validation scenes after half of the demo's iterations."""
     write_scenes(tmp_path / "scenes")
     changes = dict(train_cfg__max_iters=1000, train_cfg__val_interval=1000, param_scheduler__1__end=1000)
     changes |= dict(default_hooks__checkpoint__interval=1000, default_hooks__logger__interval=50)
     changes |= dict(train_dataloader__batch_size=8, randomness__seed=0)
     output = train(CONFIG, *build_options(tmp_path / "scenes", tmp_path / "run", **changes))
-    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 50  # 68 was seen, and 0.6 after one iteration
+    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 50  # typically 68; 0.6 after one iteration
