@@ -1,4 +1,4 @@
-# What all detectors share: mmdetection's runtime and test-time augmentation, LIT, checks of data and checkpoints.
+# Base of all detectors: runtime and test-time augmentation of mmdetection, LIT, and checks of data and checkpoints.
 _base_ = ["mmdet::_base_/default_runtime.py", "mmdet::retinanet/retinanet_tta.py"]
 custom_imports = dict(imports=["lit_backbone.mm"], allow_failed_imports=False)
 custom_hooks = [dict(type="AverageBuffersHook"), dict(type="CheckDataHook")]

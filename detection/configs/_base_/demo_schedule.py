@@ -1,5 +1,5 @@
-# Minutes on two CPU cores: AdamW, a short warm-up, cosine decay; the last checkpoint is what counts. (The number of
-# epochs is copied below: on the command line, set param_scheduler.1.T_max along with train_cfg.max_epochs.)
+# Schedule for minutes on two CPU cores: AdamW, a short warm-up and cosine decay. Results are those of the last
+# checkpoint. To change the number of epochs with --cfg-options, set train_cfg.max_epochs and param_scheduler.1.T_max.
 max_epochs = 4
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type="ValLoop")

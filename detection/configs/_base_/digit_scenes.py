@@ -1,4 +1,4 @@
-# Scenes of scanned digits (demo/digit_scenes.py): 128 x 128 pixels, ten categories, 4,800 to train on and 200 held out.
+# Digit scenes (demo/digit_scenes.py): 128 x 128 pixels, ten categories, 4,800 training and 200 validation images.
 data_root = "../data/digit_scenes/"
 metainfo = dict(classes=tuple("0123456789"))
 train_pipeline = [

@@ -1,11 +1,11 @@
-# A small Mask R-CNN on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
+# Small Mask R-CNN on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
 #
 #   command       python tools/train.py configs/demo/mask_rcnn_lit_digit_scenes.py
-#   GPUs          none needed
+#   GPUs          not required
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.953 mask AP50 (0.953 box AP50) on the held-out scenes, last checkpoint, by a shorter run of one
-#                 epoch of 2,400 scenes: pytest -m slow tests/detection -k demo_learns
+#   obtained      0.953 mask AP50 (0.953 box AP50) on the validation scenes, last checkpoint of a shorter run: one
+#                 epoch of 2,400 scenes (pytest -m slow tests/detection -k demo_learns)
 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
@@ -30,7 +30,7 @@ model = dict(
         mask_roi_extractor=dict(out_channels=64, finest_scale=28),
         mask_head=dict(num_classes=10, in_channels=64, conv_out_channels=64, num_convs=2),
     ),
-    # a scene has at most six digits
+    # a scene has up to six digits
     train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50), rcnn=dict(max_per_img=20)),
 )

@@ -1,10 +1,10 @@
-# A small RetinaNet on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
+# Small RetinaNet on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
 #
 #   command       make demo-detection
-#   GPUs          none needed
+#   GPUs          not required
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.993 box AP50 (AP 0.882) on the held-out scenes, last checkpoint
+#   obtained      0.993 box AP50 (AP 0.882) on the validation scenes, last checkpoint
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
@@ -13,7 +13,7 @@ _base_ = [
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
 ]
-norm = dict(type="GN", num_groups=8)  # without it the heads need more than minutes
+norm = dict(type="GN", num_groups=8)  # the heads train much more slowly without it
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
     backbone=dict(_delete_=True, out_norms=(1, 2, 3), **_base_.small_lit),

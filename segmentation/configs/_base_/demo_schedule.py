@@ -1,4 +1,5 @@
-# Minutes on two CPU cores: AdamW, a short warm-up, polynomial decay to zero; the last checkpoint is what counts.
+# Schedule for minutes on two CPU cores: AdamW, a short warm-up and polynomial decay to zero. Results are those of the
+# last checkpoint. To change the length with --cfg-options, set train_cfg.max_iters and param_scheduler.1.end.
 max_iters = 2000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")

@@ -1,4 +1,4 @@
-# Scenes of scanned digits (demo/digit_scenes.py), background and ten digits: 4,800 to train on, 200 held out.
+# Digit scenes (demo/digit_scenes.py): background and ten digits, 4,800 training and 200 validation images.
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),

@@ -1,4 +1,4 @@
-# The paper's recipe but for the backbone: Semantic FPN, crops of 512 x 512, 80k iterations of 16 images, poly to 1e-6.
+# Recipe of the paper without the backbone: Semantic FPN, 512 x 512 crops, 80k iterations, batch 16, poly to 1e-6.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
     "mmseg::_base_/datasets/ade20k.py",

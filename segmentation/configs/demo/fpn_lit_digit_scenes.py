@@ -1,10 +1,10 @@
-# A small Semantic FPN on scenes of scanned digits; its LIT comes from the classifier of docs/paper.md
+# Small Semantic FPN on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
 #
 #   command       make demo-segmentation
-#   GPUs          none needed
+#   GPUs          not required
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      0.845 mIoU on the held-out scenes, last checkpoint; 0.807 from random weights
+#   obtained      0.845 mIoU on the validation scenes, last checkpoint; 0.807 with random initialization
 
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
@@ -13,7 +13,7 @@ _base_ = [
     "../_base_/demo_schedule.py",
     "../_base_/default_runtime.py",
 ]
-norm = dict(type="GN", num_groups=8)  # with BatchNorm the head does not learn the digits apart in minutes
+norm = dict(type="GN", num_groups=8)  # with BatchNorm, minutes are not enough to separate the digits
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(128, 128)),
