@@ -83,18 +83,15 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
             result["meta"]["dataset_meta"] = dict(classes=tuple(classes))
     hub = content.get("message_hub")
     if isinstance(hub, dict) and isinstance(info := hub.get("runtime_info"), dict):
-        info = {key: value for key, value in info.items() if _is_hook_state(str(key), value)}
+        prefixes = {
+            float: "best_score",
+            int: "best_score",
+            str: "best_ckpt",
+            list: "keep_ckpt_ids",
+        }  # of CheckpointHook
+        info = {key: x for key, x in info.items() if str(key).startswith(prefixes.get(type(x), "-"))}
         result["message_hub"] = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
     return result
-
-
-def _is_hook_state(key: str, value: Any) -> bool:
-    """Return True for state of CheckpointHook. With several metrics, the keys end in their names."""
-    if key.startswith("best_score"):
-        return isinstance(value, (int, float))
-    if key.startswith("best_ckpt"):
-        return isinstance(value, str)
-    return key == "keep_ckpt_ids" and isinstance(value, list) and all(type(i) is int for i in value)
 
 
 def _download(url: str) -> str:

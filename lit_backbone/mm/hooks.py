@@ -11,14 +11,7 @@ from mmengine.runner import Runner
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
-from .data import (
-    check_dataset,
-    check_equal_classes,
-    check_loaded_files,
-    check_metric,
-    check_num_classes,
-    unwrap_datasets,
-)
+from . import data
 
 
 @HOOKS.register_module()
@@ -55,21 +48,23 @@ class CheckDataHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check the training and validation data."""
-        check_num_classes(runner.model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        data.check_num_classes(runner.model, runner.train_dataloader.dataset.metainfo.get("classes"))
         self._check(runner.train_dataloader)
         if runner.val_loop is not None:
             self._check(runner.val_dataloader, runner.val_evaluator)
-            check_equal_classes(unwrap_datasets(runner.train_dataloader) + unwrap_datasets(runner.val_dataloader))
+            data.check_equal_classes(
+                data.unwrap_datasets(runner.train_dataloader) + data.unwrap_datasets(runner.val_dataloader)
+            )
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
         self._check(runner.test_dataloader, runner.test_evaluator)
 
     def _check(self, loader: DataLoader, evaluator: Evaluator | None = None) -> None:
-        datasets = unwrap_datasets(loader)
+        datasets = data.unwrap_datasets(loader)
         for dataset in datasets:
             if is_main_process():
-                check_dataset(dataset)
+                data.check_dataset(dataset)
                 for metric in evaluator.metrics if evaluator and len(datasets) == 1 else ():
-                    check_metric(dataset, metric)
-            check_loaded_files(dataset.pipeline, dataset)
+                    data.check_metric(dataset, metric)
+            data.check_loaded_files(dataset.pipeline, dataset)

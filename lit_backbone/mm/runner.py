@@ -16,16 +16,16 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, name_some, other_classes, unwrap_state_dict
+from ..checkpoints import CheckpointError, other_classes, unwrap_state_dict
 from ..fit import check_optimizer_state
 from .checkpoints import fit_weights, load_file
 from .data import check_dataset, check_metainfo, unwrap_datasets
 
 HALF = (torch.float16, torch.bfloat16)
 FROM_WEIGHTS = "start a new run from the weights with --cfg-options load_from=FILE"
-# State of schedulers and parameter groups that is not a setting
-PROGRESS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}
-PROGRESS |= {"params", "foreach", "fused"}
+# Keys of schedulers and parameter groups that are not settings
+STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}
+STATE_KEYS |= {"params", "foreach", "fused"}
 
 
 class StrictRunner(Runner):
@@ -76,7 +76,7 @@ class StrictRunner(Runner):
                 raise CheckpointError(f"{filename}: no optimizer state to resume from. Instead, {FROM_WEIGHTS}.")
             check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
             if changes := self.overridden_settings(checkpoint):
-                problem = f"the checkpoint overrides settings of the config: {name_some(changes)}"
+                problem = f"the checkpoint overrides settings of the config: {', '.join(changes)}"
                 self.logger.warning(f"{filename}: {problem}. To use those of the config, {FROM_WEIGHTS}.")
             # mmengine compares the metainfo; the classes are compared above, other fields are not read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
@@ -92,10 +92,10 @@ class StrictRunner(Runner):
         pairs += zip(checkpoint["optimizer"]["param_groups"], self.optim_wrapper.optimizer.param_groups)
         changes = {}
         for ckpt, config in pairs:
-            for key in sorted((ckpt.keys() & config.keys()) - PROGRESS):
+            for key in sorted((ckpt.keys() & config.keys()) - STATE_KEYS):
                 scheduled = f"initial_{key}" in config or (key == "betas" and "initial_momentum" in config)
                 if not scheduled and (type(ckpt[key]) is not type(config[key]) or ckpt[key] != config[key]):
-                    changes[f"{key} {short_repr(ckpt[key])} instead of {short_repr(config[key])}"] = None
+                    changes[f"{key}={short_repr(ckpt[key])} (config: {short_repr(config[key])})"] = None
         return list(changes)
 
     def dump_config(self) -> None:

@@ -211,8 +211,8 @@ def test_resume_warns_of_overridden_settings(trained: Path, options: Any) -> Non
         train_cfg__max_epochs=2, optim_wrapper__optimizer__weight_decay=0.5, param_scheduler__1__T_max=2
     )
     output = train(CONFIG, *arguments, "--resume", trained / "epoch_1.pth")
-    assert "the checkpoint overrides settings of the config: T_max 12 instead of 6" in output
-    assert "weight_decay 0.05 instead of 0.5" in output
+    assert "the checkpoint overrides settings of the config: T_max=12 (config: 6)" in output
+    assert "weight_decay=0.05 (config: 0.5)" in output
 
 
 def test_detect_names_unreadable_images(trained: Path, tmp_path: Path) -> None:

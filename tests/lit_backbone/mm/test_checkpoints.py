@@ -98,7 +98,7 @@ CYCLE.append(CYCLE)
         dict(meta=dict(dataset_meta=dict(classes=CYCLE))),
         dict(message_hub=3),
         dict(message_hub=dict(runtime_info=CYCLE)),
-        dict(message_hub=dict(runtime_info=dict(best_score="high", best_ckpt=3, keep_ckpt_ids=["../other"]))),
+        dict(message_hub=dict(runtime_info=dict(best_score="high", best_ckpt=3, keep_ckpt_ids="../other"))),
         dict(meta=dict(config="import os", cfg="import os"), message_hub=dict(runtime_info=dict(cfg="import os"))),
     ],
     ids=lambda metadata: str(metadata)[:80],
