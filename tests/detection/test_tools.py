@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -235,3 +236,15 @@ def test_demo_learns(tmp_path: Path) -> None:
     arguments = build_options(tmp_path / "scenes", tmp_path / "run", **changes)
     output = train(DEMO / "mask_rcnn_lit_digit_scenes.py", *arguments)
     assert float(re.findall(r"coco/segm_mAP_50: (\S+)", output)[-1]) > 0.8
+
+
+@pytest.mark.slow
+def test_resnet_baseline_trains(options: Any, tmp_path: Path) -> None:
+    """Train and test a detector with another backbone, initialized by a reader of mmengine."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    init = dict(type="Pretrained", checkpoint=str(tmp_path / "resnet18.pth"))
+    backbone = dict(_delete_=True, type="ResNet", depth=18, init_cfg=init)
+    model = dict(backbone=backbone, neck=dict(in_channels=[64, 128, 256, 512]), test_cfg=dict(score_thr=0.0))
+    config = derive(tmp_path / "resnet.py", CONFIG, f"model = {model}")
+    train(config, *options())
+    assert "coco/bbox_mAP_50" in cli.test("", [str(config), str(tmp_path / "run" / "epoch_1.pth"), *options()])
