@@ -1,4 +1,4 @@
-# The environment is .venv unless PYTHON names the interpreter of another one, which is then used as it is:
+# The targets build and use .venv. PYTHON selects the interpreter of an existing environment instead:
 #   make test PYTHON=/home/anaconda3/envs/lit/bin/python
 PYTHON ?= $(CURDIR)/.venv/bin/python
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -7,64 +7,63 @@ DETECTOR := retinanet_lit_digit_scenes
 SEGMENTOR := fpn_lit_digit_scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mm env-test demo demo-detection demo-segmentation bench paper test test-slow test-gpu lint format clean
+.PHONY: help env env-mm env-slow demo demo-detection demo-segmentation bench paper test test-slow test-gpu lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F '\t' '{printf "make %-16s %s\n", $$1, $$2}'
 
-env: ## build or update the environment, with the tools for tests and demo
+env: ## build or update the environment, with packages for tests and demos
 ifeq ($(origin PYTHON),file)
 	@bash setup_env.sh --dev
 endif
 
-env-mm: ## the same with mmcv, mmdetection and mmsegmentation, which detection and segmentation need
+env-mm: ## the same with mmcv, mmdetection and mmsegmentation for detection and segmentation
 ifeq ($(origin PYTHON),file)
 	@bash setup_env.sh --dev --mm
 endif
 
-env-test: # and with a browser, for pages
+env-slow: # the same with Chromium for the tests of the HTML viewer
 ifeq ($(origin PYTHON),file)
 	@bash setup_env.sh --dev --mm --browser
 endif
 
-demo: env ## train a small LIT on scanned digits, evaluate its last checkpoint, show where DTM looks
+demo: env ## train a small LIT on scanned digits, evaluate it, visualize DTM's offsets
 	"$(PYTHON)" demo/digits.py
 	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml
 	cd classification && "$(PYTHON)" main.py --cfg configs/lit-digits.yaml --eval --resume $(DEMO_OUTPUT)/latest.pth
 	cd classification && "$(PYTHON)" visualize_offset.py --resume $(DEMO_OUTPUT)/latest.pth \
 	    --vis_image $$(find ../data/digits/val/8 -name "*.png" | sort | head -n 1) --html $(DEMO_OUTPUT)/offsets.html
-	@echo "Checkpoints, log, TensorBoard events and offsets.html, a page to open: classification/$(DEMO_OUTPUT)"
+	@echo "Checkpoints, log, TensorBoard events and offsets.html: classification/$(DEMO_OUTPUT)"
 
-demo-detection: env-mm ## train a small RetinaNet on scenes of digits, evaluate it, draw what it finds
+demo-detection: env-mm ## train a small RetinaNet on scenes of digits, evaluate it, draw its detections
 	"$(PYTHON)" -m demo.digit_scenes
 	cd detection && "$(PYTHON)" tools/train.py configs/demo/$(DETECTOR).py
 	cd detection && "$(PYTHON)" tools/test.py configs/demo/$(DETECTOR).py $$(cat work_dirs/$(DETECTOR)/last_checkpoint)
 	cd detection && "$(PYTHON)" tools/detect.py ../data/digit_scenes/images/val --config configs/demo/$(DETECTOR).py \
 	    --checkpoint $$(cat work_dirs/$(DETECTOR)/last_checkpoint) --out-dir outputs/$(DETECTOR)
-	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); pictures: detection/outputs/$(DETECTOR)"
+	@echo "Checkpoints and logs: detection/work_dirs/$(DETECTOR); images: detection/outputs/$(DETECTOR)"
 
-demo-segmentation: env-mm ## the same with a small Semantic FPN, which paints the digits
+demo-segmentation: env-mm ## train a small Semantic FPN on the same scenes, evaluate it, draw its masks
 	"$(PYTHON)" -m demo.digit_scenes
 	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py
 	cd segmentation && "$(PYTHON)" tools/test.py configs/demo/$(SEGMENTOR).py $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint)
 	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes/images/val --config configs/demo/$(SEGMENTOR).py \
 	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)
-	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); pictures: segmentation/outputs/$(SEGMENTOR)"
+	@echo "Checkpoints and logs: segmentation/work_dirs/$(SEGMENTOR); images: segmentation/outputs/$(SEGMENTOR)"
 
-bench: env ## measure how fast LIT is, beside its peers (docs/performance.md); about half an hour on two cores
+bench: env ## measure the speed of LIT and other models (docs/performance.md); half an hour on two cores
 	"$(PYTHON)" tools/benchmark.py --output outputs/benchmark
-	"$(PYTHON)" tools/plot_benchmark.py outputs/benchmark/*.json
 
-paper: env-mm ## compare small LITs and their peers on photographs; docs/paper.md says how to train them anew
-	"$(PYTHON)" -m tools.paper
+paper: env ## print the tables of the CIFAR-10 study (experiments/cifar10), with speeds of this machine
+	"$(PYTHON)" -m experiments.cifar10.table
 
-test: env-test lint ## check the style, then run the test suite
+test: env-mm lint ## check the style, then run the test suite
 	"$(PYTHON)" $(PYTEST)
 
-test-slow: env-mm ## run the tests that take minutes
+test-slow: env-slow ## run the slow tests
 	"$(PYTHON)" $(PYTEST) -m slow
 
-test-gpu: env ## run the tests that need a GPU, alone
+test-gpu: env ## run only the tests that need a GPU
 	"$(PYTHON)" -m pytest tests/gpu
 
 lint: env ## check style, formatting, language, links, spelling and types
@@ -79,6 +78,6 @@ format: env ## fix style and formatting where ruff can
 	"$(PYTHON)" -m ruff check --fix
 	"$(PYTHON)" -m ruff format
 
-clean: ## remove caches and build products; environment, data and results stay
+clean: ## remove caches and build products; keep environment, data and results
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

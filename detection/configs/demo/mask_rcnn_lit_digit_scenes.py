@@ -1,4 +1,4 @@
-# Small Mask R-CNN on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
+# Small Mask R-CNN on digit scenes. Its LIT backbone is pretrained with the classifier of experiments/cifar10.
 #
 #   command       python tools/train.py configs/demo/mask_rcnn_lit_digit_scenes.py
 #   GPUs          not required

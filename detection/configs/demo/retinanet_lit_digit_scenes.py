@@ -1,4 +1,4 @@
-# Small RetinaNet on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
+# Small RetinaNet on digit scenes. Its LIT backbone is pretrained with the classifier of experiments/cifar10.
 #
 #   command       make demo-detection
 #   GPUs          not required

@@ -1,4 +1,4 @@
-# Small Semantic FPN on digit scenes. Its LIT backbone is pretrained with the classifier of docs/paper.md.
+# Small Semantic FPN on digit scenes. Its LIT backbone is pretrained with the classifier of experiments/cifar10.
 #
 #   command       make demo-segmentation
 #   GPUs          not required
