@@ -1,33 +1,25 @@
-"""Writes a classifier's checkpoint in the forms in which other programs use it.
+"""Export a classifier's checkpoint for other programs.
 
     python tools/export.py lit_s.pth --format onnx
 
-  onnx          lit_s.onnx, a graph for onnxruntime and other engines
-  torch-export  lit_s.pt2, a graph for torch.export.load
-  safetensors   lit_s.safetensors, the weights, e.g. for timm.create_model("lit_s", checkpoint_path=...)
-  hf            lit_s-hf, a folder for timm.create_model("local-dir:lit_s-hf", pretrained=True), once lit_backbone is
-                imported, or for the Hub, with a model card, README.md
-  released      lit_s-released.pth, the weights in the layout of the authors' code
+onnx          lit_s.onnx, a graph for onnxruntime and other engines; needs `bash setup_env.sh --dev`
+torch-export  lit_s.pt2, a graph for torch.export.load
+safetensors   lit_s.safetensors, the weights, which this repository reads like a checkpoint
+hf            lit_s-hf, a directory for the Hugging Face Hub or timm.create_model("local-dir:lit_s-hf", pretrained=True)
 
-Graphs take any number of images `(B, 3, H, W)`, normalised, of any size from 32 x 32 pixels (torch-export: 64 x 64, for
-PyTorch tells maps of a single token apart), and give logits `(B, classes)`; with --dense, the four stages' feature maps
-`(B, C, H / s, W / s)` for s = 4, 8, 16, 32, as timm's features_only gives them (the class token of LIT-Ti takes part).
-The files of onnx (as metadata), torch-export (as extra_files) and safetensors (as metadata) tell the architecture, and
-in JSON the classes, how timm prepares an image, and main.py's keys of model and input: whatever reads a checkpoint here
-reads safetensors files likewise. In an ONNX file, DTM is the operator DeformConv, which onnxruntime runs from 1.25 on;
-with --grid-sample, GridSample and Conv, slower, but known to more runtimes.
-onnx needs the packages onnx and onnxscript: `bash setup_env.sh --dev` installs them.
+Graphs take normalized images `(B, 3, H, W)` of any number and size from 32 x 32 pixels (torch-export: 64 x 64). They
+return logits `(B, classes)` or, with --dense, feature maps `(B, C, H / s, W / s)` for s = 4, 8, 16, 32. The metadata of
+onnx, torch-export (extra_files) and safetensors files hold the architecture and, in JSON, classes and preprocessing.
 """
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,92 +27,101 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
+from timm.models._hub import generate_readme
 from torch import Tensor
 
-from lit_backbone import LIT, CheckpointError, read_checkpoint
-from lit_backbone.dtm import use_deform_conv
-from lit_backbone.released import to_released
-from lit_classification.augmentation import evaluation_input
-from lit_classification.model import BROUGHT, Classifier, load_classifier
-from lit_classification.model_card import model_card
+from lit_backbone import LIT, CheckpointError, __version__, read_checkpoint
+from lit_classification.augmentation import evaluation_input as eval_preprocessing
+from lit_classification.model import BROUGHT as CHECKPOINT_KEYS
+from lit_classification.model import Classifier, load_classifier
+from lit_classification.recipe import describe_settings as result_settings
 
-EXAMPLE_SHAPE = (2, 3, 96, 160)  # to trace; no side, and no map's side, of 1, which would be taken for a constant
+EXAMPLE_SHAPE = (2, 3, 96, 160)  # A side of 1, of the image or of a feature map, would be traced as a constant.
+USAGE = """
+```python
+import lit_backbone, timm
+from PIL import Image
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="written by main.py, or released")
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint, named after it)")
-    parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
-    parser.add_argument("--grid-sample", action="store_true", help="onnx for runtimes without DeformConv; slower")
-    args = parser.parse_args(argv)
-    if args.output and (args.output.suffix == ".safetensors") != (args.format == "safetensors"):
-        parser.error(f"argument --output: {args.output}: .safetensors is the suffix of that format, and of no other")
-    if args.grid_sample and args.format != "onnx":
-        parser.error(f"argument --grid-sample: no choice of the {args.format} format; use it with onnx")
-    if args.dense and args.format not in ("onnx", "torch-export"):
-        parser.error(f"argument --dense: a {args.format} export has no graph; use it with onnx or torch-export")
-    return args
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # from the Hub: "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0))  # (1, classes)
+print(model.pretrained_cfg["label_names"][logits.argmax()])
+```
+"""
 
 
-def description(classifier: Classifier) -> dict[str, str]:
-    """What one must know to use the model: its architecture, and in JSON its classes and its way to prepare images, and
-    what `read_checkpoint` gives beside the weights, where the checkpoint names its classes."""
-    preprocessing = resolve_data_config(evaluation_input(classifier.config), pretrained_cfg={})
-    brought = classifier.config.model_dump(mode="json", include=BROUGHT)
-    own = {"lit_backbone": json.dumps({"classes": classifier.folders, "config": brought})} if classifier.folders else {}
-    return own | {
+def describe(classifier: Classifier) -> dict[str, str]:
+    """Return the metadata of an exported file."""
+    metadata = {
         "architecture": classifier.config.MODEL.NAME,
         "classes": json.dumps(classifier.classes),
-        "preprocessing": json.dumps(preprocessing),
+        "preprocessing": json.dumps(resolve_data_config(eval_preprocessing(classifier.config), pretrained_cfg={})),
     }
+    if classifier.folders:
+        config = classifier.config.model_dump(mode="json", include=CHECKPOINT_KEYS)
+        metadata["lit_backbone"] = json.dumps({"classes": classifier.folders, "config": config})
+    return metadata
 
 
-def write_onnx(classifier: Classifier, path: Path, grid_sample: bool = False) -> None:
-    model = deepcopy(classifier.model)
-    if not grid_sample:
-        use_deform_conv(model)  # in runtimes the faster way (docs/performance.md)
-    free = {0: "batch", 2: "height", 3: "width"}
-    with torch.no_grad():  # with gradients, attention's bias would not be a constant
-        example = torch.zeros(EXAMPLE_SHAPE)
-        outputs = model(example)
-        names = ["logits"] if isinstance(outputs, Tensor) else [f"map{i}" for i in range(len(outputs))]
+def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path) -> str:
+    """Return the README.md of the Hub, with the training as far as the checkpoint's content describes it."""
+    config = classifier.config
+    parameters = sum(p.numel() for p in classifier.model.parameters())
+    details: dict[str, Any] = {"Model": f"{config.MODEL.NAME}, {parameters:,} parameters"}
+    details["Input"] = "{} x {} pixels, {} classes".format(*config.DATA.IMG_SIZE, len(classifier.classes))
+    if "updates_per_epoch" in content:
+        details["Training"] = f"{content['update'] / content['updates_per_epoch']:g} of {config.TRAIN.EPOCHS} epochs"
+        if content["best"] >= 0:
+            details["Accuracy"] = f"{content['best']:.2f} % top-1 on the validation images, best epoch"
+    if classifier.folders and "TRAIN" in content.get("config", {}):
+        details["Data"] = config.DATA.DATASET or Path(config.DATA.DATA_PATH).name
+        details["Initial weights"] = Path(config.MODEL.PRETRAINED).name or "random"
+        details["Settings"] = result_settings(config)
+    text = (
+        f"LIT, Less Attention in Vision Transformers. Exported from `{checkpoint.name}` by lit_backbone {__version__}."
+    )
+    card = {"tags": ["image-classification", "timm", "lit"], "description": text, "details": details, "usage": USAGE}
+    return generate_readme(card, config.MODEL.NAME)
+
+
+def write_onnx(classifier: Classifier, path: Path) -> None:
+    with torch.no_grad():  # attention's bias becomes a constant
+        outputs = classifier.model(torch.zeros(EXAMPLE_SHAPE))
         program = torch.onnx.export(
-            model,
-            (example,),
+            classifier.model,
+            (torch.zeros(EXAMPLE_SHAPE),),
             input_names=["images"],
-            output_names=names,
-            opset_version=20,  # DeformConv's is 19
-            dynamic_shapes=(free,),
+            output_names=["logits"] if isinstance(outputs, Tensor) else [f"map{i}" for i in range(len(outputs))],
+            opset_version=20,
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props.update(description(classifier))
+    program.model.metadata_props.update(describe(classifier))
     program.save(path)
 
 
 def write_torch_export(classifier: Classifier, path: Path) -> None:
-    free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    shapes = ({axis: torch.export.Dim.AUTO for axis in (0, 2, 3)},)
     with torch.no_grad():
-        program = torch.export.export(classifier.model, (torch.zeros(EXAMPLE_SHAPE),), dynamic_shapes=(free,))
-    torch.export.save(program, path, extra_files=description(classifier))
+        program = torch.export.export(classifier.model, (torch.zeros(EXAMPLE_SHAPE),), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files=describe(classifier))
 
 
 def write_safetensors(classifier: Classifier, path: Path) -> None:
-    save_file(classifier.model.state_dict(), path, metadata={"format": "pt"} | description(classifier))
+    save_file(classifier.model.state_dict(), path, metadata={"format": "pt"} | describe(classifier))
 
 
 def write_hf(classifier: Classifier, path: Path) -> None:
-    labels = {"label_names": classifier.classes}
-    save_for_hf(
-        classifier.model, path, labels, safe_serialization=True, data_config=evaluation_input(classifier.config)
-    )
-    write_safetensors(classifier, path / "model.safetensors")  # the same weights, and their description
-
-
-def write_released(classifier: Classifier, path: Path) -> None:
-    torch.save({"model": to_released(classifier.model.state_dict()), "classes": classifier.folders}, path)
+    config: dict[str, Any] = {"label_names": classifier.classes}
+    if classifier.folders:  # trained by main.py, not by the authors
+        config["pretrained_cfg"] = {"tag": "", "origin_url": ""}
+    data_config = eval_preprocessing(classifier.config)
+    save_for_hf(classifier.model, path, config, safe_serialization=True, data_config=data_config)
+    config = json.loads((path / "config.json").read_text())
+    del config["model_args"]["num_classes"]  # transformers passes its value of num_classes as well
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(classifier, path / "model.safetensors")  # with metadata
 
 
 FORMATS: dict[str, tuple[str, Callable[[Classifier, Path], None]]] = {
@@ -128,62 +129,53 @@ FORMATS: dict[str, tuple[str, Callable[[Classifier, Path], None]]] = {
     "torch-export": (".pt2", write_torch_export),
     "safetensors": (".safetensors", write_safetensors),
     "hf": ("-hf", write_hf),
-    "released": ("-released.pth", write_released),
 }
 
 
-def export(checkpoint: Path, output: Path, write: Callable[[Classifier, Path], None], dense: bool) -> None:
-    """Write a checkpoint in another form; files appear when they are whole.
+def export(checkpoint: Path, output: Path, format: str, dense: bool = False) -> None:
+    """Write a checkpoint in another format. Nothing is written if the export fails.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is not a LIT's.
-        ImportError, OSError, RuntimeError, SafetensorError, ValueError: it cannot be written in this form, or here.
+        CheckpointError: the checkpoint cannot be read or holds another model than LIT.
     """
     classifier = load_classifier(checkpoint, torch.device("cpu"))
     if not isinstance(classifier.model, LIT):
-        raise CheckpointError(f"{checkpoint}: holds a {type(classifier.model).__name__}; expected a LIT")
+        raise CheckpointError(f"{checkpoint}: holds a {type(classifier.model).__name__}. Only LIT can be exported.")
     if dense:
         classifier = classifier._replace(model=FeatureGetterNet(classifier.model, out_indices=(0, 1, 2, 3)).eval())
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.tmp{output.suffix}")  # PyTorch wants the suffix of its graphs
-    try:
-        write(classifier, unfinished)
-        if unfinished.is_dir():  # for the Hub
-            (unfinished / "README.md").write_text(model_card(classifier, read_checkpoint(checkpoint), checkpoint))
-            output.mkdir(exist_ok=True)
-            for file in unfinished.iterdir():
-                publish(file, output / file.name)
+    with TemporaryDirectory(dir=output.parent) as folder:
+        path = Path(folder, output.name)
+        FORMATS[format][1](classifier, path)
+        if path.is_dir():
+            (path / "README.md").write_text(model_card(classifier, read_checkpoint(checkpoint), checkpoint))
+            shutil.copytree(path, output, copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
-            publish(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.unlink(missing_ok=True)
-
-
-def publish(file: Path, output: Path) -> None:
-    """Give a whole file its name, and the mode that the user's files have: safetensors' is their owner's alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
-    os.replace(file, output)
+            shutil.copyfile(path, output)  # with default permissions: safetensors writes mode 0600
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    ending, write = FORMATS[args.format]
-    if args.grid_sample:
-        write = partial(write_onnx, grid_sample=True)
-    output = args.output or args.checkpoint.with_name(args.checkpoint.stem + ending)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="file of main.py, or released by the authors")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint)")
+    parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
+    args = parser.parse_args(argv)
+    output = args.output or args.checkpoint.with_name(args.checkpoint.stem + FORMATS[args.format][0])
+    if (output.suffix == ".safetensors") != (args.format == "safetensors"):
+        parser.error(f"--output: {output} does not fit --format {args.format}. Use .safetensors only with that format.")
+    if args.dense and args.format not in ("onnx", "torch-export"):
+        parser.error(f"--dense: a {args.format} export has no graph. Use --format onnx or torch-export.")
     if output.resolve() == args.checkpoint.resolve():
-        sys.exit(f"error: {output}: is the checkpoint itself; name another --output")
+        sys.exit(f"error: {output}: is the checkpoint itself. Choose another --output.")
     try:
-        export(args.checkpoint, output, write, args.dense)
+        export(args.checkpoint, output, args.format, args.dense)
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
-        sys.exit(f"error: {error}; install it by bash setup_env.sh --dev")
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        sys.exit(f"error: {output}: not written ({(str(error) or repr(error)).splitlines()[0]})")
+        sys.exit(f"error: {error}. Run `bash setup_env.sh --dev`.")
+    except (ArithmeticError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        sys.exit(f"error: {output}: not written: {(str(error) or repr(error)).splitlines()[0]}")
     print(f"{args.checkpoint} as {args.format}: {output}")
 
 
