@@ -1,42 +1,32 @@
-"""The models for `torch.hub`, with random weights or a checkpoint's, ours or released, its classes and its input size:
+"""Models for torch.hub. `checkpoint` loads a file and sets the number of classes and the input size by it.
 
-    model = torch.hub.load(REPO, "lit_s", checkpoint="lit_s.pth")
-
-REPO is an address `owner/name`, or a folder with `source="local"`. Further keywords are those of `timm.create_model`.
+model = torch.hub.load("OWNER/NAME", "lit_s", checkpoint="lit_s.pth")  # or a directory with source="local"
 """
 
-import os
-import types
+import timm
+
+import lit_backbone
+from lit_backbone import fit
 
 dependencies = ["safetensors", "timm", "torch"]
 
-import timm  # noqa: E402
-from torch import nn  # noqa: E402
 
-import lit_backbone  # noqa: E402
-from lit_backbone import fit  # noqa: E402
-
-
-def _entry(create: types.FunctionType) -> types.FunctionType:
-    def load(pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs: object) -> nn.Module:
+def _entry(name: str):
+    def load(pretrained=False, checkpoint=None, **kwargs):
         if checkpoint is None:
-            return timm.create_model(create.__name__, pretrained=pretrained, **kwargs)
-        weights = lit_backbone.load_checkpoint(checkpoint)
-        size, classes = fit.input_and_outputs(weights)
-        kwargs = dict(num_classes=classes, img_size=size) | kwargs
-        size = timm.layers.to_2tuple(kwargs["img_size"])
-        overlay = dict(input_size=(3, *size)) | kwargs.pop("pretrained_cfg_overlay", {})
-        model = timm.create_model(create.__name__, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-        model.load_state_dict(fit.fit_state_dict(weights, model, checkpoint))
+            return timm.create_model(name, pretrained, **kwargs)
+        size, num_classes = fit.input_and_outputs(lit_backbone.load_checkpoint(checkpoint))
+        kwargs = dict(img_size=size, num_classes=num_classes) | kwargs
+        input_size = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
+        kwargs["pretrained_cfg_overlay"] = dict(input_size=input_size) | kwargs.get("pretrained_cfg_overlay", {})
+        model = timm.create_model(name, **kwargs)
+        model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
         return model
 
-    load.__name__ = create.__name__
-    load.__doc__ = f"{create.__doc__} With `checkpoint`, it has the weights of that file."
+    load.__name__ = name
+    load.__doc__ = f"Create {name}. Other keywords are those of `timm.create_model`."
     return load
 
 
-lit_ti = _entry(lit_backbone.lit_ti)
-lit_s = _entry(lit_backbone.lit_s)
-lit_m = _entry(lit_backbone.lit_m)
-lit_b = _entry(lit_backbone.lit_b)
-pvt_small_full_msa = _entry(lit_backbone.pvt_small_full_msa)
+lit_ti, lit_s, lit_m, lit_b = map(_entry, ("lit_ti", "lit_s", "lit_m", "lit_b"))
+pvt_small_full_msa = _entry("pvt_small_full_msa")

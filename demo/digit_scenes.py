@@ -1,22 +1,17 @@
-"""Composes scenes of scanned digits over dimmed photographs, with boxes, instance masks and semantic masks.
+"""Compose scenes of scanned digits over dimmed photos, with boxes, instance masks and semantic masks.
 
     python -m demo.digit_scenes --output data/digit_scenes
 
-makes, in the splits train and val,
-
-    data/digit_scenes/images/{train,val}/NNNNN.jpg     the scenes
-    data/digit_scenes/annotations/{train,val}.json     COCO instances; the digits 0 to 9 are the categories 1 to 10
-    data/digit_scenes/semantic/{train,val}/NNNNN.png   the category of every pixel, 0 for background
-
-Scans and photographs come with scikit-learn (`setup_env.sh --dev` brings it). The scans that digits.py holds out, and
-the right half of each photograph, are in val only. A scene follows from split, size and its number, so that a
-small set is the beginning of a large one. Beside COCO's fields, an image names its background, an instance its scan and
-how much of it is visible. (The photographs are by danielbuechele and vultilion on Flickr, CC BY 2.0.)
+creates `OUTPUT/images/{train,val}/NNNNN.jpg`, `OUTPUT/semantic/{train,val}/NNNNN.png` with the category of every pixel
+(0 for background) and `OUTPUT/annotations/{train,val}.json` with COCO instances. The digits 0 to 9 are categories 1 to
+10. The val scans of digits.py and the right half of each photo occur only in val. A scene depends only on its split,
+size and number. Each COCO image also names its part of the photo, each instance its scan and its visible share. Scans
+and photos come with scikit-learn (`bash setup_env.sh --dev`). Photos: danielbuechele and vultilion, CC BY 2.0.
 """
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,87 +23,70 @@ from tqdm import tqdm
 from demo.digits import draw_digit, split_digits
 
 SPLITS = ("train", "val")
-NUM_DIGITS = (4, 6)  # in a scene
-BACKGROUND_SIDE = (128, 256)  # of the square cut from a photograph, in its pixels
-DIMMED = 0.3  # of a photograph's brightness is left, so that digits are light on dark, as the scans are
-DIGIT_SIDE = (0.25, 0.42)  # of a scan with its margin, in sides of the scene
-MAX_ANGLE = 20  # degrees, either way
-INK_LEVEL = 100  # of 255, above which an enlarged scan is stroke
+NUM_DIGITS = (4, 6)  # per scene
+BACKGROUND_SIDE = (128, 256)  # side of the square cut from a photo, pixels
+BRIGHTNESS = 0.3  # of the photos, so that the digits are brighter than the background
+DIGIT_SIDE = (0.25, 0.42)  # relative to the side of the scene
+MAX_ANGLE = 20  # degrees
+INK_LEVEL = 100  # threshold between stroke and background in an enlarged scan
 SUPERSAMPLING = 4
-NUM_INKS = 12  # to choose the lightest from
+NUM_INKS = 12  # random colors, the brightest is used
 LUMINANCE = (0.299, 0.587, 0.114)
-MAX_OVERLAP = 0.1  # of two boxes, in areas of the smaller one
-MIN_VISIBLE = 0.6  # of the strokes, by area
-PALETTE = np.array(  # of the semantic masks
-    [(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)]
-    + [(145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212)],
-    dtype=np.uint8,
-)
+MAX_OVERLAP = 0.1  # of two boxes, relative to the smaller one
+MIN_VISIBLE = 0.6  # share of the strokes
+PALETTE = "000000 e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabed4"  # of the semantic masks
 
 
 @dataclass
 class Digit:
-    """One digit of a scene."""
+    """A digit of a scene. Later digits reduce the mask."""
 
     scan: int
     category: int
-    area: int  # of the strokes, before others cover them
-    mask: np.ndarray  # (size, size), the visible strokes
+    area: int  # number of stroke pixels before occlusion
+    mask: np.ndarray  # (size, size), visible stroke pixels
 
     @property
     def box(self) -> list[int]:
-        """The extent of the mask: x, y, width, height."""
+        """Return x, y, width and height of the mask."""
         left, top, right, bottom = Image.fromarray(self.mask).getbbox()
         return [left, top, right - left, bottom - top]
 
 
-@dataclass
-class Scene:
-    """A picture, where its background is from, and its digits, of which a later one may cover part of an earlier."""
-
-    pixels: np.ndarray  # (size, size, 3)
-    photograph: str
-    photograph_box: list[int]  # x, y, width, height
-    digits: list[Digit] = field(default_factory=list)
-
-    def semantic_mask(self) -> np.ndarray:
-        """Returns the category of every pixel."""
-        return sum(digit.category * digit.mask.astype(np.uint8) for digit in self.digits)
-
-
 class Composer:
-    """Composes the scenes of one split."""
+    """Composes the scenes of a split."""
 
     def __init__(self, split: str, size: int = 128) -> None:
         self.split, self.size = SPLITS.index(split), size
-        digits, photographs = load_digits(), load_sample_images()
+        digits, photos = load_digits(), load_sample_images()
         self.images, self.labels = digits.images, digits.target
         self.scans = split_digits(digits.target)[split]
-        self.photographs = {Path(name).name: image for name, image in zip(photographs.filenames, photographs.images)}
+        self.photos = {Path(name).name: image for name, image in zip(photos.filenames, photos.images)}
 
-    def compose(self, number: int) -> Scene:
-        """Returns a scene of the split by its number."""
+    def compose(self, number: int) -> tuple[np.ndarray, list[Digit], dict[str, Any]]:
+        """Return the pixels `(size, size, 3)`, the digits and the origin of the background of a scene."""
         rng = np.random.default_rng((0, self.split, number))
-        scene = self._cut_background(rng)
+        pixels, origin = self.cut_background(rng)
+        digits: list[Digit] = []
         count = rng.integers(*NUM_DIGITS, endpoint=True)
-        while len(scene.digits) < count:
-            self._try_digit(scene, rng)
-        return scene
+        while len(digits) < count:
+            self.try_digit(pixels, digits, rng)
+        return pixels, digits, origin
 
-    def _cut_background(self, rng: np.random.Generator) -> Scene:
-        """Starts a scene from a square of the split's half of a photograph."""
-        name = str(rng.choice(list(self.photographs)))
-        height, width, _ = self.photographs[name].shape
+    def cut_background(self, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+        """Cut a dimmed square from the split's half of a photo."""
+        name = str(rng.choice(list(self.photos)))
+        height, width, _ = self.photos[name].shape
         side = int(rng.integers(*BACKGROUND_SIDE, endpoint=True))
         x = int(rng.integers(width // 2 - side, endpoint=True)) + self.split * (width // 2)
         y = int(rng.integers(height - side, endpoint=True))
-        square = Image.fromarray(self.photographs[name][y : y + side, x : x + side])
+        square = Image.fromarray(self.photos[name][y : y + side, x : x + side])
         square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        dimmed = square.point(lambda level: round(DIMMED * level))
-        return Scene(np.array(dimmed), name, [x, y, side, side])
+        dimmed = square.point(lambda level: round(BRIGHTNESS * level))
+        return np.array(dimmed), {"photo": name, "photo_box": [x, y, side, side]}
 
-    def _try_digit(self, scene: Scene, rng: np.random.Generator) -> None:
-        """Draws a random digit at a random place, unless that would hide too much of another one."""
+    def try_digit(self, pixels: np.ndarray, digits: list[Digit], rng: np.random.Generator) -> None:
+        """Draw a random digit at a random position unless it hides too much of another one."""
         scan = int(rng.choice(self.scans))
         side = round(self.size * rng.uniform(*DIGIT_SIDE))
         glyph = draw_glyph(self.images[scan], side, rng.uniform(-MAX_ANGLE, MAX_ANGLE))
@@ -118,25 +96,25 @@ class Composer:
         mask = np.zeros((self.size, self.size), dtype=bool)
         mask[window] = glyph >= 0.5
         digit = Digit(scan, int(self.labels[scan]) + 1, int(mask.sum()), mask)
-        if not all(is_legible(other, digit) for other in scene.digits):
+        if not all(is_legible(lower, digit) for lower in digits):
             return
-        for other in scene.digits:
-            other.mask &= ~mask
-        scene.digits.append(digit)
-        around, share = scene.pixels[window], glyph[..., None]
-        scene.pixels[window] = np.round((1 - share) * around + share * choose_ink(rng))
+        for lower in digits:
+            lower.mask &= ~mask
+        digits.append(digit)
+        alpha = glyph[..., None]
+        pixels[window] = np.round((1 - alpha) * pixels[window] + alpha * choose_ink(rng))
 
 
 def draw_glyph(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
-    """Returns which share of each pixel the strokes of a turned scan cover, cut to their extent."""
-    image = draw_digit(np.pad(scan, 1), side * SUPERSAMPLING)  # a margin, for strokes at the border to end smoothly
+    """Return the coverage (0 to 1) of each pixel by the strokes of a rotated scan, cropped to the strokes."""
+    image = draw_digit(np.pad(scan, 1), side * SUPERSAMPLING)  # the margin smooths strokes at the border
     image = image.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     image = image.point(lambda level: 255 * (level > INK_LEVEL)).reduce(SUPERSAMPLING)
     return np.asarray(image.crop(image.getbbox())) / 255
 
 
 def is_legible(lower: Digit, upper: Digit) -> bool:
-    """Tells whether a digit can still be read once another one is drawn over it."""
+    """Check that a digit stays legible when another one is drawn over it."""
     (x0, y0, w0, h0), (x1, y1, w1, h1) = lower.box, upper.box
     width = max(min(x0 + w0, x1 + w1) - max(x0, x1), 0)
     height = max(min(y0 + h0, y1 + h1) - max(y0, y1), 0)
@@ -145,96 +123,72 @@ def is_legible(lower: Digit, upper: Digit) -> bool:
 
 
 def choose_ink(rng: np.random.Generator) -> np.ndarray:
-    """Returns the lightest of some random colours."""
+    """Return the brightest of several random colors."""
     inks = rng.integers(256, size=(NUM_INKS, 3))
     return inks[(inks @ LUMINANCE).argmax()]
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """Returns COCO's uncompressed run lengths: column by column, background and digit by turns, background first."""
+    """Encode a mask as COCO's uncompressed run lengths, column by column, starting with background."""
     changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
     return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=mask.size).tolist()}
 
 
-def describe(scene: Scene, number: int, first_id: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns COCO's entries for a scene: the image and its instances."""
-    height, width, _ = scene.pixels.shape
-    image = {"id": number, "file_name": f"{number:05d}.jpg", "height": height, "width": width}
-    image |= {"photograph": scene.photograph, "photograph_box": scene.photograph_box}
-    instances = []
-    for i, digit in enumerate(scene.digits, first_id):
-        area = np.count_nonzero(digit.mask)
-        instance = {"id": i, "image_id": number, "category_id": digit.category, "iscrowd": 0, "area": area}
-        instance |= {"bbox": digit.box, "segmentation": encode_rle(digit.mask)}
-        instances.append(instance | {"scan": digit.scan, "visible": area / digit.area})
-    return image, instances
+def semantic_mask(digits: list[Digit]) -> Image.Image:
+    """Return an image of the category of every pixel, with a palette."""
+    mask = Image.fromarray(sum(digit.category * digit.mask.astype(np.uint8) for digit in digits))
+    mask.putpalette(bytes.fromhex(PALETTE))
+    return mask
 
 
-def find_pictures(root: Path, split: str) -> list[Path]:
-    """Returns the scenes and semantic masks in a folder."""
-    name = 5 * "[0-9]"
-    return [*(root / "images" / split).glob(f"{name}.jpg"), *(root / "semantic" / split).glob(f"{name}.png")]
-
-
-def is_complete(root: Path, split: str, info: dict[str, Any]) -> bool:
-    """Tells whether an earlier run with these settings got to the end: the annotations, its last file, say so."""
-    annotations = root / "annotations" / f"{split}.json"
-    if not annotations.is_file() or json.loads(annotations.read_text()).get("info") != info:
-        return False
-    stems = sorted(path.stem for path in find_pictures(root, split))
-    return stems == [f"{number:05d}" for number in range(info["scenes"]) for _ in ("image", "mask")]
-
-
-def write_split(root: Path, split: str, info: dict[str, Any]) -> None:
-    """Writes the scenes of a split in place of those of an earlier run."""
-    images, semantic, annotations = root / "images" / split, root / "semantic" / split, root / "annotations"
-    for folder in (images, semantic, annotations):
+def write_split(root: Path, split: str, size: int, count: int) -> bool:
+    """Write a split and return True, or return False if it is complete. The annotations are written last."""
+    info = {"description": "scanned digits over dimmed photos", "size": size, "scenes": count}
+    images, semantic, annotations = (root / kind / split for kind in ("images", "semantic", "annotations"))
+    path = annotations.with_suffix(".json")
+    stems = [f"{number:05d}" for number in range(count)]
+    old = [*images.glob(5 * "[0-9]" + ".jpg"), *semantic.glob(5 * "[0-9]" + ".png")]
+    if path.is_file() and json.loads(path.read_text())["info"] == info:
+        if sorted(file.stem for file in old) == sorted(2 * stems):
+            return False
+    for folder in (images, semantic, annotations.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    for path in (annotations / f"{split}.json", *find_pictures(root, split)):
-        path.unlink(missing_ok=True)
-
-    composer = Composer(split, info["size"])
+    for file in (path, *old):
+        file.unlink(missing_ok=True)
+    composer = Composer(split, size)
     categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
-    coco = {"info": info, "images": [], "annotations": [], "categories": categories}
-    for number in tqdm(range(info["scenes"]), f"composing {split} scenes", delay=1, disable=None):
-        scene = composer.compose(number)
-        image, instances = describe(scene, number, first_id=len(coco["annotations"]) + 1)  # COCO's tools skip id 0
-        coco["images"].append(image)
-        coco["annotations"] += instances
-        Image.fromarray(scene.pixels).save(images / image["file_name"], quality=95)
-        colours = Image.fromarray(scene.semantic_mask())
-        colours.putpalette(PALETTE.tobytes())
-        colours.save(semantic / f"{number:05d}.png")
-
-    unfinished = annotations / f"{split}.json.tmp"
+    coco: dict[str, Any] = {"info": info, "images": [], "annotations": [], "categories": categories}
+    for number, stem in enumerate(tqdm(stems, f"composing {split} scenes", delay=1, disable=None)):
+        pixels, digits, origin = composer.compose(number)
+        coco["images"].append({"id": number, "file_name": f"{stem}.jpg", "height": size, "width": size} | origin)
+        for digit in digits:
+            area = np.count_nonzero(digit.mask)
+            instance = {"id": len(coco["annotations"]) + 1, "image_id": number, "category_id": digit.category}
+            instance |= {"iscrowd": 0, "area": area, "bbox": digit.box, "segmentation": encode_rle(digit.mask)}
+            coco["annotations"].append(instance | {"scan": digit.scan, "visible": area / digit.area})
+        Image.fromarray(pixels).save(images / f"{stem}.jpg", quality=95)
+        semantic_mask(digits).save(semantic / f"{stem}.png")
+    unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(coco) + "\n")
-    unfinished.replace(unfinished.with_suffix(""))
+    unfinished.replace(path)
+    return True
 
 
 def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200) -> bool:
-    """Writes both splits, unless they are already there; returns whether it has written any."""
-    written = False
-    for split, scenes in zip(SPLITS, (train, val)):
-        info = {"description": "light scanned digits over dimmed photographs", "size": size, "scenes": scenes}
-        info |= {"digits": list(NUM_DIGITS), "sides": list(DIGIT_SIDE), "overlap": MAX_OVERLAP, "dimmed": DIMMED}
-        if not is_complete(root, split, info):
-            write_split(root, split, info)
-            written = True
-    return written
+    """Write both splits and return True, or return False if they are complete."""
+    return any([write_split(root, "train", size, train), write_split(root, "val", size, val)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compose scenes of scanned digits over dimmed photographs.")
-    parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="where to write (%(default)s)")
-    parser.add_argument("--train", type=int, default=4800, help="number of scenes to train on (%(default)s)")
-    parser.add_argument("--val", type=int, default=200, help="number of scenes to hold out (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="directory (%(default)s)")
+    parser.add_argument("--train", type=int, default=4800, help="number of training scenes (%(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="number of validation scenes (%(default)s)")
     args = parser.parse_args()
     if min(args.train, args.val) < 1:
-        parser.error("--train and --val start at 1")
-
-    written = write_scenes(args.output, train=args.train, val=args.val)
-    counts = f"{args.train} train, {args.val} val scenes"
-    print(f"{args.output}: {counts}{'' if written else ', already there'}")
+        parser.error("--train and --val: the number of scenes must be 1 or more.")
+    status = "written" if write_scenes(args.output, train=args.train, val=args.val) else "complete"
+    print(f"{args.output}: {args.train} train, {args.val} val scenes, {status}")
 
 
 if __name__ == "__main__":

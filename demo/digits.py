@@ -1,9 +1,9 @@
-"""Writes scikit-learn's 1,797 scanned handwritten digits as an image folder.
+"""Write scikit-learn's 1,797 scanned handwritten digits as an image folder.
 
     python demo/digits.py --output data/digits
 
-makes data/digits/{train,val}/{0..9}/NNNN.png, where NNNN is the number of the scan: 1,437 images to train on and 360
-to hold out, every digit in the same proportion, always the same split. (`setup_env.sh --dev` brings scikit-learn.)
+creates `OUTPUT/{train,val}/{0..9}/NNNN.png`, where NNNN is the number of the scan: 1,437 training and 360 validation
+images. Both splits have the same proportion of every digit. Needs `bash setup_env.sh --dev`.
 """
 
 import argparse
@@ -17,24 +17,24 @@ from tqdm import tqdm
 
 MAX_INTENSITY = 16  # of the 8 x 8 scans
 NUM_VAL = 360
-SIZE = 64  # of the images written, height and width
+SIZE = 64  # side of the images, pixels
 
 
 def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the numbers of the scans in each split."""
+    """Return the numbers of the scans in each split."""
     scans = np.arange(len(labels))
     train, val = train_test_split(scans, test_size=NUM_VAL, stratify=labels, random_state=0)
     return {"train": np.sort(train), "val": np.sort(val)}
 
 
 def draw_digit(scan: np.ndarray, size: int) -> Image.Image:
-    """Turns an 8 x 8 scan into a grey image, bright strokes on black."""
+    """Convert an 8 x 8 scan into a gray image with bright strokes on black."""
     image = Image.fromarray(np.round(scan * (255 / MAX_INTENSITY)).astype(np.uint8))
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write_digits(root: Path) -> bool:
-    """Writes the image folder `root`, unless it is already there; returns whether it has written."""
+    """Write the image folder `root` and return True, or return False if it is complete."""
     digits = load_digits()
     scans = [(split, i) for split, members in split_digits(digits.target).items() for i in members]
     paths = [root / split / str(digits.target[i]) / f"{i:04d}.png" for split, i in scans]
@@ -47,13 +47,12 @@ def write_digits(root: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image folder.")
-    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder to write to (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="directory (%(default)s)")
     args = parser.parse_args()
-
-    written = write_digits(args.output)
+    status = "written" if write_digits(args.output) else "complete"
     counts = ", ".join(f"{sum(1 for _ in (args.output / split).rglob('*.png'))} {split}" for split in ("train", "val"))
-    print(f"{args.output}: {counts} images of {SIZE} x {SIZE}{'' if written else ', already there'}")
+    print(f"{args.output}: {counts} images of {SIZE} x {SIZE} pixels, {status}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ def content(root):
     return {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*.png"))}
 
 
-def test_every_scan_is_written_once_under_its_label(folder, digits):
+def test_every_scan_is_written_once(folder, digits):
     train, val = (list((folder / split).glob("*/*.png")) for split in ("train", "val"))
     assert (len(train), len(val)) == (1437, 360)
     assert sorted(int(path.stem) for path in train + val) == list(range(1797))
     assert all(path.parent.name == str(digits.target[int(path.stem)]) for path in train + val)
 
 
-def test_no_scan_appears_twice_in_the_data(digits):
+def test_scans_are_unique(digits):
     assert len(np.unique(digits.data, axis=0)) == 1797
 
 
@@ -39,7 +39,7 @@ def test_split_keeps_the_proportions(digits):
         assert np.bincount(digits.target[members]) == pytest.approx(share * len(members), abs=1)
 
 
-def test_a_complete_folder_is_left_alone_and_any_other_is_written(folder, tmp_path):
+def test_incomplete_folder_is_written_again(folder, tmp_path):
     assert not write_digits(folder)
     assert write_digits(tmp_path) and content(tmp_path) == content(folder)
     next(tmp_path.rglob("0000.png")).unlink()
@@ -47,13 +47,13 @@ def test_a_complete_folder_is_left_alone_and_any_other_is_written(folder, tmp_pa
 
 
 @pytest.mark.parametrize("number", [0, 7, 1796])
-def test_image_goes_through_the_intensities_of_the_scan(digits, number):
+def test_image_interpolates_the_scan(digits, number):
     scan = digits.images[number]
-    pixels = np.asarray(draw_digit(scan, size=40), dtype=float)  # five pixels per scanned one: the third is its centre
+    pixels = np.asarray(draw_digit(scan, size=40), dtype=float)  # five pixels per pixel of the scan
     assert pixels[2::5, 2::5] * 16 / 255 == pytest.approx(scan, abs=0.05)
 
 
-def test_written_image_is_8_bit_grey(folder):
+def test_image_is_8_bit_gray(folder):
     with Image.open(next(folder.rglob("0000.png"))) as image:
         assert (image.mode, image.size, image.format) == ("L", (64, 64), "PNG")
         assert image.getextrema()[1] > 200
