@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Trains LIT-B: bash scripts/lit-b.sh [GPUs] [options of main.py]
+# Train LIT-B: bash scripts/lit-b.sh [GPUS] [options of main.py]
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 run train lit-b "$@"

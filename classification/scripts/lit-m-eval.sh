@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Evaluates LIT-M: bash scripts/lit-m-eval.sh [GPUs] CHECKPOINT [options of main.py]
+# Evaluate LIT-M: bash scripts/lit-m-eval.sh [GPUS] CHECKPOINT [options of main.py]
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 run evaluate lit-m "$@"

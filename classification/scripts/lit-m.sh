@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Trains LIT-M: bash scripts/lit-m.sh [GPUs] [options of main.py]
+# Train LIT-M: bash scripts/lit-m.sh [GPUS] [options of main.py]
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 run train lit-m "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Trains LIT-Ti: bash scripts/lit-ti.sh [GPUs] [options of main.py]
+# Train LIT-Ti: bash scripts/lit-ti.sh [GPUS] [options of main.py]
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 run train lit-ti "$@"

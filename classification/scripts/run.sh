@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the scripts in this folder: finds the environment and starts main.py, one process per GPU.
-# On several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and, if 29500 is taken, PORT set.
-# Relative paths, in arguments as in configurations, count from the folder that a script is called in.
+# Sourced by the scripts in this directory: start main.py with one process per GPU.
+# For several nodes, run the same command on each with NNODES, NODE_RANK and MASTER_ADDR set. The default PORT is 29500.
+# Relative paths refer to the working directory.
 classification=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$classification/../tools/launch.sh"
 
-# run train|evaluate CONFIG [GPUs] [options of main.py]; to evaluate, a checkpoint comes before the options.
-# Without a number of GPUs: all of this machine, or a single process where there are none.
+# run train CONFIG [GPUS] [options of main.py]
+# run evaluate CONFIG [GPUS] CHECKPOINT [options of main.py]
+# GPUS defaults to all GPUs of this machine. A machine without GPUs runs a single process.
 run() {
     local mode=$1 config=$classification/configs/$2.yaml gpus=
     shift 2
@@ -15,7 +16,7 @@ run() {
         shift
     fi
     if [[ $mode == evaluate ]]; then
-        if [[ ${1:--} == -* ]]; then die "name a checkpoint: bash $0 [GPUs] CHECKPOINT"; fi
+        if [[ ${1:--} == -* ]]; then die "CHECKPOINT: missing. Run bash $0 [GPUS] CHECKPOINT."; fi
         set -- --eval --resume "$@"
     fi
     find_python

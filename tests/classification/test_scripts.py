@@ -132,7 +132,7 @@ def test_scripts_name_their_model(model, tmp_path):
 def test_evaluation_without_a_checkpoint_is_refused(args, tmp_path):
     done = shell(["bash", SCRIPTS / "lit-b-eval.sh", *args], tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"error: name a checkpoint: bash {SCRIPTS}/lit-b-eval.sh [GPUs] CHECKPOINT\n"
+    assert done.stderr == f"error: CHECKPOINT: missing. Run bash {SCRIPTS}/lit-b-eval.sh [GPUS] CHECKPOINT.\n"
 
 
 def test_without_an_environment_the_remedy_is_named(tmp_path):
@@ -143,7 +143,7 @@ def test_without_an_environment_the_remedy_is_named(tmp_path):
         (tmp_path / name).symlink_to("/bin/false")
     done = shell(["bash", tmp_path / "classification/scripts/lit-s.sh", "1"], tmp_path, tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"error: no environment with lit_backbone; run `bash setup_env.sh` in {tmp_path}\n"
+    assert done.stderr == f"error: lit_backbone: not installed. Run `bash setup_env.sh` in {tmp_path}.\n"
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))
@@ -205,9 +205,10 @@ def test_slurm_requeues_a_job_whose_time_is_over(slurm, workplace):
 
 def test_slurm_job_submitted_wrongly_is_refused(slurm, tmp_path):
     assert (
-        slurm("configs/lit-s.yaml", cwd=tmp_path).communicate()[1] == "error: submit this script in classification/\n"
+        slurm("configs/lit-s.yaml", cwd=tmp_path).communicate()[1]
+        == "error: scripts/run.sh: not found. Submit this script in classification/.\n"
     )
     for args in ([], ["--data-path", "data"]):
-        assert slurm(*args, cwd=SCRIPTS.parent).communicate()[1].startswith("error: name a configuration: sbatch ")
+        assert slurm(*args, cwd=SCRIPTS.parent).communicate()[1].startswith("error: CONFIG: no such file. ")
     refused = slurm("configs/lit-s.yaml", "--opts", "TRAIN.AUTO_RESUME", "false", cwd=SCRIPTS.parent).communicate()[1]
-    assert refused.startswith("error: TRAIN.AUTO_RESUME false: the job would begin anew")
+    assert refused.startswith("error: TRAIN.AUTO_RESUME false: a requeued job would start from scratch")
