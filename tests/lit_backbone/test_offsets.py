@@ -181,7 +181,7 @@ def test_page_is_self_contained(chains: SamplingChains) -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 needs_browser = pytest.mark.skipif(
-    not CHROMIUM and not os.environ.get("CI"), reason="no chromium; `make test` installs it"
+    not CHROMIUM and not os.environ.get("CI"), reason="no chromium; `make test-slow` installs it"
 )
 
 
@@ -211,6 +211,7 @@ def shown(tab: Any) -> tuple[str, str, str]:
     return tab.locator("#token").inner_text(), cell, tab.locator("#points").inner_html()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Path) -> None:
     html = page(Image.new("RGB", (96, 64), "green"), chains, "Test")
@@ -243,6 +244,7 @@ def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Pat
         assert shown(tab) == seen[0, 0]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: Path) -> None:
     with opened(page(Image.new("RGB", (96, 64)), chains, "Test"), tmp_path) as tab:
