@@ -1,4 +1,4 @@
-"""Attention that looks its relative position bias up in the kernel, against the bias as a tensor."""
+"""FlexAttention with a relative position bias, compared with the bias tensor."""
 
 import pytest
 import torch
@@ -6,9 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_backbone.layers import LARGE_MAP_ON_GPU, _has_flex_attention, biased_attention, relative_position_bias
+from lit_backbone.biased_attention import (
+    LARGE_MAP_ON_GPU,
+    _has_flex_attention,
+    biased_attention,
+    relative_position_bias,
+)
 from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
-from tests.lit_backbone.test_layers import looked_up
+from tests.lit_backbone.test_biased_attention import output_and_gradients
 
 
 def with_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
@@ -35,18 +40,18 @@ def test_flex_attention_is_what_runs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("map_size", [(14, 14), (46, 46), (50, 84)])
 def test_output_and_gradients(map_size: tuple[int, int], dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
-    """Of queries, keys, values and table, which is resized for two of the maps; the bias of the first is a tensor."""
+    """The smallest feature map uses the bias tensor."""
     tokens, heads = map_size[0] * map_size[1], 3
     with torch.device(DEVICE):
         inputs = [torch.randn(2, heads, tokens, 32, dtype=dtype) for _ in range(3)]
-        table = torch.randn(1, heads, 91, 91)
-        expected = looked_up(with_tensor, *map_size, *(tensor.double() for tensor in (*inputs, table)))
+        table = torch.randn(1, heads, 2 * map_size[0] - 1, 2 * map_size[1] - 1)
+        expected = output_and_gradients(with_tensor, *map_size, *(tensor.double() for tensor in (*inputs, table)))
         attend = torch.compile(biased_attention) if compiled and ON_GPU else biased_attention
-        looked_up(attend, *map_size, *inputs, table)  # compiles
+        output_and_gradients(attend, *map_size, *inputs, table)  # compiles
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        actual = looked_up(attend, *map_size, *inputs, table)
+        actual = output_and_gradients(attend, *map_size, *inputs, table)
     if ON_GPU and tokens >= LARGE_MAP_ON_GPU:  # no tensor of the bias's size
         assert torch.cuda.max_memory_allocated() - held < heads * tokens**2 * dtype.itemsize
     for result, reference, name in zip(actual, expected, ["output", "q", "k", "v", "table"], strict=True):
