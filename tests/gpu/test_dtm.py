@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lit_backbone import dtm
-from lit_backbone.dtm import DeformableTokenMerging, deformable_sample
+from lit_backbone import dtm_kernels
+from lit_backbone.dtm import deformable_sample
 from tests.gpu.conftest import DEVICE, needs_gpu, relative_error
 from tests.lit_backbone.test_dtm import oracle, output_and_gradients, random_inputs, warp_and_merge
 
@@ -55,13 +54,13 @@ def test_half_precision_rounds_only_results(channels: int, dtype: torch.dtype, t
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernels_are_what_runs(dtype: torch.dtype) -> None:
-    assert dtm._use_kernels(torch.zeros(1, 4, 4, 96, dtype=dtype, device=DEVICE))
+    assert dtm_kernels._use_kernels(torch.zeros(1, 4, 4, 96, dtype=dtype, device=DEVICE))
 
 
 @needs_gpu
 def test_running_out_of_memory_is_no_answer(recwarn: pytest.WarningsRecorder) -> None:
     """It passes through, and what comes after still has its kernels."""
-    dtm._has_kernels.cache_clear()
+    dtm_kernels._has_kernels.cache_clear()
     x = torch.zeros(64, 96, 112, 112, dtype=torch.bfloat16, device=DEVICE)
     offset = torch.zeros(64, 8, 56, 56, device=DEVICE)
     torch.cuda.empty_cache()
@@ -72,22 +71,6 @@ def test_running_out_of_memory_is_no_answer(recwarn: pytest.WarningsRecorder) ->
             deformable_sample(x, offset)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert dtm._use_kernels(x.permute(0, 2, 3, 1))
+    assert dtm_kernels._use_kernels(x.permute(0, 2, 3, 1))
     assert not any("kernels" in str(warning.message) for warning in recwarn)
     assert deformable_sample(x, offset).shape == x.shape
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_offsets_are_computed_without_tf32(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
-    layer = DeformableTokenMerging(384, 768).offset.to(DEVICE)
-    torch.nn.init.normal_(layer.weight, std=0.1)
-    x = torch.randn(2, 384, 28, 28, device=DEVICE, requires_grad=True)
-    offset = torch.compile(layer, fullgraph=True)(x) if compiled else layer(x)
-    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2)
-    assert relative_error(offset, expected) < 5e-6  # with TF32, where cuDNN has such a kernel, about 1e-3
-    tensors = (x, layer.weight, layer.bias)
-    cotangent = torch.randn_like(offset)
-    gradients = torch.autograd.grad(offset, tensors, cotangent)
-    for gradient, reference in zip(gradients, torch.autograd.grad(expected, tensors, cotangent.double()), strict=True):
-        assert relative_error(gradient, reference) < 2e-3

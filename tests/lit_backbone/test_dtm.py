@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from lit_backbone import dtm
-from lit_backbone.dtm import DeformableTokenMerging, deformable_sample, offset_statistics, sampling_positions
+from lit_backbone import dtm_kernels
+from lit_backbone.dtm import DeformableTokenMerging, deformable_sample, offset_statistics
+from lit_backbone.dtm_kernels import sampling_positions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of kernels; a CPU runs them in Triton's interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs the kernels in Triton's interpreter
 
 
 def warp_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -33,16 +34,16 @@ def output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> li
 
 
 def sample_by_operator(x: Tensor, offset: Tensor) -> Tensor:
-    """What compiled models run, and models on a GPU."""
-    return dtm._sample_tokens(x.permute(0, 2, 3, 1), offset, x.dtype).permute(0, 3, 1, 2)
+    """Sample with the custom operator, as compiled models and models on a GPU do."""
+    return dtm_kernels.sample_tokens(x.permute(0, 2, 3, 1), offset, x.dtype).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(params=["portable", "operator", "kernels"])
 def sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs a test with each way of sampling; the kernels in Triton's interpreter where there is no GPU."""
+    """Run a test with each implementation; kernels run in Triton's interpreter without a GPU."""
     if request.param != "portable":
         monkeypatch.setitem(globals(), "deformable_sample", sample_by_operator)
-        monkeypatch.setattr(dtm, "_use_kernels", lambda tokens: request.param == "kernels")
+        monkeypatch.setattr(dtm_kernels, "_use_kernels", lambda tokens: request.param == "kernels")
     if request.param == "kernels":
         pytest.importorskip("triton")
         with torch.device(DEVICE):
@@ -52,7 +53,10 @@ def sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def random_inputs(batch: int, channels: int, height: int, width: int, *, reach: float) -> tuple[Tensor, ...]:
-    """Map, offsets of up to `reach` pixels, weight and bias. No sample lies near a whole pixel, where sides differ."""
+    """Return feature map, offsets of up to `reach` pixels, weight and bias.
+
+    No sample lies near a whole pixel, where the derivative is one-sided.
+    """
     offset = reach * (2 * torch.rand(batch, 8, height // 2, width // 2) - 1)
     offset = offset.floor() + 0.1 + 0.8 * (offset - offset.floor())
     return torch.randn(batch, channels, height, width), offset, torch.randn(3, channels, 2, 2), torch.randn(3)
@@ -76,7 +80,7 @@ def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
 
 
 @pytest.mark.usefixtures("sampler")
-def test_reads_nothing_far_outside_the_map() -> None:
+def test_samples_far_outside_read_zero() -> None:
     x, offset, weight, bias = random_inputs(1, 4, 6, 6, reach=1.0)
     for shift in (-40.0, 40.0, 1e6):
         out = warp_and_merge(x, offset + shift, weight, bias)
@@ -96,7 +100,7 @@ def test_whole_offsets_are_a_shift() -> None:
     x = torch.randn(1, 3, 12, 10)
     for dy, dx in ((1, 0), (0, -1), (3, -2), (-5, 7)):
         offset = torch.tensor([dy, dx], dtype=torch.float32).repeat(4)[None, :, None, None].expand(1, 8, 6, 5)
-        shifted = F.pad(x, (-dx, dx, -dy, dy))  # rows move up by dy, columns left by dx; zeros come in
+        shifted = F.pad(x, (-dx, dx, -dy, dy))  # moves rows up by dy and columns left by dx
         torch.testing.assert_close(deformable_sample(x, offset), shifted, rtol=0, atol=2e-5)
 
 
@@ -111,7 +115,7 @@ def assert_gradients_on_whole_pixels(offset: Tensor, height: int, width: int) ->
 
 
 def test_gradients_at_zero_offsets_for_every_size() -> None:
-    """Training starts here, on a kink of the sampling; which sizes round to the wrong side of it is a lottery."""
+    """Training starts at these one-sided derivatives; rounding selects the wrong side for some sizes only."""
     for size in range(2, 131):
         for height, width in ((size, 2), (2, size)):
             assert_gradients_on_whole_pixels(torch.zeros(1, 8, height // 2, width // 2), height, width)
@@ -121,7 +125,7 @@ def test_gradients_at_zero_offsets_for_every_size() -> None:
 @pytest.mark.usefixtures("sampler")
 def test_gradients_at_whole_offsets() -> None:
     for height, width in ((14, 14), (29, 18), (56, 56)):
-        offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many end on and beyond the border
+        offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many lie outside the map
         assert_gradients_on_whole_pixels(offset, height, width)
 
 
@@ -148,7 +152,7 @@ def test_coordinates_stay_float32_in_half_precision(autocast: bool) -> None:
     x = torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)
     x[..., 201] = 1
     offset = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
-    offset[0, 3, 0, 100] = 0.5  # dx of tap (0, 1): the sample at column 201 reads 201.5, in bfloat16 it would be 202
+    offset[0, 3, 0, 100] = 0.5  # tap (0, 1) at column 201 samples 201.5; bfloat16 would round to 202
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         out = deformable_sample(x, offset)
         assert deformable_sample(x.float(), offset).dtype == torch.float32
@@ -157,31 +161,46 @@ def test_coordinates_stay_float32_in_half_precision(autocast: bool) -> None:
     assert out[0, 0, 0, 201].item() == 0.5
 
 
-def test_autocast_leaves_offsets_and_residual_stream_in_float32() -> None:
-    """Only the products of features and weights are rounded: offsets are those of float32, bit for bit."""
+def test_autocast_keeps_offsets_and_residual_stream_in_float32() -> None:
     merge = DeformableTokenMerging(6, 10).eval()
     torch.nn.init.normal_(merge.offset.weight)
     offsets = []
-    merge.offset.register_forward_hook(lambda *args: offsets.append(args[2]))
+    hook = merge.offset.register_forward_hook(lambda *args: offsets.append(args[2]))
     x = torch.randn(2, 8, 8, 6)
     expected = merge(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = merge(x)
+    hook.remove()
     assert out.dtype == torch.float32
     assert torch.equal(*offsets)
     assert 0 < (out - expected).abs().max() < 0.05
     assert merge.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+GRAPHS = {
+    "compile": lambda module, x: torch.compile(module, fullgraph=True, backend="aot_eager"),
+    "export": lambda module, x: torch.export.export(module, (x,)).module(),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graphs_keep_offsets_in_float32(graph: str) -> None:
+    offset, x = DeformableTokenMerging(6, 10).offset, torch.randn(2, 6, 8, 8)
+    torch.nn.init.normal_(offset.weight)
+    expected = offset(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(GRAPHS[graph](offset, x)(x), expected)
+
+
 def test_offset_statistics_by_hand() -> None:
     offset = torch.zeros(1, 8, 1, 1)
-    offset[0, :, 0, 0] = torch.tensor([3, 4, 0, 0.5, -2, 0, 0, 0])  # taps (0, 0), (0, 1), (1, 0), (1, 1)
-    length, outside = offset_statistics(offset, (2, 2))  # they read (3, 4), (0, 1.5), (-1, 0) and (1, 1)
+    offset[0, :, 0, 0] = torch.tensor([3, 4, 0, 0.5, -2, 0, 0, 0])
+    length, outside = offset_statistics(offset, (2, 2))  # samples at (3, 4), (0, 1.5), (-1, 0) and (1, 1)
     assert length.item() == pytest.approx((5 + 0.5 + 2 + 0) / 4)
     assert outside.item() == pytest.approx(2 / 4)
 
 
-def test_share_outside_counts_samples_that_read_zero() -> None:
+def test_share_outside_is_the_share_of_zero_samples() -> None:
     _, offset, _, _ = random_inputs(2, 1, 9, 13, reach=6.0)
     share = (deformable_sample(torch.ones(2, 1, 9, 13), offset) == 0).float().mean()
     assert 0.1 < share < 0.9
@@ -217,7 +236,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_compilers_see_one_operator_and_exports_a_grid_sample() -> None:
+def test_graph_holds_the_operator_and_export_holds_grid_sample() -> None:
     class Sample(torch.nn.Module):
         def forward(self, x: Tensor, offset: Tensor) -> Tensor:
             return deformable_sample(x, offset)
@@ -246,58 +265,50 @@ def test_exports_with_free_sizes() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_operator_is_registered_in_full(memory_format: torch.memory_format) -> None:
+def test_operator_registration(memory_format: torch.memory_format) -> None:
     x, offset, _, _ = random_inputs(2, 4, 7, 6, reach=2.0)
     offset = offset.contiguous(memory_format=memory_format).requires_grad_()
-    torch.library.opcheck(dtm._sample_tokens, (x.permute(0, 2, 3, 1).requires_grad_(), offset, torch.bfloat16))
-
-
-def test_offset_convolution_is_one_and_registered_in_full() -> None:
-    shapes = ((2, 4, 7, 6), (8, 4, 2, 2), (8,))
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    torch.library.opcheck(dtm._convolve_without_tf32, inputs)
-    expected = output_and_gradients(lambda *args: F.conv2d(*args, stride=2), *inputs)
-    torch.testing.assert_close(output_and_gradients(dtm._convolve_without_tf32, *inputs), expected)
+    torch.library.opcheck(dtm_kernels.sample_tokens, (x.permute(0, 2, 3, 1).requires_grad_(), offset, torch.bfloat16))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels compile on a GPU")
-def test_where_kernels_do_not_compile_the_portable_sampler_is_used() -> None:
+def test_kernels_that_do_not_compile_warn() -> None:
     pytest.importorskip("triton")
-    dtm._has_kernels.cache_clear()
+    dtm_kernels._has_kernels.cache_clear()
     with pytest.warns(UserWarning, match="Triton kernels do not compile"):
-        assert not dtm._has_kernels(torch.device("cuda"), torch.float32, 96)
+        assert not dtm_kernels._has_kernels(torch.device("cuda"), torch.float32, 96)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 96, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_round_only_their_results(channels: int, dtype: torch.dtype) -> None:
-    """Whatever the features' dtype, coordinates and sums are float32; 130 channels are more than one tile."""
-    kernels = pytest.importorskip("lit_backbone.dtm_triton", reason="no Triton", exc_type=ImportError)
+    """Positions and sums are float32 for features of every dtype; 130 channels need more than one tile."""
+    pytest.importorskip("triton")
     x, offset, _, _ = random_inputs(2, channels, 9, 7, reach=3.0)
     x, offset = x.to(DEVICE), offset.to(DEVICE)
     tokens, offset = x.permute(0, 2, 3, 1).to(dtype), offset.contiguous(memory_format=torch.channels_last)
-    out = kernels.sample_forward(tokens, offset, torch.float32)
+    out = dtm_kernels.kernel_forward(tokens, offset, torch.float32)
     grad_out = torch.randn_like(out).to(dtype)
     inputs = tokens.float().permute(0, 3, 1, 2).requires_grad_(), offset.requires_grad_()
     expected = deformable_sample(*inputs)
     grad_tokens, grad_offset = torch.autograd.grad(expected, inputs, grad_out.float().permute(0, 3, 1, 2))
     torch.testing.assert_close(out, expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
-    actual = kernels.sample_backward(grad_out, tokens, offset.detach())
+    actual = dtm_kernels.kernel_backward(grad_out, tokens, offset.detach())
     assert (actual[0].dtype, actual[1].dtype) == (dtype, torch.float32)
     torch.testing.assert_close(actual[0], grad_tokens.permute(0, 2, 3, 1).to(dtype), rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(actual[1], grad_offset, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_half_precision_accumulate_in_float32() -> None:
-    """All samples of a map meet in one token: in bfloat16, a sum of ones would stop growing at 256."""
-    kernels = pytest.importorskip("lit_backbone.dtm_triton", reason="no Triton", exc_type=ImportError)
+    """All samples read one token; in bfloat16, a sum of ones stops growing at 256."""
+    pytest.importorskip("triton")
     tokens = torch.ones(3, 40, 40, 1, dtype=torch.bfloat16)
     position = sampling_positions(torch.zeros(3, 8, 20, 20))
     offset = torch.zeros(3, 8, 20, 20)
     for tap in range(4):
         offset[:, 2 * tap : 2 * tap + 2] = -position[:, tap // 2 :: 2, tap % 2 :: 2].permute(0, 3, 1, 2)
     tokens, offset = tokens.to(DEVICE), offset.to(DEVICE)
-    grad_tokens, _ = kernels.sample_backward(torch.ones_like(tokens), tokens, offset)
+    grad_tokens, _ = dtm_kernels.kernel_backward(torch.ones_like(tokens), tokens, offset)
     assert grad_tokens[:, 0, 0, 0].tolist() == 3 * [1600.0]
     assert grad_tokens.float().sum() == 3 * 1600
 
@@ -306,7 +317,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lit_backbone.dtm_triton import _backward_kernel, _forward_kernel, _tile
+from lit_backbone.dtm_kernels import _backward_kernel, _forward_kernel, _tile
 
 for features in ("*fp16", "*bf16", "*fp32"):
     for kernel in (_forward_kernel, _backward_kernel):
@@ -323,10 +334,10 @@ for features in ("*fp16", "*bf16", "*fp32"):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton supports Linux only")
 @pytest.mark.slow
-def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
-    """For compute capability 9.0; by 16 bytes at a time, and with NaN as NaN, which the interpreter can't show."""
+def test_kernels_compile_without_a_gpu() -> None:
+    """The code for compute capability 9.0 must load 16 bytes at a time and propagate NaN."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == 6 * ["True"], result.stderr
