@@ -1,7 +1,8 @@
-"""Reading checkpoint files safely: damaged ones are refused, no code in them runs, and all they hold is plain data."""
+"""Checkpoint files: read them safely, unwrap the weights and fit these to a model."""
 
 import argparse
 import json
+import logging
 import re
 import zipfile
 from collections import OrderedDict
@@ -13,71 +14,91 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from timm.models import clean_state_dict
+from timm.layers import to_ntuple
+from timm.models import adapt_input_conv, clean_state_dict
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .text import printable
+from .layers import resize_position_tables
+from .released import convert_released
 
-MAX_TEXT = 1000  # characters of a name
+_logger = logging.getLogger(__name__)
+
 DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-DOS_FOLDER = 0x10  # attribute of a zip archive's member
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # optimizer state with the shape of the parameter
+DOS_DIRECTORY = 0x10  # attribute of a zip archive's member
+DEFAULT_NAMES = {"first_conv": (), "classifier": "head"}  # for models without a pretrained_cfg
 
-# Released checkpoints pickle their training configuration beside the weights. PyTorch's restricted unpickler builds it
-# as plain data: a Namespace is a bag of attributes, and a dictionary stands in for yacs's CfgNode, installed or not.
-# (Named, because timm allows the bare Namespace while it reads a file, and forbids it, also for others, afterwards.)
+# Released checkpoints pickle their training configuration, which is read as plain data: a dictionary replaces yacs's
+# CfgNode. The list is global because timm reads released files with its own call of torch.load. Namespace is
+# registered by name because timm registers the bare class temporarily and removes it afterwards.
 torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")])
 
 
+def printable(text: object, limit: int = 2000) -> str:
+    """Escape control characters and line breaks, and shorten a text of more than `limit` characters in the middle."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _shorten(str(text), limit))
+    return _shorten(line, limit)
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def preview(names: Sequence[object]) -> str:
+    """Join the first three names for a message."""
+    return ", ".join(printable(name, 100) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or is not one of this model; the message is one line that names the file."""
+    """A checkpoint that cannot be read or does not fit the model; its text is one line that names the file."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read all of a `.pth` or `.safetensors` file, to the CPU or another device, without running any code in it.
+    """Read a `.pth` or `.safetensors` file to a device without running code from it.
 
-    Its tensors are dense arrays of real numbers. Its lists and dictionaries may contain themselves.
+    Returns:
+        The dictionary in the file. Safetensors files written by this package also give classes and configuration.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no checkpoint at all, or pickles anything but plain data.
+        CheckpointError: the file is missing or corrupt, holds no dictionary, or pickles objects other than tensors and
+            plain data.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
+        raise CheckpointError(f"{path}: no such file. Expected a .pth or .safetensors checkpoint.")
     try:
         _check_archive(path)
         if path.suffix == ".safetensors":
             content = _read_safetensors(path, str(device))
         else:
             content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can fail at any depth of the readers
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"refused, because it pickles {refused[1]} and reading that could run code"
+    except Exception as error:  # readers of corrupt files raise exceptions of many types
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"pickles {match[1]}, which could run code. Save tensors and plain data only."
         else:
-            reason = f"damaged, unreadable or truncated ({type(error).__name__})"
-        raise CheckpointError(f"{path}: {reason}; expected a .pth or .safetensors file of weights") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of weights")
-    if odd := _oddity(content):
-        raise CheckpointError(f"{path}: holds {odd}; expected plain data and dense tensors of real numbers")
-    return content
+            problem = f"corrupt, truncated or unreadable ({type(error).__name__}). Use a .pth or .safetensors file."
+        raise CheckpointError(f"{path}: {problem}") from error
+    if isinstance(content, dict):
+        return content
+    raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
-    """The tensors; in an export, as in a checkpoint of the trainer, beside the classes and the configuration."""
     with safe_open(path, "pt", device=device) as file:
-        weights, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    return json.loads(said["lit_backbone"]) | {"model": weights} if "lit_backbone" in said else weights
+        weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    return json.loads(metadata["lit_backbone"]) | {"model": weights} if "lit_backbone" in metadata else weights
 
 
 def _check_archive(path: Path) -> None:
-    """Raise BadZipFile if a zip archive, as `torch.save` writes them, is damaged or could unpack to any size.
+    """Raise BadZipFile if a zip archive, as written by `torch.save`, is corrupt or could expand to any size.
 
-    PyTorch's reader ignores the CRCs. Members marked as folders, where no CRC applies, it does not read at all: the
-    tensors would hold whatever was in memory.
+    PyTorch ignores the CRCs. It also skips members marked as directories, and their tensors keep uninitialized memory.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -85,75 +106,195 @@ def _check_archive(path: Path) -> None:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise zipfile.BadZipFile("compressed")
-        if any(member.external_attr & DOS_FOLDER or member.is_dir() for member in members) or archive.testzip():
-            raise zipfile.BadZipFile("damaged")
-
-
-def _oddity(content: Any) -> str:
-    """What in a file's content is neither plain data nor a dense tensor, in words; empty if there is nothing."""
-    stack, seen = [("", content)], set()  # a list may be in many places, and in itself
-    while stack:
-        name, value = stack.pop()
-        if isinstance(value, Tensor) and (kind := _odd_kind(value)):
-            return f"{name}, a tensor {kind}"
-        value = vars(value) if isinstance(value, argparse.Namespace) else value
-        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        for key, entry in value.items() if isinstance(value, dict) else ((name, entry) for entry in value):
-            key = key if isinstance(key, str) else name
-            if len(key) > MAX_TEXT:
-                return f"a name of more than {MAX_TEXT} characters"
-            stack.append((key, entry))
-    return ""
-
-
-def _odd_kind(tensor: Tensor) -> str:
-    """What sets a tensor apart from a dense array of real numbers, in words."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return f"of class {type(tensor).__name__}"
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES:
-        return f"of layout {tensor.layout} and type {tensor.dtype} on {tensor.device}"
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        return f"of shape {tuple(tensor.shape)} that is more than is stored of it"
-    return ""
+        if any(member.external_attr & DOS_DIRECTORY or member.is_dir() for member in members) or archive.testzip():
+            raise zipfile.BadZipFile("corrupt")
 
 
 def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint's content: their moving average where the run kept one.
+    """Extract the weights from a checkpoint: the EMA weights if the run used these for evaluation.
 
-    timm's trainer stores the average as `state_dict_ema`, ours as `model_ema`, mmengine's as `state_dict` itself. In
-    files of others, `model_ema` beside `model` does not count: for such files, which follow DeiT, the authors published
-    accuracies of the weights themselves. Wrapping key (`model`, ...) and `module.` prefix are taken off.
+    timm stores EMA weights as `state_dict_ema`, this package's trainer as `model_ema`, and mmengine as `state_dict`.
+    Other files with `model` and `model_ema` follow DeiT: the authors published the accuracy of `model`. Prefixes such
+    as `module.` are removed. Entries other than dense tensors of real numbers are left out.
     """
     names = ["state_dict_ema", "model", "state_dict", "model_ema"]
     if "updates_per_epoch" in content:  # written by this package's trainer
         names.insert(0, "model_ema")
     wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), content)
-    weights = {key: value for key, value in wrapped.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    return clean_state_dict(weights)
+    return clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
+
+
+def _is_dense(value: Any) -> bool:
+    """Return True for a tensor that stores one real number per entry; an expanded tensor could have any size."""
+    is_tensor = isinstance(value, Tensor) and value.dtype in DTYPES and value.layout == torch.strided
+    return is_tensor and not (value.is_nested or value.is_meta) and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_dense(value) and bool(value.isfinite().all())
 
 
 def stored_classes(content: dict[str, Any]) -> list[str]:
-    """A checkpoint's class names in their order, whoever wrote it; empty if it names none."""
-    stored = content  # as our trainer stores them; mmcv 1 and mmengine do below
+    """Return the class names in a checkpoint of this package, mmengine or mmcv 1, in order; empty if there are none."""
+    holder = content
     for key in ("meta", "dataset_meta"):
-        stored = stored[key] if isinstance(stored.get(key), dict) and stored[key] else stored
-    classes = next((stored[key] for key in ("CLASSES", "classes") if isinstance(stored.get(key), (list, tuple))), ())
+        holder = holder[key] if isinstance(holder.get(key), dict) and holder[key] else holder
+    classes = next((holder[key] for key in ("CLASSES", "classes") if isinstance(holder.get(key), (list, tuple))), ())
     return list(classes) if all(isinstance(name, str) for name in classes) else []
 
 
-def other_classes(content: dict[str, Any], classes: Sequence[str]) -> str:
-    """How a checkpoint's classes differ from `classes`, in words; empty if they are equal, or either are not named."""
-    known, wanted = stored_classes(content), list(classes)
-    if not known or not wanted or known == wanted:
+def class_mismatch(content: dict[str, Any], classes: Sequence[str]) -> str:
+    """Describe how the class names in a checkpoint differ from `classes`; empty if they match or either is unknown."""
+    ckpt_classes, data_classes = stored_classes(content), list(classes)
+    if not ckpt_classes or not data_classes or ckpt_classes == data_classes:
         return ""
-    odd = zip(*(pair for pair in zip_longest(known, wanted) if pair[0] != pair[1]))
-    odd = [name_some([name for name in names if name is not None]) for names in odd]
-    theirs, ours = (f"{len(a)} with {b}" if b else f"{len(a)}" for a, b in zip((known, wanted), odd))
-    return f"its classes are not those of the data: {theirs} against {ours}"
+    pairs = [f"{ckpt} / {data}" for ckpt, data in zip_longest(ckpt_classes, data_classes) if ckpt != data]
+    return f"class names differ: {len(ckpt_classes)} / {len(data_classes)} in checkpoint / data ({preview(pairs)})"
 
 
-def name_some(keys: list[str]) -> str:
-    """The first few of many names, for a message."""
-    return ", ".join(printable(key, 100) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
+def load_checkpoint(
+    path: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    classes: Sequence[str] = (),
+    new_head: bool = True,
+    content: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint as a state dict in this package's layout.
+
+    Args:
+        path: `.pth` or `.safetensors` file with bare or wrapped weights, see :func:`unwrap_state_dict`.
+        model: if given, the state dict is fitted to this model, see :func:`fit_state_dict`.
+        classes: class names of the data, compared with those in the file.
+        new_head: if the classes differ, keep the model's head with a warning instead of raising an error.
+        content: result of :func:`read_checkpoint` if the file has been read already.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, holds no weights or does not fit the model.
+    """
+    content = read_checkpoint(path) if content is None else content
+    state_dict = unwrap_state_dict(content)
+    # other timm models share parameter names with the released checkpoints
+    if model is None or not state_dict.keys() <= model.state_dict().keys():
+        state_dict = convert_released(state_dict)
+    if not state_dict:
+        raise CheckpointError(f"{path}: holds no weights. Expected them bare, or under 'model' or 'state_dict'.")
+    if model is None:
+        return state_dict
+    # class folders can be sorted by name or by number
+    is_ambiguous = list(classes) != sorted(classes) and not stored_classes(content)
+    if is_ambiguous and infer_img_size_and_num_classes(state_dict)[1] == len(classes):
+        assumption = f"has no class names. Assuming the order {preview(classes)}"
+        _logger.warning(f"{path}: {assumption}. If its training used another order, rename the class folders.")
+    return fit_state_dict(state_dict, model, path, new_head=new_head, mismatch=class_mismatch(content, classes))
+
+
+def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Convert pretrained weights for timm: unwrap, rename and resize position tables to those of the model."""
+    return resize_position_tables(convert_released(unwrap_state_dict(content)), model)
+
+
+def fit_state_dict(
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    new_head: bool = True,
+    mismatch: str = "",
+    name: str | None = None,
+) -> dict[str, Tensor]:
+    """Fit a state dict in this package's layout to a model: resize position tables, adapt the first convolution.
+
+    Args:
+        state_dict: weights.
+        model: model that will load them.
+        path: file of the weights, for messages.
+        new_head: if the classes differ, keep the model's head with a warning instead of raising an error.
+        mismatch: result of :func:`class_mismatch`; the number of classes is compared here.
+        name: name of the model in messages; its architecture by default.
+
+    Raises:
+        CheckpointError: the result would not load strictly, or a weight is not finite.
+    """
+    if isinstance(model, FeatureGetterNet) and not state_dict.keys() <= model.state_dict().keys():
+        keywords = f"features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})"
+        raise CheckpointError(f"{path}: does not fit a features_only model. Create the model with {keywords}")
+    if bad := [key for key, value in state_dict.items() if not _is_finite(value)]:
+        problem = f"{len(bad)} weights are not finite real numbers ({preview(bad)})"
+        raise CheckpointError(f"{path}: {problem}. Use a checkpoint from before the training diverged.")
+    expected, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
+    first_convs, heads = (to_ntuple(1)(cfg.get(key) or default) for key, default in DEFAULT_NAMES.items())
+    heads = tuple(f"{head}." for head in heads)
+    state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), expected, first_convs, path)
+    ckpt_count, model_count = (_length(state.get(f"{heads[0]}weight")) for state in (state_dict, expected))
+    advice = "Use data with the same classes in the same order."
+    if ckpt_count != model_count and not mismatch:
+        mismatch = f"its head has {ckpt_count or 'no'} classes, the model {model_count}"
+        advice = "Set the model's number of classes to that of the checkpoint."
+    if mismatch:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(heads)}
+        state_dict |= {key: value for key, value in expected.items() if key.startswith(heads)}
+    if differences := _differences(state_dict, expected):
+        raise CheckpointError(f"{path}: not a checkpoint of {name or architecture(model)}: {differences}")
+    if mismatch and model_count > 0:  # a model without a head needs none
+        if not new_head:
+            raise CheckpointError(f"{path}: {mismatch}. {advice}")
+        _logger.warning(f"{path}: {mismatch}. The head is initialized from scratch.")
+    return state_dict
+
+
+def _differences(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    problems = {
+        "keys missing": [k for k in expected if k not in state_dict and not k.endswith("num_batches_tracked")],
+        "keys unexpected": [key for key in state_dict if key not in expected],
+        "shapes different": [k for k in expected if k in state_dict and state_dict[k].shape != expected[k].shape],
+    }
+    return ", ".join(f"{len(keys)} {problem} ({preview(keys)})" for problem, keys in problems.items() if keys)
+
+
+def _adapt_first_convs(
+    state_dict: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str], path: str | PathLike[str]
+) -> dict[str, Tensor]:
+    """Adapt convolutions to another number of input channels, as timm does."""
+    for key in (f"{name}.weight" for name in names):
+        shape, new_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, expected))
+        if len(shape) == len(new_shape) == 4 and shape != new_shape == (shape[0], new_shape[1], *shape[2:]):
+            state_dict = state_dict | {key: adapt_input_conv(new_shape[1], state_dict[key], base_chans=shape[1])}
+            _logger.warning(f"{path}: {key} has {shape[1]} input channels, adapted to the model's {new_shape[1]}.")
+    return state_dict
+
+
+def infer_img_size_and_num_classes(state_dict: dict[str, Tensor]) -> tuple[tuple[int, int], int]:
+    """Infer input size (height, width) and number of classes of a LIT; defaults are 224 x 224 pixels and 1000."""
+    embedding, bias = (state_dict.get(f"stages.3.{key}") for key in ("pos_embed", "blocks.0.attn.rel_pos_bias"))
+    img_size = (224, 224)
+    if embedding is not None and embedding.ndim == 4:  # the last stage has one token per 32 pixels
+        img_size = (32 * embedding.shape[2], 32 * embedding.shape[3])
+    elif bias is not None and bias.ndim == 4:  # tables have 2 * tokens - 1 entries
+        img_size = (16 * (bias.shape[2] + 1), 16 * (bias.shape[3] + 1))
+    return img_size, _length(state_dict.get("head.bias")) or 1000
+
+
+def architecture(model: nn.Module) -> str:
+    """Return the name of a model for messages."""
+    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+
+
+def _length(tensor: Tensor | None) -> int:
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 0
+
+
+def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str | PathLike[str]) -> None:
+    """Raise CheckpointError unless a saved optimizer state has the groups and moments of `optimizer`."""
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    layout = [(len(group["params"]), "betas" in group) for group in optimizer.param_groups]
+    try:
+        matches = layout == [(len(group["params"]), "betas" in group) for group in state["param_groups"]]
+        for i, entry in state["state"].items():
+            moments = [entry[name] for name in MOMENTS if entry.get(name) is not None]
+            matches &= all(_is_finite(moment) and moment.shape == params[i].shape for moment in moments)
+    except (AttributeError, IndexError, KeyError, TypeError):  # not an optimizer state dict
+        matches = False
+    if not matches:
+        problem = "the optimizer state does not fit the optimizer and parameters of this run"
+        raise CheckpointError(f"{path}: {problem}. Start a new run from its weights instead.")

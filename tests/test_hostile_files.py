@@ -1,4 +1,4 @@
-"""Files that nobody should have written: each is read whole or refused in one line, and nothing else happens."""
+"""Fuzz tests: every reader accepts a mutated file or raises an error of one line, and has no side effects."""
 
 import copy
 import io
@@ -26,30 +26,31 @@ from lit_backbone.images import DataError, open_rgb
 from lit_classification.config import Config
 from lit_classification.model import build_model, load_classifier
 from lit_classification.resume import TrainState, restore_checkpoint
+from tests.crafted import shared
 
 pytestmark = pytest.mark.slow
-SECONDS = 10  # for checkpoints, and as long for images
+SECONDS = 10  # time limit per test
 CPU = torch.device("cpu")
 TINY = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4])
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF", "ppm": "PPM"}
-ACTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename")
-ACTS += ("os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "shutil.", "urllib.")
+SIDE_EFFECTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename")
+SIDE_EFFECTS += ("os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "shutil.", "urllib.")
 MAX_GROWTH = 2**20  # KiB of memory
 
 
-# ---- what reading must not do
+# ---- side effects
 
 
-class Witness:
-    """Hears of what the process writes, fetches or starts while it is told to listen."""
+class Auditor:
+    """Audit hook that forbids writing files, network access and starting processes while it is enabled."""
 
     def __init__(self):
-        self.listening, self.heard = False, []
-        sys.addaudithook(self.hear)
+        self.enabled, self.events = False, []
+        sys.addaudithook(self.hook)
 
-    def hear(self, event: str, args: tuple) -> None:
-        if self.listening and (event.startswith(ACTS) or event == "open" and self._writes(*args)):
-            self.heard.append((event, args))
+    def hook(self, event: str, args: tuple) -> None:
+        if self.enabled and (event.startswith(SIDE_EFFECTS) or event == "open" and self._writes(*args)):
+            self.events.append((event, args))
             raise PermissionError(f"{event} {args}")
 
     @staticmethod
@@ -57,24 +58,24 @@ class Witness:
         return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        self.listening = True
+    def forbid(self) -> Iterator[None]:
+        self.enabled = True
         try:
             yield
         finally:
-            self.listening = False
-        assert not self.heard
+            self.enabled = False
+        assert not self.events
 
 
 @pytest.fixture(scope="module")
-def witness() -> Witness:
-    return Witness()
+def auditor() -> Auditor:
+    return Auditor()
 
 
-def refused_in_one_line(act: Callable[[Path], Any], path: Path) -> str:
-    """What was said of a file; nothing if it was read."""
+def error_message(read: Callable[[Path], Any], path: Path) -> str:
+    """Return the message of the error that a reader raises, or an empty string."""
     try:
-        act(path)
+        read(path)
     except (CheckpointError, DataError) as error:
         assert str(error).isprintable() and len(str(error)) < 2000, ascii(str(error)[:3000])
         assert path.name in str(error)
@@ -104,7 +105,7 @@ def mutate_bytes(whole: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_archive(whole: bytes, draw: random.Random) -> bytes:
-    """A zip archive with one changed member, and checksums that agree."""
+    """Mutate one member of a zip archive and recompute the checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as source, zipfile.ZipFile(out, "w") as target:
         names = source.namelist()
@@ -116,39 +117,15 @@ def mutate_archive(whole: bytes, draw: random.Random) -> bytes:
 
 
 def cycle() -> list:
-    found: list = []
-    found += [found, {"again": found}]
-    return found
+    result: list = []
+    result += [result, {"again": result}]
+    return result
 
 
-def shared() -> list:
-    """2**40 entries, for who does not remember where he was."""
-    found: list = [0]
-    for _ in range(40):
-        found = [found, found]
-    return found
-
-
-def odd_values() -> list[Callable[[], Any]]:
+def unusual_values() -> list[Callable[[], Any]]:
     nan, zeros = float("nan"), torch.zeros
-    plain = (
-        None,
-        True,
-        -1,
-        0,
-        10**6,
-        10**12,
-        2**63,
-        nan,
-        "",
-        "\x1b[2J\n",
-        "x" * 10**5,
-        "hf-hub:a/b",
-        "../..",
-        [],
-        {},
-        [None],
-    )
+    plain = (None, True, -1, 0, 10**6, 10**12, 2**63, nan, "", "\x1b[2J\n", "x" * 10**5, "hf-hub:a/b", "../..")
+    plain += ([], {}, [None])
     tensors = [
         lambda: zeros(()),
         lambda: zeros(0),
@@ -166,7 +143,7 @@ def odd_values() -> list[Callable[[], Any]]:
 
 
 def mutate_content(content: dict[str, Any], draw: random.Random) -> bytes:
-    """A checkpoint with odd values in one or a few places, or without them."""
+    """Replace, rename or delete one or a few entries of a checkpoint."""
     content = copy.deepcopy(content)
     for _ in range(draw.choice((1, 1, 1, 3))):
         holder, key = content, draw.choice(list(content))
@@ -178,7 +155,7 @@ def mutate_content(content: dict[str, Any], draw: random.Random) -> bytes:
         elif isinstance(holder, dict) and draw.random() < 0.1:
             holder[draw.choice(("\x1b]0;x\x07", "pretrained", "x" * 10**4, 7))] = holder[key]
         else:
-            holder[key] = draw.choice(odd_values())()
+            holder[key] = draw.choice(unusual_values())()
         if not content:
             break
     out = io.BytesIO()
@@ -190,7 +167,7 @@ def mutate_content(content: dict[str, Any], draw: random.Random) -> bytes:
 
 
 def checkpoints() -> dict[str, dict[str, Any]]:
-    """Content of a checkpoint of each kind, by its name."""
+    """Create valid checkpoints of each kind."""
     tree = {"DATA": {"IMG_SIZE": 32}, "MODEL": {"NUM_CLASSES": 3, "LIT": TINY}}
     config = Config.model_validate(tree)
     model = build_model(config, CPU)
@@ -213,8 +190,8 @@ def checkpoints() -> dict[str, dict[str, Any]]:
     return {"ours": ours, "bare": {"model": weights}, "mmengine": mmengine}
 
 
-def doors() -> list[Callable[[Path], Any]]:
-    """All that reads a checkpoint."""
+def checkpoint_readers() -> list[Callable[[Path], Any]]:
+    """Return all functions that read a checkpoint."""
     config = Config.model_validate({"DATA": {"IMG_SIZE": 32}, "MODEL": {"NUM_CLASSES": 3, "LIT": TINY}})
     model = build_model(config, CPU)
 
@@ -223,7 +200,7 @@ def doors() -> list[Callable[[Path], Any]]:
         state = TrainState(model, optimizer, scaler, ema=None, updates_per_epoch=4, classes=["a", "b", "c"])
         restore_checkpoint(str(path), read_checkpoint(path), state, config)
 
-    found = [
+    readers = [
         read_checkpoint,
         lambda path: load_checkpoint(path, model),
         lambda path: load_classifier(path, CPU),
@@ -232,31 +209,32 @@ def doors() -> list[Callable[[Path], Any]]:
     try:
         from lit_backbone.mm import LITBackbone, load_file
     except ImportError:
-        return found
+        return readers
     keywords = dict(arch=dict(TINY), img_size=32)
     settings = dict(type="Pretrained", prefix="backbone.")
 
     def into_backbone(path: Path) -> None:
         LITBackbone(**keywords, init_cfg=settings | {"checkpoint": str(path)}).init_weights()
 
-    return [*found, lambda path: load_file(str(path)), into_backbone]
+    return [*readers, lambda path: load_file(str(path)), into_backbone]
 
 
-def test_mutated_checkpoints_are_read_whole_or_refused_in_one_line(tmp_path: Path, witness: Witness) -> None:
-    contents, readers = checkpoints(), doors()
+def test_mutated_checkpoints(tmp_path: Path, auditor: Auditor) -> None:
+    contents, readers = checkpoints(), checkpoint_readers()
     whole = {}
     for kind, content in contents.items():
         torch.save(content, tmp_path / f"{kind}.pth")
         whole[kind] = (tmp_path / f"{kind}.pth").read_bytes()
     save_file(contents["bare"]["model"], tmp_path / "bare.safetensors")
     whole["bare.safetensors"] = (tmp_path / "bare.safetensors").read_bytes()
-    for reader in readers:  # what they import, they import now
-        refused_in_one_line(reader, tmp_path / "ours.pth")
-    torch.set_num_threads(1)  # on a busy machine, small models wait for threads most of the time
-    before, end, said, case = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic() + SECONDS, set(), 0
+    for reader in readers:  # triggers lazy imports
+        error_message(reader, tmp_path / "ours.pth")
+    torch.set_num_threads(1)  # faster for small models on a busy machine
+    before, end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic() + SECONDS
+    messages, case = set(), 0
     while time.monotonic() < end:
         case += 1
-        draw = random.Random(case)  # so that a case can be had again
+        draw = random.Random(case)  # makes each case reproducible
         kind = draw.choice(list(whole))
         ways = (
             [mutate_bytes] if kind not in contents else [mutate_bytes, mutate_archive, mutate_content, mutate_content]
@@ -266,27 +244,27 @@ def test_mutated_checkpoints_are_read_whole_or_refused_in_one_line(tmp_path: Pat
         path.write_bytes(way(contents[kind] if way is mutate_content else whole[kind], draw))
         for reader in readers:
             try:
-                with witness.at_rest():
-                    said.add(refused_in_one_line(reader, path))
+                with auditor.forbid():
+                    messages.add(error_message(reader, path))
             except BaseException as error:
                 raise AssertionError(f"case {case}: {way.__name__} of {kind}, {reader}") from error
-    assert case > 5 and len(said) > 3
+    assert case > 5 and len(messages) > 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH
 
 
-def test_mutated_images_are_read_or_refused_in_one_line(tmp_path: Path, witness: Witness) -> None:
+def test_mutated_images(tmp_path: Path, auditor: Auditor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     whole = {}
     for ending, name in FORMATS.items():
         for mode in ("RGB", "L", "P", "1"):
             try:
                 Image.fromarray(pixels).convert(mode).save(out := io.BytesIO(), name)
-            except OSError:  # a format that has no such images
+            except OSError:  # not supported by this format
                 continue
             whole[f"{mode}.{ending}"] = out.getvalue()
     for name, data in whole.items():
         (tmp_path / name).write_bytes(data)
-        assert not refused_in_one_line(open_rgb, tmp_path / name)
+        assert not error_message(open_rgb, tmp_path / name)
     end, case = time.monotonic() + SECONDS, 0
     while time.monotonic() < end:
         case += 1
@@ -295,20 +273,20 @@ def test_mutated_images_are_read_or_refused_in_one_line(tmp_path: Path, witness:
         path = tmp_path / f"case.{kind.rpartition('.')[2]}"
         path.write_bytes(mutate_bytes(whole[kind], draw))
         try:
-            with witness.at_rest():
-                refused_in_one_line(open_rgb, path)
+            with auditor.forbid():
+                error_message(open_rgb, path)
         except BaseException as error:
             raise AssertionError(f"case {case}, a mutated {kind}") from error
     assert case > 100
 
 
-def test_a_witness_hears(tmp_path: Path, witness: Witness) -> None:
-    acts = [
+def test_auditor_detects_side_effects(tmp_path: Path, auditor: Auditor) -> None:
+    actions = [
         lambda: (tmp_path / "x").write_text(""),
         lambda: os.system("true"),
         lambda: json.dump({}, open(tmp_path / "y", "w")),
     ]
-    for act in acts:
-        with pytest.raises((AssertionError, PermissionError)), witness.at_rest():
-            act()
-        witness.heard.clear()
+    for action in actions:
+        with pytest.raises((AssertionError, PermissionError)), auditor.forbid():
+            action()
+        auditor.events.clear()

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from lit_backbone.checkpoints import printable
 from lit_backbone.images import DataError, open_rgb
-from lit_backbone.text import printable
 from lit_classification.config import Config
 from lit_classification.datasets import build_dataset
 from lit_classification.distributed import Processes

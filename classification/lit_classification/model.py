@@ -16,10 +16,14 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from lit_backbone import LIT, CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import MAX_TEXT, stored_classes, unwrap_state_dict
-from lit_backbone.fit import input_and_outputs, load_checkpoint
+from lit_backbone.checkpoints import (
+    infer_img_size_and_num_classes,
+    load_checkpoint,
+    printable,
+    stored_classes,
+    unwrap_state_dict,
+)
 from lit_backbone.released import convert_released
-from lit_backbone.text import printable
 from lit_classification.augmentation import build_transform
 from lit_classification.config import SIDES, Config, ConfigError, differences, settings
 from lit_classification.config_file import checked
@@ -98,7 +102,7 @@ class Records(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, arbitrary_types_allowed=True)
 
-    classes: Annotated[list[Annotated[str, Field(max_length=MAX_TEXT)]], Field(min_length=1)]
+    classes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(min_length=1)]
     config: dict[str, Any]
     model_ema: dict[str, Any] | None = None
 
@@ -167,7 +171,7 @@ def as_trained(config: Config, content: dict[str, Any], load: Callable[..., Conf
 def recognize(state_dict: dict[str, Tensor], path: str | Path) -> Config:
     """The recipe's configuration for the variant whose weights, in this package's layout, these are."""
     shapes, variants = layout(state_dict), timm.list_models(module="lit")
-    size, count = input_and_outputs(state_dict)
+    size, count = infer_img_size_and_num_classes(state_dict)
     for name in variants:
         tree = {"MODEL": {"NAME": name, "NUM_CLASSES": count}, "DATA": {"IMG_SIZE": size}}
         with suppress(ConfigError), torch.device("meta"):

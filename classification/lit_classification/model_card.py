@@ -7,7 +7,7 @@ from typing import Any
 from timm.models._hub import generate_readme
 
 from lit_backbone import __version__
-from lit_backbone.text import printable
+from lit_backbone.checkpoints import printable
 from lit_classification.model import Classifier, stored_config, stored_records
 from lit_classification.recipe import describe_settings
 from lit_classification.resume import RunRecords

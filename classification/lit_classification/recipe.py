@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lit_backbone import CheckpointError
-from lit_backbone.text import printable
+from lit_backbone.checkpoints import printable
 from lit_classification.config import Config, ConfigError, differences, settings
 from lit_classification.datasets import Images
 from lit_classification.distributed import Processes

@@ -19,9 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import other_classes
-from lit_backbone.fit import check_optimizer_state, fit_state_dict
-from lit_backbone.text import printable
+from lit_backbone.checkpoints import check_optimizer_state, class_mismatch, fit_state_dict, printable
 from lit_classification.config import Config, differences
 from lit_classification.distributed import Processes
 from lit_classification.model import Records, stored_records
@@ -231,7 +229,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     if "optimizer" not in content or "updates_per_epoch" not in content:
         raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with --pretrained instead")
     run = stored_records(content, path, RunRecords)
-    misfit = other_classes(content, state.classes)
+    misfit = class_mismatch(content, state.classes)
     if misfit and not config.TRAIN.RESUME_CHANGED:
         remedy = f"use data of its classes, or start another run from its weights: --tag NAME --pretrained {path}"
         if len(run.classes) == len(state.classes):

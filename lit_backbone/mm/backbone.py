@@ -7,8 +7,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints import CheckpointError, unwrap_state_dict
-from ..fit import fit_state_dict
+from ..checkpoints import CheckpointError, fit_state_dict, unwrap_state_dict
 from ..images import DataError
 from ..lit import ARCHS, LIT
 from ..released import convert_released

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import name_some
+from ..checkpoints import preview
 from ..images import DataError
 from ..text import printable
 

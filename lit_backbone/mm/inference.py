@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import CheckpointError, stored_classes
-from ..command_line import add_offset_arguments
+from ..checkpoints import CheckpointError, printable, stored_classes
 from ..images import DataError, find_images, open_rgb
 from ..offsets import write_offsets
 from ..text import printable
