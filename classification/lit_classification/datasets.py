@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_backbone.images import DataError, decode_rgb, images_below, is_shortage, naming, natural_key, open_rgb, to_rgb
+from lit_backbone.images import DataError, decode_rgb, find_images, natural_key, open_rgb, to_rgb, wrap_decode_errors
 from lit_classification.augmentation import build_transform
 from lit_classification.config import Config
 from lit_classification.sampler import SampleKey, seed_everything
@@ -37,7 +37,7 @@ class ImageFolder(Dataset):
         def top(file: str) -> str:
             return file[len(str(root)) + 1 :].split(os.sep)[0]
 
-        files = images_below(root)
+        files = find_images([root])
         entries = {entry.name: entry.path for entry in os.scandir(root) if os.path.isdir(entry.path)}
         if not entries:
             raise DataError(f"{root}: holds no class folders; expected {os.path.basename(root)}/CLASS/IMAGE")
@@ -104,8 +104,6 @@ class Images(Dataset):
             try:
                 return self.read((index + offset) % len(self))
             except DataError as error:
-                if is_shortage(error.__cause__):
-                    raise  # the image may be sound
                 with self.skipped.get_lock():
                     self.skipped.value += 1
                 _logger.warning(f"skipped {error}")
@@ -113,7 +111,7 @@ class Images(Dataset):
 
     def read(self, index: int, remedy: str = "repair or remove the file") -> tuple[Image.Image, int]:
         """The decoded image, RGB, and its class."""
-        with naming(self.name(index), remedy):
+        with wrap_decode_errors(self.name(index), remedy):
             if isinstance(self.dataset, ImageDataset):  # its own __getitem__ would take the next image for a bad one
                 file, target = self.dataset.reader[index]
                 with file:

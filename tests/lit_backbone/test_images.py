@@ -1,0 +1,102 @@
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_backbone.images import DataError, find_images, natural_key, open_rgb, wrap_decode_errors
+
+Y, X = np.mgrid[:40, :48]
+GRAY = (4 * Y + X).astype(np.uint8)  # (40, 48)
+RGB = np.stack((GRAY, 255 - GRAY, GRAY // 2), axis=2)
+DEEP = (GRAY.astype(np.uint16) << 8) + 7
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\n%%EndComments\n(%s) run\nshowpage\n"
+
+READABLE = {  # name: image, format, options, expected pixels
+    "16-bit.png": (Image.fromarray(DEEP), "PNG", {}, GRAY),
+    "16-bit-tiff.jpg": (Image.fromarray(DEEP), "TIFF", {}, GRAY),
+    "16-bit-pgm.png": (Image.fromarray(DEEP), "PPM", {}, GRAY),
+    "transparent.png": (Image.fromarray(GRAY).convert("P"), "PNG", {"transparency": bytes(range(256))}, GRAY),
+    "webp.png": (Image.fromarray(RGB), "WEBP", {"lossless": True}, RGB),
+    "bmp.jpg": (Image.fromarray(RGB), "BMP", {}, RGB),
+    "gif.png": (Image.fromarray(GRAY), "GIF", {}, GRAY),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_formats_and_modes(name: str, tmp_path: Path) -> None:
+    image, format, options, expected = READABLE[name]
+    image.save(tmp_path / name, format, **options)
+    expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2)
+    assert np.array_equal(open_rgb(tmp_path / name), expected)
+
+
+def write_truncated(path: Path) -> None:
+    Image.fromarray(RGB).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "eps.jpg": (lambda path: path.write_bytes(EPS), "none of BMP, "),  # Pillow would start Ghostscript
+    "truncated.jpg": (write_truncated, "[Tt]runcated"),
+    "empty.png": (Path.touch, "none of"),
+    "float.png": (lambda path: Image.fromarray(RGB[..., 0] / 255).convert("F").save(path, "TIFF"), "32 bits"),
+    "huge.png": (lambda path: path.write_bytes(b"P6 20000 20000 255\n"), "decompression bomb"),
+    "dangling.jpg": (lambda path: path.symlink_to("nowhere"), "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_images_name_the_file(name: str, tmp_path: Path) -> None:
+    write, reason = UNREADABLE[name]
+    write(tmp_path / name)
+    with pytest.raises(DataError, match=rf"^\S*/{name}: unreadable image \(.*{reason}.*\). Repair or remove"):
+        open_rgb(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyError(7), AssertionError(), MemoryError()])
+def test_every_decoder_error_names_the_file(error: Exception) -> None:
+    with pytest.raises(DataError, match=r"^x\.tif: unreadable image \(.+\)"), wrap_decode_errors("x.tif"):
+        raise error
+
+
+def test_too_many_open_files_are_not_an_unreadable_image() -> None:
+    with pytest.raises(OSError, match="Too many open files"), wrap_decode_errors("x.png"):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_exif_orientation_is_optional(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.fromarray(RGB).save(tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(open_rgb(tmp_path / "rotated.png"), RGB)
+    assert np.array_equal(open_rgb(tmp_path / "rotated.png", upright=True), RGB[::-1].transpose(1, 0, 2))
+
+
+def test_find_images_in_natural_order(tmp_path: Path) -> None:
+    names = ["1/9.png", "1/10.PNG", "2/a.jpeg", "10/b.webp"]
+    for name in [*names[::-1], "notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "1" / "loop").symlink_to(tmp_path)  # links to parent directories are skipped
+    expected = [str(tmp_path / name) for name in names]
+    assert find_images([str(tmp_path)]) == expected
+    assert find_images([tmp_path / "notes.txt", tmp_path / "2"]) == [str(tmp_path / "notes.txt"), expected[2]]
+    assert sorted(["b", "B", "a10", "A9"], key=natural_key) == ["A9", "a10", "B", "b"]
+
+
+def test_missing_and_empty_directories(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing: no such file or directory"):
+        find_images([str(tmp_path / "nothing")])
+    with pytest.raises(DataError, match=f"^{tmp_path}: no images"):
+        find_images([str(tmp_path)])
+
+
+def test_messages_escape_control_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a\n\x1b[31m.png"
+    path.touch()
+    with pytest.raises(DataError) as error:
+        open_rgb(path)
+    assert str(error.value).startswith(f"{tmp_path}/a\\n\\x1b[31m.png: unreadable image")
