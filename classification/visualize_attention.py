@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_backbone import LIT, CheckpointError
-from lit_backbone.attention import draw_attention, query_attention
-from lit_backbone.command_line import positive
+from lit_backbone.checkpoints import printable
 from lit_backbone.images import DataError, find_images
-from lit_backbone.offsets import draw_sheet
-from lit_backbone.text import printable
+from lit_backbone.visualize import draw_attention, draw_sheet, positive, query_attention
 from lit_classification.evaluation import progress
 from lit_classification.loaders import image_loader
 from lit_classification.model import load_model, parse_model_args

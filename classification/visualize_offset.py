@@ -17,10 +17,9 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, to_pil_image
 
 from lit_backbone import CheckpointError
-from lit_backbone.command_line import add_offset_arguments
+from lit_backbone.checkpoints import printable
 from lit_backbone.images import DataError, open_rgb
-from lit_backbone.offsets import write_offsets
-from lit_backbone.text import printable
+from lit_backbone.visualize import add_offset_arguments, write_offsets
 from lit_classification.model import load_model, parse_model_args
 
 

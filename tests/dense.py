@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lit_backbone.offsets import sampling_chains
+from lit_backbone.visualize import sampling_chains
 from tests.programs import Program
 
 

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import visualize_attention
 import visualize_offset
-from lit_backbone.offsets import sampling_chains
+from lit_backbone.visualize import sampling_chains
 from lit_classification.model import load_classifier
 from tests.classification.conftest import TINY_LIT
 from tests.programs import Program

@@ -1,6 +1,5 @@
-"""Sampling points are what the model uses; pictures and page show them."""
-
 import json
+import math
 import os
 import re
 import shutil
@@ -12,28 +11,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_backbone.images import DataError
-from lit_backbone.offsets import (
+from lit_backbone.layers import AttentionBlock
+from lit_backbone.visualize import (
     CELL_COLOR,
     POINT_COLOR,
     SamplingChains,
+    draw_attention,
     draw_points,
     draw_sheet,
+    evenly_spaced,
     follow_offsets,
-    page,
+    query_attention,
+    render_html,
     sampling_chains,
-    spread,
 )
-from tests.lit_backbone.small import small_lit
+from tests.lit_backbone.small import KINDS, small_lit
 
 # ---- sampling points
 
 
 def follow_one(offsets: list[Tensor], map_size: tuple[int, int], row: int, column: int) -> list[tuple[float, float]]:
-    """The samples of one token on the first map, followed as the reference follows them: one point at a time."""
+    """Follow the samples of one token to the first feature map, one point at a time as in the reference."""
     sizes = [map_size, *(tuple(offset.shape[1:]) for offset in offsets)]
     points = [(float(row), float(column))]
     for level in reversed(range(len(offsets))):
@@ -43,16 +47,16 @@ def follow_one(offsets: list[Tensor], map_size: tuple[int, int], row: int, colum
             y, x = round(y), round(x)
             for tap, (ky, kx) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
                 dy, dx = offsets[level][2 * tap : 2 * tap + 2, y, x].tolist()
-                to = (2 * y + ky + dy, 2 * x + kx + dx)
-                if 0 <= round(to[0]) < height and 0 <= round(to[1]) < width:
-                    source.append(to)
+                sample = (2 * y + ky + dy, 2 * x + kx + dx)
+                if 0 <= round(sample[0]) < height and 0 <= round(sample[1]) < width:
+                    source.append(sample)
         points = source
     return points
 
 
 @pytest.mark.parametrize("map_size", [(16, 16), (17, 23), (31, 9)])
 @pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
-def test_chains_agree_with_following_one_point_at_a_time(map_size: tuple[int, int], scale: float) -> None:
+def test_chains_match_the_reference_algorithm(map_size: tuple[int, int], scale: float) -> None:
     size, offsets = map_size, []
     for _ in range(3):
         size = (size[0] // 2, size[1] // 2)
@@ -71,18 +75,18 @@ def test_chains_agree_with_following_one_point_at_a_time(map_size: tuple[int, in
     assert (dropped > 0) == (scale > 1)
 
 
-def test_undeformed_samples_fill_the_cell() -> None:
+def test_samples_without_offsets_fill_the_cell() -> None:
     chains = follow_offsets([torch.zeros(8, size, size) for size in (28, 14, 7)], (56, 56))
     for row, column in [(0, 0), (3, 5), (6, 6)]:
         grid = {(32 * row + 4 * i + 2.0, 32 * column + 4 * j + 2.0) for i in range(8) for j in range(8)}
         assert set(map(tuple, chains.of(row, column).tolist())) == grid
     assert [level.shape for level in chains.points] == [(7, 7, 4, 2), (7, 7, 16, 2), (7, 7, 64, 2)]
-    assert chains.points[0][2, 3].tolist() == [[72, 104], [72, 120], [88, 104], [88, 120]]  # centres of quarters
+    assert chains.points[0][2, 3].tolist() == [[72, 104], [72, 120], [88, 104], [88, 120]]  # centers of quarters
 
 
-def test_a_sample_follows_from_its_parent() -> None:
+def test_samples_continue_their_parent() -> None:
     offsets = [torch.zeros(8, 8, 8), torch.zeros(8, 4, 4), torch.zeros(8, 2, 2)]
-    offsets[2][2 * 3 + 1, 0, 0] = -1.0  # the last tap of token (0, 0) reads one token further left
+    offsets[2][2 * 3 + 1, 0, 0] = -1.0  # moves the last tap of token (0, 0) to the left by one token
     plain, moved = (follow_offsets(stack, (16, 16)) for stack in (offsets[:2] + [torch.zeros(8, 2, 2)], offsets))
     difference = [a[0, 0] - b[0, 0] for a, b in zip(moved.points, plain.points)]
     assert difference[0].nonzero().tolist() == [[3, 1]] and difference[0][3, 1] == -16
@@ -90,9 +94,9 @@ def test_a_sample_follows_from_its_parent() -> None:
     assert difference[2].nonzero()[:, 0].tolist() == list(range(48, 64))
 
 
-def test_nothing_follows_from_what_has_left_the_map() -> None:
+def test_samples_outside_the_map_have_no_children() -> None:
     offsets = [torch.zeros(8, 8, 8), torch.zeros(8, 4, 4), torch.zeros(8, 2, 2)]
-    offsets[2][0, 0, 0] = -0.6  # rounds to the row above the map
+    offsets[2][0, 0, 0] = -0.6  # rounds to a row above the map
     chains = follow_offsets(offsets, (16, 16))
     assert [level[0, 0].isnan().any(-1).sum() for level in chains.points] == [1, 4, 16]
     assert len(chains.of(0, 0)) == 48 and len(chains.of(1, 1)) == 64
@@ -103,7 +107,7 @@ def test_chains_of_a_model() -> None:
     image = torch.randn(3, 72, 100)
     before = model(image[None])
     chains = sampling_chains(model, image)
-    torch.testing.assert_close(model(image[None]), before)  # no hook is left
+    torch.testing.assert_close(model(image[None]), before)  # hooks are removed
     offsets = []
     for merged, stage in zip(model.forward_intermediates(image[None], intermediates_only=True), model.stages[1:]):
         offsets.append(stage.merge.offset(merged)[0].detach())
@@ -114,12 +118,12 @@ def test_chains_of_a_model() -> None:
             torch.testing.assert_close(chains.of(row, column), expected, atol=1e-3, rtol=0)
 
 
-def test_a_model_without_dtm_has_no_chains() -> None:
+def test_model_without_dtm_is_refused() -> None:
     with pytest.raises(DataError, match="no deformable token merging"):
         sampling_chains(small_lit("conv_merging"), torch.randn(3, 64, 64))
 
 
-# ---- pictures
+# ---- drawings
 
 
 @pytest.fixture
@@ -128,15 +132,15 @@ def chains() -> SamplingChains:
 
 
 @pytest.mark.parametrize("size", [(96, 64), (960, 640)])
-def test_points_and_cell_are_drawn_where_they_are(size: tuple[int, int]) -> None:
+def test_points_and_cell_are_drawn_at_their_positions(size: tuple[int, int]) -> None:
     columns, rows = size[0] // 32, size[1] // 32
     offsets = [torch.zeros(8, 2**i * rows, 2**i * columns) for i in (2, 1, 0)]
-    offsets[2][:, 1, 2] = -0.4  # six pixels up and to the left
+    offsets[2][:, 1, 2] = -0.4  # moves samples up and left by 6 pixels
     chains = follow_offsets(offsets, (8 * rows, 8 * columns))
-    picture = draw_points(Image.new("RGB", size, "blue"), chains, 1, 2)
-    factor = picture.width // size[0]
-    assert picture.size == (factor * size[0], factor * size[1]) and min(picture.size) >= 448
-    pixels = np.array(picture)
+    drawing = draw_points(Image.new("RGB", size, "blue"), chains, 1, 2)
+    factor = drawing.width // size[0]
+    assert drawing.size == (factor * size[0], factor * size[1]) and min(drawing.size) >= 448
+    pixels = np.array(drawing)
     points = chains.of(1, 2)
     assert len(points)
     for y, x in (factor * points).tolist():
@@ -145,32 +149,32 @@ def test_points_and_cell_are_drawn_where_they_are(size: tuple[int, int]) -> None
     green = np.argwhere((pixels == CELL_COLOR).all(-1))  # (N, yx)
     cell = factor * chains.cell
     assert green.min(0).tolist() == [cell, 2 * cell]
-    assert green.max(0).tolist() == [min(2 * cell, picture.height - 1), min(3 * cell, picture.width - 1)]
+    assert green.max(0).tolist() == [min(2 * cell, drawing.height - 1), min(3 * cell, drawing.width - 1)]
 
 
-def test_sheet_holds_all_pictures() -> None:
-    pictures = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
-    sheet = draw_sheet(pictures, 10, columns=4)
+def test_sheet_holds_all_images() -> None:
+    images = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
+    sheet = draw_sheet(images, 10, columns=4)
     assert sheet.size == (4 * 104 - 4, 3 * 64 - 4)
     assert [sheet.getpixel((50 + i % 4 * 104, 30 + i // 4 * 64))[0] for i in range(10)] == list(range(10))
-    assert draw_sheet(pictures * 10, 100, columns=50, most=1000).width <= 1000
+    assert draw_sheet(images * 10, 100, columns=50, max_width=1000).width <= 1000
 
 
-def test_tokens_are_spread_evenly() -> None:
-    assert spread(7, 7) == list(range(7)) and spread(3, 7) == [0, 1, 2]
+def test_evenly_spaced() -> None:
+    assert evenly_spaced(7, 7) == list(range(7)) and evenly_spaced(3, 7) == [0, 1, 2]
     for count in (8, 20, 42):
-        chosen = spread(count, 7)
+        chosen = evenly_spaced(count, 7)
         assert len(chosen) == len(set(chosen)) == 7 and chosen == sorted(chosen) and chosen[-1] < count
         assert abs(chosen[0] - (count - 1 - chosen[-1])) <= 1
 
 
-# ---- page
+# ---- HTML viewer
 
 
-def test_page_is_self_contained(chains: SamplingChains) -> None:
-    html = page(Image.new("RGB", (96, 64)), chains, "a </script><b>title")
+def test_html_is_self_contained(chains: SamplingChains) -> None:
+    html = render_html(Image.new("RGB", (96, 64)), chains, "a </script><b>title")
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?!data:)[^\s\"'>]", html)
-    assert set(re.findall(r"https?://[^\"'\s<]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    assert set(re.findall(r"https?://[^\"'\s<]*", html)) == {"http://www.w3.org/2000/svg"}  # an XML namespace
     data = json.loads(re.search(r"const data = (.*);\n", html)[1])
     assert data["title"] == "a </script><b>title" and html.count("</script>") == 1
     points = data["levels"][-1][1][2]
@@ -187,10 +191,10 @@ needs_browser = pytest.mark.skipif(
 
 @contextmanager
 def opened(html: str, tmp_path: Path, **context: Any) -> Iterator[Any]:
-    """The page in a headless Chromium, which must log no error and send no request beyond the page itself."""
+    """Open the viewer in headless Chromium; fail if it logs an error or sends a request for another file."""
     from playwright.sync_api import sync_playwright
 
-    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    (tmp_path / "viewer.html").write_text(html, encoding="utf-8")
     errors, requests = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -198,15 +202,15 @@ def opened(html: str, tmp_path: Path, **context: Any) -> Iterator[Any]:
         tab.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
-        tab.goto((tmp_path / "page.html").as_uri())
+        tab.goto((tmp_path / "viewer.html").as_uri())
         yield tab
         browser.close()
     assert not errors
-    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "page.html").as_uri()]
+    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "viewer.html").as_uri()]
 
 
 def shown(tab: Any) -> tuple[str, str, str]:
-    """What the page tells of the chosen token, its cell, and the points it draws."""
+    """Return the text of the selected token, the position of its cell, and the drawn points."""
     cell = tab.locator("#cell").evaluate("cell => [cell.getAttribute('x'), cell.getAttribute('y')].join()")
     return tab.locator("#token").inner_text(), cell, tab.locator("#points").inner_html()
 
@@ -214,40 +218,40 @@ def shown(tab: Any) -> tuple[str, str, str]:
 @pytest.mark.slow
 @needs_browser
 def test_points_follow_mouse_keys_and_taps(chains: SamplingChains, tmp_path: Path) -> None:
-    html = page(Image.new("RGB", (96, 64), "green"), chains, "Test")
+    html = render_html(Image.new("RGB", (96, 64), "green"), chains, "Test")
     with opened(html, tmp_path, has_touch=True) as tab:
-        box = tab.locator("#picture").bounding_box()
-        side = min(box["width"] / 96, box["height"] / 64) * 32  # of a cell on the screen
+        box = tab.locator("#viewer").bounding_box()
+        side = min(box["width"] / 96, box["height"] / 64) * 32  # screen pixels per cell
         left, top = box["x"], box["y"]
 
-        def centre(row: int, column: int) -> tuple[float, float]:
+        def center(row: int, column: int) -> tuple[float, float]:
             return left + (column + 0.5) * side, top + (row + 0.5) * side
 
         seen = {}
         for row in range(2):
             for column in range(3):
-                tab.mouse.move(*centre(row, column))
+                tab.mouse.move(*center(row, column))
                 seen[row, column] = shown(tab)
                 assert seen[row, column][:2] == (f"Token in row {row}, column {column}", f"{32 * column},{32 * row}")
                 circles = tab.locator("#points circle").count()
                 assert circles == sum(int((~points[row, column].isnan().any(-1)).sum()) for points in chains.points)
         assert len({points for _, _, points in seen.values()}) == 6
 
-        place = (1, 2)
+        position = (1, 2)
         for key, step in [("ArrowLeft", (0, -1)), ("ArrowUp", (-1, 0)), ("ArrowRight", (0, 1)), ("ArrowDown", (1, 0))]:
             tab.keyboard.press(key)
-            place = (place[0] + step[0], place[1] + step[1])
-            assert shown(tab) == seen[place]
-        tab.keyboard.press("ArrowRight")  # there is nothing further right
+            position = (position[0] + step[0], position[1] + step[1])
+            assert shown(tab) == seen[position]
+        tab.keyboard.press("ArrowRight")  # the last column is selected already
         assert shown(tab) == seen[1, 2]
-        tab.touchscreen.tap(*centre(0, 0))
+        tab.touchscreen.tap(*center(0, 0))
         assert shown(tab) == seen[0, 0]
 
 
 @pytest.mark.slow
 @needs_browser
 def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: Path) -> None:
-    with opened(page(Image.new("RGB", (96, 64)), chains, "Test"), tmp_path) as tab:
+    with opened(render_html(Image.new("RGB", (96, 64)), chains, "Test"), tmp_path) as tab:
         points = sum(int((~points[1, 1].isnan().any(-1)).sum()) for points in chains.points)
         assert tab.locator("#lines line").count() == tab.locator("#points circle").count() == points
         grid = tab.locator("#grid circle").evaluate_all("all => all.map(c => [c.cx.baseVal.value, c.cy.baseVal.value])")
@@ -260,3 +264,70 @@ def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: P
             tab.locator(box).uncheck()
         assert tab.locator("#lines line").count() == tab.locator("#grid circle").count() == 0
         assert tab.locator("#points circle").count() == len(chains.of(1, 1))
+
+
+# ---- attention
+
+
+def attention_matrix(block: AttentionBlock, x: Tensor) -> Tensor:
+    """Compute all attention probabilities `(B, heads, N, N)` of a block by their formula."""
+    attn = block.attn
+    height, width = x.shape[1:3]
+    tokens = block.norm1(x).reshape(len(x), -1, x.shape[-1])
+    q, k, _ = attn.qkv(tokens).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(q.shape[-1])
+    if attn.rel_pos_bias is not None:
+        size = (2 * height - 1, 2 * width - 1)
+        table = F.interpolate(attn.rel_pos_bias, size, mode="bicubic", align_corners=False)[0]
+        y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
+        scores = scores + table[:, y[:, None] - y + height - 1, x[:, None] - x + width - 1]
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_that_of_the_model(kind: str) -> None:
+    model = small_lit(kind)
+    images = torch.randn(2, 3, 64, 96)
+    inputs: dict[tuple[int, int], Tensor] = {}
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            block.register_forward_pre_hook(lambda _, args, key=(i, j): inputs.__setitem__(key, args[0]))
+    expected = model(images)
+    queries = [100, 13, 7, 3]
+    result = query_attention(model, images, queries)
+    torch.testing.assert_close(model(images), expected)
+    assert list(result) == ([0, 1, 2, 3] if kind == "conv_merging" else [2, 3])
+    for i, maps in result.items():
+        size = (16 // 2**i, 24 // 2**i)
+        assert maps.shape == (2, len(model.stages[i].blocks), model.stages[i].blocks[0].attn.num_heads, *size)
+        prefix = int(model.stages[i].cls_token is not None)
+        for j, block in enumerate(model.stages[i].blocks):
+            rows = attention_matrix(block, inputs[i, j])[:, :, queries[i] + prefix, prefix:]
+            torch.testing.assert_close(maps[:, j].flatten(-2), rows)
+        assert (maps.sum((-1, -2)) < 1 - 1e-4).all() if prefix else torch.allclose(maps.sum((-1, -2)), torch.ones(()))
+
+
+class CountCalls(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def test_recording_keeps_the_fused_call() -> None:
+    with CountCalls() as counter:
+        query_attention(small_lit(), torch.randn(1, 3, 64, 64), [0] * 4)
+    assert counter.calls == 3
+
+
+def test_heat_map_is_brightest_at_its_maximum() -> None:
+    heat = torch.zeros(7, 7)
+    heat[5, 1] = 0.25
+    drawing = draw_attention(heat, query=16, caption="block 1")
+    side = drawing.width // 7
+    assert drawing.height - drawing.width == 20  # the caption
+    lightness = np.array(drawing.convert("L"), dtype=int)[20:]
+    cells = lightness.reshape(7, side, 7, side)[:, side // 2, :, side // 2]
+    assert np.unravel_index(cells.argmax(), cells.shape) == (5, 1)
+    assert drawing.getpixel((2 * side + 2, 20 + 2 * side - 1)) == CELL_COLOR  # token (2, 2)

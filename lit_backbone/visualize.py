@@ -1,0 +1,287 @@
+"""Images of a LIT's sampling points and attention.
+
+Offsets and attention are read while the model runs; the model itself is unchanged.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.layers import set_fused_attn, use_fused_attn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from .dtm import captured_offsets
+from .dtm_kernels import sampling_positions
+from .images import DataError
+from .layers import AttentionBlock
+from .lit import LIT, PATCH_SIZE
+
+CELL_COLOR, POINT_COLOR = (0, 200, 0), (255, 0, 0)
+HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the maximum
+MIN_DISPLAY_SIZE = 448  # pixels of the shorter side; smaller images are enlarged before drawing
+
+
+class SamplingChains(NamedTuple):
+    """Positions in the image that DTM samples for each final token, followed from the last merging to the first.
+
+    Attributes:
+        points: for each merging, the last one first, `(h, w, 4**level, 2)`: (y, x) in pixels from the top left corner
+            of the image, NaN where a chain has left a feature map. Sample i continues sample `i // 4` of the previous
+            entry.
+        cell: side length of a final token's cell in pixels.
+    """
+
+    points: list[Tensor]
+    cell: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of final tokens."""
+        height, width = self.points[0].shape[:2]
+        return height, width
+
+    def of(self, row: int, column: int) -> Tensor:
+        """Return the points `(N, 2)` of one final token, without those that have left a feature map."""
+        points = self.points[-1][row, column]
+        return points[~points.isnan().any(dim=-1)]
+
+
+@torch.inference_mode()
+def sampling_chains(model: LIT, image: Tensor) -> SamplingChains:
+    """Compute the points that a model's DTM samples in an image.
+
+    Args:
+        model: a LIT or its dense backbone, in evaluation mode.
+        image: `(3, H, W)`, normalized as in evaluation.
+
+    Raises:
+        DataError: the model has no DTM.
+    """
+    with captured_offsets(model) as captured:
+        model(image[None])
+    if not captured:
+        raise DataError("the model has no deformable token merging. Use a model with merging='dtm'.")
+    return follow_offsets([offset[0].cpu() for offset, _ in captured], captured[0][1])
+
+
+def follow_offsets(offsets: Sequence[Tensor], map_size: tuple[int, int]) -> SamplingChains:
+    """Follow each final token back through the mergings, as the reference does.
+
+    The position of a sample is rounded to the nearest token, whose samples come next. A sample that leaves the feature
+    map is dropped with all samples that would follow from it.
+
+    Args:
+        offsets: offsets of one image, those of the first merging first, each `(8, h, w)`.
+        map_size: (height, width) of the feature map that the first merging samples.
+    """
+    sizes = [map_size, *(tuple(offset.shape[1:]) for offset in offsets)]
+    height, width = sizes.pop()
+    rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+    tokens = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)[:, :, None]  # (h, w, 1, 2)
+    levels = []
+    for level in reversed(range(len(offsets))):
+        samples = sampling_positions(offsets[level][None].float())[0]  # (2h', 2w', 2)
+        samples = samples.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2, 3)  # -> (h', w', 4, 2)
+        row, column = tokens.nan_to_num(0).round().long().unbind(-1)  # (h, w, n)
+        lost = tokens[..., :1].isnan()  # (h, w, n, 1)
+        tokens = samples[row, column].masked_fill(lost[..., None], torch.nan).flatten(2, 3)  # -> (h, w, 4n, 2)
+        inside = (tokens.round() >= 0) & (tokens.round() < torch.tensor(sizes[level]))
+        tokens = tokens.masked_fill(~inside.all(dim=-1, keepdim=True), torch.nan)
+        levels.append((tokens + 0.5) * (PATCH_SIZE * 2**level))
+    return SamplingChains(levels, PATCH_SIZE * 2 ** len(offsets))
+
+
+def enlargement(height: int, width: int) -> int:
+    """Return the integer factor that enlarges an image to MIN_DISPLAY_SIZE."""
+    return math.ceil(MIN_DISPLAY_SIZE / min(height, width))
+
+
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced numbers from `range(count)`."""
+    limit = min(count, limit)
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+
+
+def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: int) -> Image.Image:
+    """Outline the cell of a final token in green and mark its sampling points in red; small images are enlarged."""
+    factor = enlargement(image.height, image.width)
+    drawing = image.resize((factor * image.width, factor * image.height), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(drawing)
+    cell = factor * chains.cell
+    width = max(2, min(drawing.size) // 200)
+    draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
+    radius = round(min(min(drawing.size) / 120, 0.4 * factor * PATCH_SIZE))  # without offsets, points do not overlap
+    for y, x in (factor * chains.of(row, column)).round().tolist():
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, POINT_COLOR, "white" if radius > 2 else None)
+    return drawing
+
+
+def draw_sheet(images: Iterable[Image.Image], count: int, columns: int, max_width: int = 2400) -> Image.Image:
+    """Arrange `count` images of one size in rows, scaled down to at most `max_width` pixels in total."""
+    gap, sheet = 4, None
+    for i, image in enumerate(images):
+        if sheet is None:
+            scale = min(1.0, (max_width / columns - gap) / image.width)
+            width, height = round(scale * image.width), round(scale * image.height)
+            size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
+            sheet = Image.new("RGB", size, "white")
+        position = (i % columns * (width + gap), i // columns * (height + gap))
+        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), position)
+    return sheet
+
+
+def write_offsets(
+    model: LIT,
+    x: Tensor,
+    image: Image.Image,
+    folder: Path,
+    *,
+    grid: bool = False,
+    html: Path | None = None,
+    at_most: int | None = None,
+) -> str:
+    """Draw the sampling points of an image to files.
+
+    Args:
+        model: see :func:`sampling_chains`.
+        x: model input, `(3, H, W)`.
+        image: the same image for drawing.
+        folder: output directory for `<row>-<column>.png`, or `grid.png`.
+        grid: write one sheet instead of one image per token.
+        html: write an HTML viewer to this file instead of images.
+        at_most: maximum number of rows and of columns of tokens to draw, evenly spaced; None for all.
+
+    Returns:
+        A one-line summary.
+    """
+    chains = sampling_chains(model, x)
+    (height, width), total = chains.size, chains.points[-1].shape[:3].numel()
+    lost = int(chains.points[-1].isnan().any(dim=-1).sum())
+    summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the feature map"
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(render_html(image, chains, f"Sampling points of {folder.name}"), encoding="utf-8")
+        return f"{html}: {summary}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = evenly_spaced(height, at_most or height), evenly_spaced(width, at_most or width)
+    tokens = [(row, column) for row in rows for column in columns]
+    if len(tokens) < height * width:
+        summary += f"; {len(tokens)} tokens drawn"
+    bar = tqdm(tokens, disable=None, delay=2, leave=False)
+    if grid:
+        drawings = (draw_points(image, chains, row, column) for row, column in bar)
+        draw_sheet(drawings, len(tokens), len(columns)).save(folder / "grid.png")
+        return f"{folder / 'grid.png'}: {summary}"
+    for row, column in bar:
+        draw_points(image, chains, row, column).save(folder / f"{row}-{column}.png")
+    return f"{folder}: {summary}"
+
+
+def render_html(image: Image.Image, chains: SamplingChains, title: str) -> str:
+    """Render a self-contained HTML viewer that shows the sampling points of a selected token."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    data = {
+        "title": title,
+        "image": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "width": image.width,
+        "height": image.height,
+        "cell": chains.cell,
+        "levels": [points.double().flip(-1).round(decimals=1).tolist() for points in chains.points],  # [x, y], or NaNs
+    }
+    template = files(__package__).joinpath("offsets.html").read_text(encoding="utf-8")
+    return template.replace("/*DATA*/ null", json.dumps(data).replace("<", "\\u003c"))
+
+
+def positive(text: str) -> int:
+    """Convert the text of a command-line option to an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add options that correspond to the keywords of :func:`write_offsets`."""
+    parser.add_argument("--grid", action="store_true", help="write one sheet of all tokens instead of separate images")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML viewer instead of images")
+    help = "draw at most N rows and N columns of tokens, evenly spaced (default: all)"
+    parser.add_argument("--at-most", type=positive, metavar="N", help=help)
+
+
+class QueryAttention(TorchFunctionMode):
+    """Record the attention probabilities of one query token in each call of `scaled_dot_product_attention`."""
+
+    def __init__(self, queries: Iterable[int]):
+        super().__init__()
+        self.queries = iter(queries)  # index of the query token in each call
+        self.rows: list[Tensor] = []  # (B, heads, N)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
+            scores = torch.einsum("bhc,bhnc->bhn", query[:, :, index], key) / math.sqrt(query.shape[3])
+            if (bias := kwargs.get("attn_mask")) is not None:
+                scores = scores + bias[:, :, index]  # (1, heads, N, N)
+            self.rows.append(scores.softmax(dim=-1))
+        return func(*args, **kwargs)
+
+
+@torch.inference_mode()
+def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[int, Tensor]:
+    """Compute the attention of one query token per stage to all tokens of its feature map.
+
+    Args:
+        model: a LIT in evaluation mode.
+        images: `(B, 3, H, W)`, normalized as in evaluation.
+        queries: for each stage, the row-major index of the query token; the class token is not counted.
+
+    Returns:
+        A dictionary from the 0-based index of each attention stage to probabilities `(B, blocks, heads, h, w)`. They
+        sum to 1 over the feature map; with a class token, they sum to 1 minus its share.
+    """
+    attending = [
+        (i, stage.cls_token is not None)
+        for i, stage in enumerate(model.stages)
+        for block in stage.blocks
+        if isinstance(block, AttentionBlock)
+    ]
+    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
+    try:
+        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
+            maps = model.forward_intermediates(images, intermediates_only=True)
+    finally:
+        set_fused_attn(fused, experimental)
+    stages: dict[int, list[Tensor]] = {}
+    for (i, prefix), row in zip(attending, recorder.rows, strict=True):
+        stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)
+    return {i: torch.stack(rows, dim=1) for i, rows in stages.items()}
+
+
+def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
+    """Draw a heat map `(h, w)` scaled to its maximum, with the query token outlined and a caption above."""
+    height, width = heat.shape
+    levels = (heat * (255 / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))).round().to(torch.uint8)
+    side = max(4, round(MIN_DISPLAY_SIZE / 2 / min(height, width)))  # pixels per token
+    drawing = ImageOps.colorize(Image.fromarray(levels.cpu().numpy()), **HEAT_COLORS)
+    drawing = drawing.resize((side * width, side * height), Image.Resampling.NEAREST)
+    y, x = side * (query // width), side * (query % width)
+    ImageDraw.Draw(drawing).rectangle((x - 1, y - 1, x + side, y + side), None, CELL_COLOR, 2)
+    font, line = ImageFont.load_default(13), 20
+    labeled = Image.new("RGB", (drawing.width, drawing.height + line), "white")
+    labeled.paste(drawing, (0, line))
+    ImageDraw.Draw(labeled).text((2, line / 2), caption, "black", font, anchor="lm")
+    return labeled
