@@ -1,8 +1,7 @@
-"""LIT: vision transformers that pay less attention. Importing the package registers its models with timm."""
+"""LIT, the less attention vision transformer. Importing the package registers its models with timm."""
 
-from .checkpoints import CheckpointError, read_checkpoint
+from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint
 from .dtm import DeformableTokenMerging, deformable_sample
-from .fit import load_checkpoint
 from .lit import LIT, lit_b, lit_m, lit_s, lit_ti, pvt_small_full_msa
 
 __version__ = "0.1.0"

@@ -2,9 +2,9 @@
 
 `Less is More: Pay Less Attention in Vision Transformers` (Pan et al., AAAI 2022), https://arxiv.org/abs/2105.14217
 
-Four stages, each a merging (patch embedding in the first, deformable token merging in the others) and a row of blocks:
-pure MLP blocks in the early stages, global self-attention in the later ones. Tokens travel as `(B, H, W, C)`; where a
-class token joins, as `(B, 1 + H*W, C)`.
+The model has four stages. Each stage is a merging (patch embedding in the first stage, deformable token merging in the
+others) and several blocks: pure MLP blocks in the early stages, blocks with global self-attention in the late stages.
+Tokens have the shape `(B, H, W, C)`, or `(B, 1 + H*W, C)` with a class token.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,19 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .checkpoints import checkpoint_filter_fn
 from .dtm import DeformableTokenMerging
-from .fit import checkpoint_filter_fn
 from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, require_size, resize_table
-from .released import load_released_layout
+from .released import convert_released_hook
 
 torch.fx.wrap("require_size")
 torch.fx.wrap("resize_table")
-PATCH_SIZE = 4  # of the first stage; the other stages halve the map
+PATCH_SIZE = 4  # for the first stage; each other stage halves height and width
 MERGINGS = {"dtm": DeformableTokenMerging, "conv": partial(ConvMerging, patch_size=2), "conv_bn": ConvBNMerging}
 
 
 class Stage(nn.Module):
-    """Merging, position embedding and class token where the variant has them, then blocks.
-
-    Shapes: `(B, H, W, C)` to `(B, H', W', C')`, or with a class token to `(B, 1 + H'*W', C')`.
-    """
+    """One stage of LIT: merging, optional absolute position embedding and class token, then blocks."""
 
     def __init__(
         self,
@@ -61,11 +58,13 @@ class Stage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialize position embedding and class token."""
         for table in (self.pos_embed, self.cls_token, self.cls_pos_embed):
             if table is not None:
                 trunc_normal_(table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform `(B, H, W, C)` to `(B, H', W', C')`, or with a class token to `(B, 1 + H'*W', C')`."""
         x = self.merge(x)  # (B, H, W, C) -> (B, H', W', C')
         if self.pos_embed is not None:
             pos_embed = resize_table(self.pos_embed, x.shape[1], x.shape[2], mode="bilinear")
@@ -73,35 +72,37 @@ class Stage(nn.Module):
         if self.cls_token is not None:
             cls_token = self.cls_token if self.cls_pos_embed is None else self.cls_token + self.cls_pos_embed
             x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)  # -> (B, 1 + H'*W', C')
-        # only blocks are recomputed: DTM's BatchNorm would update its statistics twice
+        # Merging is not recomputed, because DTM's BatchNorm would update its statistics twice.
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
 
 class LIT(nn.Module):
-    """The less attention vision transformer; every variant is an instance of this class.
+    """The less attention vision transformer.
 
-    Input `(B, in_chans, H, W)`, output `(B, num_classes)`. Position tables belong to `img_size`; at another input size
-    they are interpolated on the fly, so any input of at least 32 x 32 pixels runs. Where 4 does not divide the input,
-    it is zero-padded (`pad_input`) or the remainder is cut off.
+    Position tables are stored for `img_size` and interpolated for other input sizes. The input must have at least
+    32 x 32 pixels. If 4 does not divide its height or width, the input is zero-padded (`pad_input`) or cropped.
 
     Args:
         img_size: input size in pixels, one number or (height, width).
-        in_chans: input channels.
-        num_classes: size of the head; 0 for none.
-        global_pool: `avg` (mean of the normalised tokens), `token` (class token) or an empty string (no pooling).
-        embed_dims, depths: channels and number of blocks of each stage.
-        num_heads, mlp_ratios: of each stage, or one number for all; heads count where a stage attends.
-        attention: which stages attend; the others are pure MLPs and hold no attention module.
-        merging: how stages 2-4 are entered: `dtm`, `conv` (2x2 stride-2 convolution and LayerNorm) or `conv_bn` (DTM
-            without offsets: the convolution, BatchNorm and GELU; no model of the paper).
-        pos_embed: `relative` bias in the stages that attend, `absolute` embedding in every stage, or `none`.
-        class_token: whether a class token joins at the last stage.
-        norm_eps: epsilon of the LayerNorms in blocks and of the last one.
-        pad_input: zero-pad the input to a multiple of 4 instead of cutting off the remainder.
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all blocks.
+        in_chans: number of input channels.
+        num_classes: number of classes; 0 for no head.
+        global_pool: `avg` (mean of the normalized tokens), `token` (class token) or an empty string (no pooling).
+        embed_dims, depths: number of channels and of blocks in each stage.
+        num_heads, mlp_ratios: one value per stage, or one for all stages; heads apply to attention stages only.
+        attention: True for each stage with attention; the other stages have pure MLP blocks.
+        merging: merging of stages 2-4: `dtm`, `conv` (2x2 stride-2 convolution and LayerNorm) or `conv_bn` (DTM without
+            offsets, for ablations).
+        pos_embed: `relative` bias in attention stages, `absolute` embedding in every stage, or `none`.
+        class_token: add a class token in the last stage.
+        norm_eps: epsilon of the final LayerNorm and of those in blocks.
+        pad_input: zero-pad the input to a multiple of 4 instead of cropping it.
+        drop_rate: dropout rate before the head.
+        drop_path_rate: stochastic depth rate of the last block; the rate grows linearly from 0 over all blocks.
+
+    Raises:
+        ValueError: arguments are invalid or contradict each other.
     """
 
     def __init__(
@@ -127,22 +128,22 @@ class LIT(nn.Module):
     ):
         super().__init__()
         if pos_embed not in ("relative", "absolute", "none"):
-            raise ValueError(f"pos_embed={pos_embed!r}: use 'relative', 'absolute' or 'none'")
+            raise ValueError(f"pos_embed={pos_embed!r}: unknown. Use 'relative', 'absolute' or 'none'.")
         if merging not in MERGINGS:
-            raise ValueError(f"merging={merging!r}: use 'dtm', 'conv' or 'conv_bn'")
+            raise ValueError(f"merging={merging!r}: unknown. Use 'dtm', 'conv' or 'conv_bn'.")
         if class_token and pos_embed == "relative":
-            raise ValueError("class_token=True: it has no place on the map, use pos_embed='absolute' or 'none'")
+            raise ValueError("class_token=True: has no relative position. Use pos_embed='absolute' or 'none'.")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
         lengths = {len(depths), len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)}
         if len(lengths) > 1:
-            raise ValueError("depths, embed_dims, num_heads, mlp_ratios and attention must name as many stages each")
+            raise ValueError("depths, embed_dims, num_heads, mlp_ratios, attention: numbers of stages differ")
         if class_token and not attention[-1]:
-            raise ValueError("class_token=True: without attention in the last stage, it would see no image")
+            raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.output_fmt = "NLC" if class_token else "NHWC"  # of forward_features
+        self.output_fmt = "NLC" if class_token else "NHWC"  # format of forward_features
         self.num_prefix_tokens = int(class_token)
         self._set_global_pool(global_pool)
         self.pad_input = pad_input
@@ -179,24 +180,24 @@ class LIT(nn.Module):
         self.norm = norm_layer(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.register_load_state_dict_pre_hook(load_released_layout)
+        self.register_load_state_dict_pre_hook(convert_released_hook)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise all parameters and statistics as the reference does; needed after `to_empty()`, too."""
+        """Initialize all parameters and buffers as in the reference, for example after `to_empty()`."""
         self.apply(_reset_parameters)
 
     def map_sizes(self, img_size: int | tuple[int, int], num_stages: int) -> list[tuple[int, int]]:
-        """(height, width) in tokens of each stage's map for an input of `img_size` pixels."""
+        """Return (height, width) in tokens of each stage's feature map for an input of `img_size` pixels."""
         size = to_2tuple(img_size)
         smallest = PATCH_SIZE * 2 ** (num_stages - 1)
         if min(size) < smallest:
-            raise ValueError(f"img_size={img_size}: the smallest input is {smallest} x {smallest} pixels")
+            raise ValueError(f"img_size={img_size}: too small. Use at least {smallest} x {smallest} pixels.")
         height, width = (-(-s // PATCH_SIZE) if self.pad_input else s // PATCH_SIZE for s in size)
         return [(height // 2**i, width // 2**i) for i in range(num_stages)]
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resize the position tables to those of another input size in pixels."""
+        """Resize the stored position tables for another input size in pixels."""
         for stage, (height, width) in zip(self.stages, self.map_sizes(img_size, len(self.stages)), strict=True):
             if stage.pos_embed is not None:
                 stage.pos_embed = _resized_parameter(stage.pos_embed, height, width, "bilinear")
@@ -206,31 +207,32 @@ class LIT(nn.Module):
                     block.attn.rel_pos_bias = _resized_parameter(bias, 2 * height - 1, 2 * width - 1, "bicubic")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of multi-dimensional parameters the recipes do not decay; absolute embeddings are decayed."""
+        """Return parameters with two or more dimensions without weight decay; absolute embeddings are decayed."""
         return {name for name, _ in self.named_parameters() if name.endswith((".cls_token", ".rel_pos_bias"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: the stem, then stages (`coarse`) or blocks."""
+        """Return timm's regular expressions for layer-wise learning rates: by stage if `coarse`, else by block."""
         block = r"^stages\.(\d+)\.blocks\.(\d+)"
-        entry = r"^stages\.(\d+)\.(?:merge|pos_embed|cls_token|cls_pos_embed)"  # with the stage's first block
+        entry = r"^stages\.(\d+)\.(?:merge|pos_embed|cls_token|cls_pos_embed)"  # grouped with the first block
         blocks = r"^stages\.(\d+)" if coarse else [(block, None), (entry, (0,)), (r"^norm", (99999,))]
         return dict(stem=r"^stages\.0\.(?:merge|pos_embed)", blocks=blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        """Enable or disable activation checkpointing of the blocks."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def _set_global_pool(self, global_pool: str) -> None:
         if global_pool not in ("avg", "token", "") or (global_pool == "token" and not self.num_prefix_tokens):
-            raise ValueError(f"global_pool={global_pool!r}: use 'avg', '', or 'token' in a model with a class token")
+            raise ValueError(f"global_pool={global_pool!r}: unknown. Use 'avg', '', or with a class token 'token'.")
         self.global_pool = global_pool
 
     def get_classifier(self) -> nn.Module:
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one; `global_pool=None` keeps the pooling."""
+        """Replace the head; `global_pool=None` keeps the pooling."""
         if global_pool is not None:
             self._set_global_pool(global_pool)
         self.num_classes = num_classes
@@ -246,18 +248,21 @@ class LIT(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward pass that also returns stage outputs as maps, without the class token.
+        """Run the model and return the feature maps of its stages, without class token.
 
         Args:
             x: `(B, in_chans, H, W)`.
-            indices: the last n stages if an int, all if None, else the stages to take.
-            norm: apply the final LayerNorm to the last stage's map.
-            stop_early: stop after the last stage that is taken.
+            indices: stages to return; the last n if an int, all if None.
+            norm: apply the final LayerNorm to the feature map of the last stage.
+            stop_early: stop after the last returned stage.
             output_fmt: `NCHW` or `NHWC`.
-            intermediates_only: return the list of maps alone, else (final tokens, maps).
+            intermediates_only: return only the list of feature maps instead of (final tokens, feature maps).
+
+        Raises:
+            ValueError: `output_fmt` is unknown.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: use 'NCHW' or 'NHWC'")
+            raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         map_sizes = self.map_sizes(tuple(x.shape[2:]), len(self.stages))
@@ -276,7 +281,7 @@ class LIT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last of `indices`, and with them norm and head; returns the indices as a list."""
+        """Remove the stages after the last of `indices` with final norm and head; returns the indices as a list."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -290,14 +295,14 @@ class LIT(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """`(B, in_chans, H, W)` to normalised tokens `(B, H/32, W/32, C)`, or `(B, 1 + N, C)` with a class token."""
+        """Compute normalized tokens `(B, H/32, W/32, C)` of images, or `(B, 1 + N, C)` with a class token."""
         # padding adds up to three pixels
         x = require_size(x, PATCH_SIZE * 2 ** (len(self.stages) - 1) - self.pad_input * (PATCH_SIZE - 1))
         x = self.stages(x.permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C), a view
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits `(B, num_classes)`, or with `pre_logits` to pooled features `(B, C)`."""
+        """Pool tokens and compute logits `(B, num_classes)`; `pre_logits` returns the pooled features `(B, C)`."""
         if self.global_pool == "token":
             x = x[:, 0]  # (B, 1 + N, C) -> (B, C)
         elif self.global_pool == "avg":
@@ -306,15 +311,16 @@ class LIT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits `(B, num_classes)` of images `(B, in_chans, H, W)`."""
         return self.forward_head(self.forward_features(x))
 
 
 def _reset_parameters(module: nn.Module) -> None:
-    """The reference's initialisation; `Module.apply` visits children first, so DTM zeroes its offsets last."""
+    """Initialize a module as in the reference; `Module.apply` visits children first, so DTM zeroes its offsets last."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):  # PyTorch's defaults for convolutions and norms; tables and offsets
+    elif hasattr(module, "reset_parameters"):  # convolutions, norms, position tables and offsets
         module.reset_parameters()
 
 
@@ -335,7 +341,7 @@ def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:
 
 
 def _cfg(release: str = "") -> dict[str, Any]:
-    """timm's configuration of a variant, with the address of the authors' weights where they released any."""
+    """Return timm's configuration of a variant; `release` is the path of the authors' weights on GitHub."""
     return {
         "url": f"https://github.com/ziplab/LIT/releases/download/{release}" if release else "",
         "num_classes": 1000,
@@ -375,7 +381,7 @@ PVT_SMALL = dict(
     norm_eps=1e-6,
     pad_input=False,
 )
-ARCHS: dict[str, dict[str, Any]] = {  # where a variant differs from the defaults of LIT
+ARCHS: dict[str, dict[str, Any]] = {  # keywords that differ from the defaults of LIT
     "lit_ti": PVT_SMALL,
     "lit_s": {},
     "lit_m": dict(depths=(2, 2, 18, 2)),
@@ -386,29 +392,29 @@ ARCHS: dict[str, dict[str, Any]] = {  # where a variant differs from the default
 
 @register_model
 def lit_ti(pretrained: bool = False, **kwargs) -> LIT:
-    """LIT-Ti: PVT-Small without attention in stages 1 and 2, with DTM."""
+    """Build LIT-Ti: PVT-Small without attention in stages 1 and 2, with DTM."""
     return _create_lit("lit_ti", pretrained, **kwargs)
 
 
 @register_model
 def lit_s(pretrained: bool = False, **kwargs) -> LIT:
-    """LIT-S: the defaults of :class:`LIT`, with Swin-T's widths and depths."""
+    """Build LIT-S: the defaults of :class:`LIT`, with the widths and depths of Swin-T."""
     return _create_lit("lit_s", pretrained, **kwargs)
 
 
 @register_model
 def lit_m(pretrained: bool = False, **kwargs) -> LIT:
-    """LIT-M: LIT-S with 18 blocks in stage 3."""
+    """Build LIT-M: LIT-S with 18 blocks in stage 3."""
     return _create_lit("lit_m", pretrained, **kwargs)
 
 
 @register_model
 def lit_b(pretrained: bool = False, **kwargs) -> LIT:
-    """LIT-B: LIT-M, wider."""
+    """Build LIT-B: LIT-M with 128 to 1024 channels."""
     return _create_lit("lit_b", pretrained, **kwargs)
 
 
 @register_model
 def pvt_small_full_msa(pretrained: bool = False, **kwargs) -> LIT:
-    """PVT-Small with full attention in all four stages and plain convolutions between them (paper's attention maps)."""
+    """Build PVT-Small with full attention in all stages and convolutional merging, for the paper's attention maps."""
     return _create_lit("pvt_small_full_msa", pretrained, **kwargs)

@@ -80,9 +80,9 @@ def test_torch_hub(folder: Path) -> None:
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
     entries = [name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
     assert sorted(entries) == sorted(timm.list_models(module="lit"))  # what torch.hub.list shows
-    with pytest.raises(lit_backbone.CheckpointError, match="create that with") as refused:
+    with pytest.raises(lit_backbone.CheckpointError, match="Create the model with") as refused:
         hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
-    remedy = str(refused.value).partition("create that with ")[2]
+    remedy = str(refused.value).partition("Create the model with ")[2]
     features = eval(f"timm.create_model('lit_s', {remedy})", {"timm": timm})
     torch.testing.assert_close(
         features.model.state_dict()["stages.1.blocks.0.norm2.bias"], model.state_dict()["stages.1.blocks.0.norm2.bias"]
@@ -134,7 +134,7 @@ def test_the_backbone_installs_alone(tmp_path: Path) -> None:
 
     use = """
 import timm, torch
-import lit_backbone, lit_backbone.attention, lit_backbone.offsets
+import lit_backbone, lit_backbone.visualize
 print(lit_backbone.__file__, timm.create_model("lit_s", num_classes=0)(torch.zeros(1, 3, 64, 64)).shape)"""
     run = run_without_the_trainers_packages(use, target)
     assert run.stdout == f"{target / 'lit_backbone/__init__.py'} torch.Size([1, 768])\n", run.stderr

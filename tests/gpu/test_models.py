@@ -13,7 +13,7 @@ from tests.goldens.compare import assert_agrees
 from tests.goldens.fill import fill, image
 from tests.gpu.conftest import DEVICE, autocast, needs_gpu, relative_error
 from tests.lit_backbone.small import KINDS, small_lit
-from tests.lit_backbone.test_goldens import own_name, training_step
+from tests.lit_backbone.test_goldens import converted_name, training_step
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -51,7 +51,7 @@ def test_training_step(
     with autocast(dtype):
         assert training_step(model, state) == pytest.approx(figures["loss"], rel=loss)
     gradients = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
-    compared = {own_name(key): norm for key, norm in norms.items()}
+    compared = {converted_name(key): norm for key, norm in norms.items()}
     # a bias before BatchNorm has no gradient up to rounding, and lit_ti's last table is two parameters here
     left_out = {f"stages.{i}.merge.proj.bias" for i in (1, 2, 3)} | {"stages.3.pos_embed"}
     keys = sorted(compared.keys() - left_out)

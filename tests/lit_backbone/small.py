@@ -1,4 +1,4 @@
-"""Small models for tests to which size proves nothing."""
+"""Small models for tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ KINDS = {
     "conv_merging": dict(merging="conv", pos_embed="none", attention=(True, True, True, True)),
 }
 
-# What `lit_s` and `lit_ti` become when the widths in their released layouts are divided by these numbers.
+# Divisors of the widths in the released layouts, and keywords of the resulting models
 SHRINK = {"lit_s": 12, "lit_ti": 16}
 SHRUNK = {
     "lit_s": dict(embed_dims=(8, 16, 32, 64), num_heads=(1, 1, 1, 2)),
@@ -27,7 +27,7 @@ SHRUNK = {
 
 
 def small_lit(kind: str = "relative", **kwargs: Any) -> LIT:
-    """A LIT in evaluation mode; unlike after initialisation, no parameter is zero and no statistic is a default."""
+    """Build a LIT in evaluation mode without zero parameters and default statistics."""
     model = LIT(**(SMALL | KINDS[kind] | kwargs)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,7 +39,7 @@ def small_lit(kind: str = "relative", **kwargs: Any) -> LIT:
 
 
 def shrunk_released(name: str, layout: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Weights in the released layout of `lit_s` or `lit_ti`, for the model of that name with `SHRUNK[name]`."""
+    """Create weights in the released layout of `lit_s` or `lit_ti` for the model with `SHRUNK[name]`."""
 
     def shrink(key: str, shape: Sequence[int]) -> list[int]:
         widths = range(2, 3) if "pos_embed" in key else range(len(shape))  # (1, positions, channels)

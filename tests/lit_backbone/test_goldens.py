@@ -1,6 +1,6 @@
-"""The figures in `tests/goldens` hold: they were measured on the reference, with weights in its released layouts.
+"""Comparison with figures in `tests/goldens`, measured on the reference with weights in its released layouts.
 
-Values compare as the largest difference in units of the reference array's standard deviation.
+Arrays are compared by their largest difference in units of the reference array's standard deviation.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def test_multiply_adds(name: str, giga: float) -> None:
 
 @pytest.fixture(scope="module")
 def filled(request: pytest.FixtureRequest, goldens: dict[str, Any]) -> tuple[str, LIT, dict[str, Tensor]]:
-    """Name, model and the released weights it holds."""
+    """Return name, model and its weights in the released layout."""
     state = fill(goldens["state_dicts"][request.param]["keys"])
     model = timm.create_model(request.param)
     model.load_state_dict(state, strict=True)
@@ -77,6 +77,7 @@ def test_logits_and_offsets(filled: tuple[str, LIT, dict[str, Tensor]], goldens:
 
 
 def training_step(model: LIT, state: Mapping[str, Tensor]) -> float:
+    """Load the weights, run forward and backward in training mode and return the loss."""
     model.load_state_dict(state)
     model.train().zero_grad()
     device = next(model.parameters()).device
@@ -86,9 +87,9 @@ def training_step(model: LIT, state: Mapping[str, Tensor]) -> float:
     return loss.item()
 
 
-def own_name(released: str) -> str:
-    """This package's name of a released parameter; the shape fits every kind of table."""
-    return next(iter(convert_released({released: torch.empty(1, 1, 1)})))
+def converted_name(key: str) -> str:
+    """Convert the name of a released parameter; the shape of the dummy is valid for every table."""
+    return next(iter(convert_released({key: torch.empty(1, 1, 1)})))
 
 
 @pytest.mark.parametrize("filled", ["lit_s", "lit_ti"], indirect=True)
@@ -98,10 +99,10 @@ def test_training_step(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict
     assert training_step(model, state) == pytest.approx(figures["loss"], rel=1e-5)
 
     norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
-    if "stages.3.cls_pos_embed" in norms:  # the released table holds the class token's slot, too
-        slot = norms.pop("stages.3.cls_pos_embed")
-        norms["stages.3.pos_embed"] = (norms["stages.3.pos_embed"] ** 2 + slot**2) ** 0.5
-    expected = {own_name(key): norm for key, norm in figures["grad_norms"].items()}
+    if "stages.3.cls_pos_embed" in norms:  # part of the table in the released layout
+        cls_norm = norms.pop("stages.3.cls_pos_embed")
+        norms["stages.3.pos_embed"] = (norms["stages.3.pos_embed"] ** 2 + cls_norm**2) ** 0.5
+    expected = {converted_name(key): norm for key, norm in figures["grad_norms"].items()}
     before_batch_norm = {f"stages.{i}.merge.proj.bias" for i in (1, 2, 3)}  # zero gradient up to rounding
     assert norms.keys() == expected.keys()
     assert all(norms[key] < 1e-6 for key in before_batch_norm)
@@ -111,8 +112,8 @@ def test_training_step(filled: tuple[str, LIT, dict[str, Tensor]], goldens: dict
     buffers = dict(model.named_buffers())
     assert len(figures["bn_after"]) == 6
     for key, (mean, norm) in figures["bn_after"].items():
-        assert buffers[own_name(key)].mean().item() == pytest.approx(mean, rel=1e-4, abs=1e-7), key
-        assert buffers[own_name(key)].norm().item() == pytest.approx(norm, rel=1e-5), key
+        assert buffers[converted_name(key)].mean().item() == pytest.approx(mean, rel=1e-4, abs=1e-7), key
+        assert buffers[converted_name(key)].norm().item() == pytest.approx(norm, rel=1e-5), key
 
 
 @pytest.mark.parametrize("filled", ["lit_s", "lit_ti"], indirect=True)
@@ -125,7 +126,7 @@ def test_training_step_from_zero_offsets(filled: tuple[str, LIT, dict[str, Tenso
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
     assert len(figures["offset_grads"]) == 6
     for key, figure in figures["offset_grads"].items():
-        gradient = gradients[own_name(key)]
+        gradient = gradients[converted_name(key)]
         sample, expected = gradient.flatten()[figure["index"]], torch.tensor(figure["value"])
         assert torch.cosine_similarity(sample, expected, dim=0) > 1 - 1e-6, key
         assert (sample - expected).norm() / expected.norm() < 1e-3, key

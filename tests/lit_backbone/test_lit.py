@@ -113,7 +113,7 @@ def test_drop_path_grows_linearly_over_all_blocks() -> None:
         (dict(num_heads=(1, 2)), "stages"),
         (dict(mlp_ratios=(4, 4, 4, 4, 4)), "stages"),
         (dict(attention=(False, True)), "stages"),
-        (dict(num_heads=5), "5 heads do not divide 24 channels"),
+        (dict(num_heads=5), "num_heads=5: does not divide 24 channels"),
         (dict(merging="pool"), "merging='pool'"),
         (dict(depths=(1, 2), embed_dims=(8, 16)), "stages"),
         (dict(pos_embed="sine"), "pos_embed='sine'"),
@@ -127,8 +127,8 @@ def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:
         LIT(**(SMALL | arguments))
 
 
-def assert_initialised(model: LIT) -> None:
-    """As the reference is: truncated normal of std 0.02 where it asks for that, PyTorch's defaults elsewhere."""
+def assert_initialized(model: LIT) -> None:
+    """Check the reference's initialization: truncated normal for linear layers and tables, PyTorch's defaults else."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
@@ -152,15 +152,15 @@ def assert_initialised(model: LIT) -> None:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
 
 
-def test_initialisation(kind: str) -> None:
+def test_initialization(kind: str) -> None:
     arguments = dict(embed_dims=(16, 32, 48, 64), img_size=224)  # large enough for statistics
-    assert_initialised(LIT(**(SMALL | KINDS[kind] | arguments)))
+    assert_initialized(LIT(**(SMALL | KINDS[kind] | arguments)))
 
     model = LIT(**(SMALL | KINDS[kind] | arguments), device="meta").to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data.fill_(77)  # whatever init_weights leaves out shows
+        tensor.data.fill_(77)  # init_weights must overwrite every value
     model.init_weights()
-    assert_initialised(model)
+    assert_initialized(model)
 
 
 # ---- heads
@@ -243,11 +243,11 @@ def test_set_input_size_equals_resizing_on_the_fly(kind: str) -> None:
         model.set_input_size(16)
 
 
-def test_input_remainder_is_padded_or_cut() -> None:
+def test_input_remainder_is_padded_or_cropped() -> None:
     x = torch.randn(1, 3, 70, 93)
-    padding, cutting = small_lit("relative"), small_lit("class_token")
+    padding, cropping = small_lit("relative"), small_lit("class_token")
     torch.testing.assert_close(padding(x), padding(F.pad(x, (0, 3, 0, 2))))
-    torch.testing.assert_close(cutting(x), cutting(x[:, :, :68, :92]))
+    torch.testing.assert_close(cropping(x), cropping(x[:, :, :68, :92]))
 
 
 def test_smallest_input(kind: str) -> None:
@@ -264,11 +264,11 @@ def test_forward_intermediates(kind: str) -> None:
     assert [tuple(y.shape) for y in maps] == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 24, 4, 6), (2, 32, 2, 3)]
     torch.testing.assert_close(final, model.forward_features(x))
 
-    *_, normalised = model.forward_intermediates(x, norm=True, output_fmt="NHWC", intermediates_only=True)
-    tokens = final[:, 1:] if kind == "class_token" else final  # of which the maps hold no class token
-    torch.testing.assert_close(normalised.reshape(2, -1, 32), tokens.reshape(2, -1, 32))
+    *_, normalized = model.forward_intermediates(x, norm=True, output_fmt="NHWC", intermediates_only=True)
+    tokens = final[:, 1:] if kind == "class_token" else final  # feature maps have no class token
+    torch.testing.assert_close(normalized.reshape(2, -1, 32), tokens.reshape(2, -1, 32))
     last = F.layer_norm(maps[3].permute(0, 2, 3, 1), (32,), model.norm.weight, model.norm.bias, eps=1e-5)
-    torch.testing.assert_close(last, normalised)
+    torch.testing.assert_close(last, normalized)
 
     early, some = model.forward_intermediates(x, indices=[0, 2], stop_early=True, output_fmt="NHWC")
     torch.testing.assert_close(early, some[1])
@@ -294,10 +294,10 @@ def test_prune_intermediate_layers(kind: str) -> None:
     assert model(x).shape == (2, 5)
 
 
-# ---- training, copies, compilers
+# ---- training, copies, compilers and exports
 
 
-def test_grad_checkpointing_changes_nothing(kind: str) -> None:
+def test_grad_checkpointing_keeps_results(kind: str) -> None:
     x = torch.randn(4, 3, 64, 64)
     results = []
     for enable in (False, True):
@@ -352,9 +352,9 @@ def test_bfloat16_autocast(kind: str) -> None:
 OTHER_SIZES = [(1, 3, 64, 64), (3, 3, 96, 70), (1, 3, 45, 128)]
 
 
-def test_a_model_that_jit_traces_takes_other_sizes(kind: str) -> None:
+def test_jit_trace_takes_other_sizes(kind: str) -> None:
     model = small_lit(kind).eval()
-    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))  # which compares the outputs
+    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))  # compares the outputs
     for size in OTHER_SIZES:
         x = torch.randn(size)
         torch.testing.assert_close(traced(x), model(x))
@@ -365,13 +365,13 @@ def test_torchvision_extracts_features(kind: str) -> None:
     extractor = create_feature_extractor(model, {"stages.1": "map", "head": "logits"})
     for size in OTHER_SIZES:
         x = torch.randn(size)
-        found = extractor(x)
-        torch.testing.assert_close(found["logits"], model(x))
-        torch.testing.assert_close(found["map"], model.stages[:2](x.permute(0, 2, 3, 1)))
+        features = extractor(x)
+        torch.testing.assert_close(features["logits"], model(x))
+        torch.testing.assert_close(features["map"], model.stages[:2](x.permute(0, 2, 3, 1)))
 
 
 @pytest.mark.slow
-def test_onnx_exports_a_model_that_could_train(tmp_path: Path) -> None:
+def test_onnx_export_with_gradients_enabled(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = small_lit(depths=(1, 1, 1, 1)).eval(), torch.randn(2, 3, 64, 96)
     torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
@@ -380,7 +380,7 @@ def test_onnx_exports_a_model_that_could_train(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_may_be_empty(kind: str) -> None:
+def test_empty_batch(kind: str) -> None:
     model = small_lit(kind).eval()
     x = torch.zeros(0, 3, 64, 64, requires_grad=True)
     logits = model(x)
@@ -389,10 +389,10 @@ def test_a_batch_may_be_empty(kind: str) -> None:
 
 
 @pytest.mark.parametrize("padded, smallest", [(True, 29), (False, 32)])
-def test_an_input_that_is_too_small_is_told_the_smallest(padded: bool, smallest: int) -> None:
+def test_too_small_input_names_the_minimum(padded: bool, smallest: int) -> None:
     model = small_lit(pad_input=padded).eval()
     assert model(torch.randn(1, 3, smallest, smallest)).shape == (1, model.num_classes)
-    with pytest.raises(ValueError, match=f"an input of 64 x {smallest - 1} pixels .* is {smallest} x {smallest}$"):
+    with pytest.raises(ValueError, match=f"^input size 64 x {smallest - 1}: .* {smallest} x {smallest} pixels.$"):
         model(torch.randn(1, 3, 64, smallest - 1))
 
 
@@ -417,8 +417,8 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("variant", ["lit_s", "lit_ti", "pvt_small_full_msa"])  # LIT-M and LIT-B have LIT-S's blocks
-def test_every_kind_of_variant_is_one_graph_for_all_batch_sizes(variant: str, training: bool) -> None:
+@pytest.mark.parametrize("variant", ["lit_s", "lit_ti", "pvt_small_full_msa"])  # LIT-M and LIT-B repeat LIT-S
+def test_variants_compile_as_one_graph_for_all_batch_sizes(variant: str, training: bool) -> None:
     model = timm.create_model(variant, img_size=64, depths=(1, 1, 1, 1), drop_path_rate=0.1).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.set_grad_enabled(training):
@@ -432,7 +432,7 @@ def test_every_kind_of_variant_is_one_graph_for_all_batch_sizes(variant: str, tr
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_model_trains_at_other_sizes_and_batches() -> None:
-    """By the option that docs/faq.md names."""
+    """Use the compiler option that docs/faq.md names."""
     model = small_lit(embed_dims=(24, 48), depths=(1, 1), num_heads=(1, 2), attention=(False, True)).train()
     compiled = torch.compile(model, options={"layout_optimization": False})
     for shape in ((2, 3, 64, 64), (3, 3, 80, 112)):
@@ -456,6 +456,6 @@ def test_exports_with_free_sizes(kind: str) -> None:
     model = small_lit(kind)
     free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
     program = torch.export.export(model, (torch.randn(2, 3, 128, 96),), dynamic_shapes=(free,)).module()
-    for size in ((64, 64), (160, 224)):  # the first is the tables' own, where nothing is resized
+    for size in ((64, 64), (160, 224)):  # (64, 64) is the size of the stored tables
         x = torch.randn(3, 3, *size)
         torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)

@@ -1,6 +1,6 @@
-"""timm's own model tests, run against the models of this package.
+"""timm's model tests, run on the models of this package.
 
-They come with timm's source distribution only, which pip fetches once into pytest's cache.
+They are part of timm's source distribution only, which pip downloads once to pytest's cache.
 """
 
 import os
@@ -14,14 +14,14 @@ import pytest
 import timm
 
 ROOT = Path(__file__).parents[2]
-CLASS_TOKEN_MODELS = {"lit_ti", "pvt_small_full_msa"}  # timm files tests of models without a map under "non-standard"
+CLASS_TOKEN_MODELS = {"lit_ti", "pvt_small_full_msa"}  # timm's "non-standard" models
 FILTERS = {"FEAT_INTER_FILTERS": "'lit'", "NON_STD_FILTERS": "'lit_ti*', 'pvt_small_full_msa*'"}
-LEFT_OUT = "torchscript or inference or pretrained"  # deprecated by PyTorch; need a network
+EXCLUDED = "torchscript or inference or pretrained"  # deprecated by PyTorch; needs a network
 
 
 @pytest.fixture(scope="module")
 def timm_tests(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scratch copy of timm's tests that knows the models of this package."""
+    """Copy timm's tests and add the models of this package to their filters."""
     name = f"timm-{timm.__version__}"
     archive = pytestconfig.cache.mkdir("timm") / f"{name}.tar.gz"
     if not archive.is_file():
@@ -29,7 +29,7 @@ def timm_tests(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
         result = subprocess.run([*download, f"timm=={timm.__version__}"], capture_output=True, text=True)
         if not archive.is_file():
             report = pytest.fail if os.environ.get("CI") else pytest.skip
-            report(f"pip cannot fetch the source distribution of {name}: {result.stderr.strip()[-500:]}")
+            report(f"{name}: pip cannot download the source distribution ({result.stderr.strip()[-500:]})")
     scratch = tmp_path_factory.mktemp("timm")
     with tarfile.open(archive) as tar:
         for file in ("conftest.py", "test_models.py"):
@@ -61,13 +61,13 @@ def expected_tests(model: str) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_timm_model_tests(timm_tests: Path) -> None:
-    models = ("lit_s", "lit_ti", "pvt_small_full_msa")  # LIT-M and LIT-B are LIT-S with more and wider blocks
+    models = ("lit_s", "lit_ti", "pvt_small_full_msa")  # LIT-M and LIT-B repeat LIT-S
     report = timm_tests / "report.xml"
-    selection = f"({' or '.join(models)}) and not ({LEFT_OUT})"
+    selection = f"({' or '.join(models)}) and not ({EXCLUDED})"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, f"--junitxml={report}"],
         cwd=timm_tests,
-        env=os.environ | {"TIMEOUT": "600"},  # timm's own limit for a test
+        env=os.environ | {"TIMEOUT": "600"},  # timm's time limit of a test
         capture_output=True,
         text=True,
     )
