@@ -18,8 +18,15 @@ from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
-from ..checkpoints import CheckpointError, name_some, read_checkpoint, stored_classes, unwrap_state_dict
-from ..fit import architecture, fit_state_dict
+from ..checkpoints import (
+    CheckpointError,
+    architecture,
+    fit_state_dict,
+    preview,
+    read_checkpoint,
+    stored_classes,
+    unwrap_state_dict,
+)
 from ..released import load_released_layout
 
 URL_PREFIXES = ("http://", "https://")
@@ -135,7 +142,7 @@ def fit_weights(
         ckpt_head = {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
         shared = {key for key in model_head.keys() & ckpt_head.keys() if ckpt_head[key].shape == model_head[key].shape}
         if mismatched := [key for key in model_head | ckpt_head if key not in shared - set(reset_keys)]:
-            print_log(f"{path}: {name_some(mismatched)} do not match. They keep their initialization.", level=30)
+            print_log(f"{path}: {preview(mismatched)} do not match. They keep their initialization.", level=30)
         state_dict = model_head | {key: value for key, value in state_dict.items() if key not in mismatched}
     name = f"{type(model).__name__} with {architecture(model.backbone)}"
     return fit_state_dict(state_dict, model, path, name=name)

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import preview
+from ..checkpoints import preview, printable
 from ..images import DataError
-from ..text import printable
 
 
 def unwrap_datasets(dataset: Any) -> list[Any]:
@@ -67,9 +66,9 @@ def _check_categories(dataset: Any) -> None:
             return
     categories = load(file)["categories"]
     names, by_id = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
-    if duplicates := name_some([name for name in classes if names.count(name) > 1]):
+    if duplicates := preview([name for name in classes if names.count(name) > 1]):
         raise DataError(f"{file}: several categories are named {duplicates}. Give each category a unique name.")
-    if missing := name_some([name for name in classes if name not in names]):
+    if missing := preview([name for name in classes if name not in names]):
         raise DataError(f"{file}: category {missing} is missing. Set metainfo.classes to {', '.join(names)}.")
     if classes != (order := [by_id[i] for i in ids]):
         raise DataError(f"{file}: the categories are in another order. Set metainfo.classes to {order}.")

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, printable, stored_classes
 from ..images import DataError, find_images, open_rgb
-from ..offsets import write_offsets
-from ..text import printable
+from ..visualize import add_offset_arguments, write_offsets
 from .checkpoints import fit_weights, load_file
 from .cli import add_cfg_options, one_line_errors, read_config
 from .data import check_num_classes, unwrap_datasets

@@ -16,8 +16,7 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, other_classes, unwrap_state_dict
-from ..fit import check_optimizer_state
+from ..checkpoints import CheckpointError, check_optimizer_state, class_mismatch, unwrap_state_dict
 from .checkpoints import fit_weights, load_file
 from .data import check_dataset, check_metainfo, unwrap_datasets
 
@@ -65,7 +64,7 @@ class StrictRunner(Runner):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         dataset = (self.train_dataloader if self._train_loop is not None else self.test_dataloader).dataset
-        if mismatch := other_classes(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
+        if mismatch := class_mismatch(checkpoint, getattr(dataset, "metainfo", {}).get("classes", ())):
             if not self.allow_new_head:
                 raise CheckpointError(f"{filename}: {mismatch}. Set metainfo.classes to those of the checkpoint.")
             reset_keys = class_dependent_keys(self.cfg.model, model)

@@ -185,7 +185,7 @@ def test_html_is_self_contained(chains: SamplingChains) -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 needs_browser = pytest.mark.skipif(
-    not CHROMIUM and not os.environ.get("CI"), reason="no chromium; `make test-slow` installs it"
+    not CHROMIUM and not os.environ.get("CI"), reason="no Chromium; `make test-slow` installs it"
 )
 
 
