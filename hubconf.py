@@ -6,7 +6,7 @@ model = torch.hub.load("OWNER/NAME", "lit_s", checkpoint="lit_s.pth")  # or a di
 import timm
 
 import lit_backbone
-from lit_backbone.checkpoints import infer_img_size_and_num_classes
+from lit_backbone import checkpoints
 
 dependencies = ["safetensors", "timm", "torch"]
 
@@ -15,7 +15,7 @@ def _entry(name: str):
     def load(pretrained=False, checkpoint=None, **kwargs):
         if checkpoint is None:
             return timm.create_model(name, pretrained, **kwargs)
-        size, num_classes = infer_img_size_and_num_classes(lit_backbone.load_checkpoint(checkpoint))
+        size, num_classes = checkpoints.infer_img_size_and_num_classes(lit_backbone.load_checkpoint(checkpoint))
         kwargs = dict(img_size=size, num_classes=num_classes) | kwargs
         input_size = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
         kwargs["pretrained_cfg_overlay"] = dict(input_size=input_size) | kwargs.get("pretrained_cfg_overlay", {})

@@ -1,53 +1,222 @@
 """Train, evaluate or time a classifier: `python main.py --cfg configs/lit-s.yaml --data-path /data/imagenet`."""
 
 import argparse
+import json
+import logging
+import math
+import platform
+import shlex
 import sys
-from functools import partial
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
 
-if __name__ == "__main__":
-    import lit_classification.interrupts  # noqa: F401, before what takes long to import
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch.amp import GradScaler
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_classification.config import ConfigError
-from lit_classification.config_file import load_config, locate_run
+from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
+from lit_backbone.dtm import dtm_statistics
+from lit_backbone.images import DataError
+from lit_classification import checkpointing, data, distributed
+from lit_classification.checkpointing import BEST, LATEST, TrainState, save_checkpoint
+from lit_classification.config import Config, ConfigError, result_settings
+from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
+from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
+from lit_classification.engine import NonFiniteError, evaluate, measure_throughput, train_one_epoch
+from lit_classification.logs import RunLog, setup_logging
+from lit_classification.model import build_model, find_config, load_model
+from lit_classification.optim import Schedule, build_optimizer
+
+_logger = logging.getLogger(__name__)
+
+LOADER_FAILURES = {  # what PyTorch says, and what to do
+    "DataLoader worker (pid": "a DataLoader worker was killed, often for lack of memory. Lower DATA.NUM_WORKERS.",
+    "DataLoader timed out": "no data for RUNTIME.TIMEOUT minutes. Check the disk of DATA.DATA_PATH or raise the limit.",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--cfg",
-        required=True,
-        metavar="FILE",
-        help="YAML file of the run, e.g. configs/lit-s.yaml, or config.yaml of one to continue",
-    )
-    mode, to = parser.add_mutually_exclusive_group(), dict(dest="mode", action="store_const", default="train")
-    mode.add_argument("--eval", const="eval", **to, help="evaluate the checkpoint named by --resume")
-    mode.add_argument("--throughput", const="throughput", **to, help="measure images per second of inference")
+    help = "YAML file such as configs/lit-s.yaml, or config.yaml of a run to continue; optional with --eval"
+    parser.add_argument("--cfg", metavar="FILE", help=help)
+    mode, flag = parser.add_mutually_exclusive_group(), dict(dest="mode", action="store_const", default="train")
+    mode.add_argument("--eval", const="eval", **flag, help="evaluate the checkpoint named by --resume")
+    mode.add_argument("--throughput", const="throughput", **flag, help="measure images per second of inference")
     overrides = dict(nargs="+", action="extend", default=[], metavar="KEY VALUE")
-    parser.add_argument("--opts", **overrides, help="override keys of the configuration, e.g. TRAIN.EPOCHS 100")
+    parser.add_argument("--opts", **overrides, help="override keys of the config, e.g. TRAIN.EPOCHS 100")
     parser.add_argument("--resume", metavar="FILE", help="MODEL.RESUME: checkpoint to continue or evaluate")
     parser.add_argument("--pretrained", metavar="FILE", help="MODEL.PRETRAINED: checkpoint to start from")
-    parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH: data set with train/ and val/")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per process")
-    parser.add_argument("--output", metavar="DIR", help="OUTPUT: where runs are written")
+    parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH: dataset with train/ and val/")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per rank")
+    parser.add_argument("--output", metavar="DIR", help="OUTPUT: parent directory of all runs")
     parser.add_argument("--tag", help="TAG: name of this run")
     args = parser.parse_args(argv)
     if args.mode == "throughput" and (args.resume or args.pretrained):
         parser.error("argument --throughput: measures the model of --cfg and reads no checkpoint")
+    if not args.cfg and args.mode != "eval":
+        parser.error("the following arguments are required: --cfg")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "mode", "opts")}
-    try:
-        name, own = locate_run(args.cfg)
-        load = partial(load_config, args.cfg, [*own, *args.opts], training=args.mode == "train", **shortcuts)
-        config = load()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    from lit_classification.run import run  # only now, for it takes seconds to import PyTorch
+def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
+    """Train to the last epoch, from scratch, from pretrained weights, or from where the run was interrupted."""
+    train_set, val_set = (data.build_dataset(config, is_training) for is_training in (True, False))
+    data.check_classes(config, train_set, val_set)
+    train_loader = data.build_train_loader(train_set, config, ranks)
+    val_loader = data.build_val_loader(val_set, config, ranks)
+    probe = torch.stack([val_set[i][0] for i in range(0, len(val_set), len(val_set) // 32 + 1)]).to(ranks.device)
 
-    run(args.mode, config, load, name)
+    model = build_model(config, ranks.device)
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing()
+    ema = ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None
+    if ema and config.RUNTIME.COMPILE:
+        ema.module.compile()  # a copy is not compiled
+    optimizer = build_optimizer(model, config)
+    is_fp16 = distributed.amp_dtype(config.RUNTIME.AMP_DTYPE, ranks.device) == torch.float16
+    scaler = GradScaler(ranks.device.type, enabled=is_fp16)
+    steps_per_epoch = train_loader.batch_sampler.steps
+    schedule = Schedule(optimizer, config, steps_per_epoch)
+    settings = result_settings(config) | {"train images": str(len(train_set)), "val images": str(len(val_set))}
+    state = TrainState(model, optimizer, scaler, ema, steps_per_epoch, run_dir, train_set.classes, settings)
+    load_weights(state, config, ranks)
+    checkpointing.check_ranks_agree(settings | {"classes": str(state.classes), "step": str(state.step)}, ranks)
+    if state.epoch >= config.TRAIN.EPOCHS:
+        _logger.info(f"{run_dir}: finished already, after {state.epoch} epochs; to start a new run, pass --tag NAME")
+        return
+    log = RunLog(run_dir if ranks.is_main else None, state.epoch, state.step)
+    log_start(config, ranks, state)
+    model = ranks.wrap(model)
+
+    while state.epoch < config.TRAIN.EPOCHS:
+        epoch = state.epoch
+        results = train_one_epoch(model, train_loader, state, schedule, config, ranks, log)
+        if state.epoch == epoch:  # a signal asked to stop
+            save_and_exit(state, config, ranks)
+        checkpointing.sync_batchnorm(state, ranks)
+        stats = evaluate(state.eval_model, val_loader, config, ranks)
+        is_best, state.best = stats["acc1"] > state.best, max(stats["acc1"], state.best)
+        results |= {f"val/{name}": value for name, value in stats.items()} | dtm_statistics(state.eval_model, probe)
+        log.epoch(epoch, results, state.step)
+        if is_best:
+            save_checkpoint(BEST, state, config, ranks)
+        if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
+            save_checkpoint(LATEST, state, config, ranks)
+        if state.epoch < config.TRAIN.EPOCHS and ranks.stop_signal():
+            save_and_exit(state, config, ranks)
+    _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {run_dir}")
+
+
+def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
+    """Resume the latest checkpoint of the run or MODEL.RESUME, or start from MODEL.PRETRAINED."""
+    latest = checkpointing.find_resumable(state.run_dir) if ranks.is_main and config.TRAIN.AUTO_RESUME else None
+    path = ranks.gather(latest[0] if latest else config.MODEL.RESUME)[0]
+    if latest and (ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        _logger.warning(f"resuming {path}, not {ignored}; to start a new run, pass --tag NAME")
+    if path:
+        checkpointing.restore_checkpoint(path, latest[1] if latest else read_checkpoint(path), state, config)
+        if Path(path).resolve().parent != state.run_dir.resolve():
+            state.best = -math.inf  # its best.pth is elsewhere
+        _logger.info(f"resuming {path} at epoch {state.epoch}, step {state.step % state.steps_per_epoch}")
+    elif config.MODEL.PRETRAINED:
+        weights = load_checkpoint(config.MODEL.PRETRAINED, state.model, classes=state.classes)
+        state.load_weights(weights)
+        _logger.info(f"starting from {config.MODEL.PRETRAINED}: {len(weights)} tensors")
+
+
+def save_and_exit(state: TrainState, config: Config, ranks: Ranks) -> NoReturn:
+    """Save and exit with status 75, by which job schedulers can tell that the run is to be started again."""
+    save_checkpoint(LATEST, state, config, ranks)
+    _logger.warning(f"stopped by {ranks.stop_signal()} at step {state.step}; the same command resumes {state.run_dir}")
+    sys.exit(STOPPED)
+
+
+def log_start(config: Config, ranks: Ranks, state: TrainState) -> None:
+    """Write config.yaml and starts.jsonl, and log what the config amounts to on these ranks."""
+    if ranks.is_main:
+        start = {
+            **{"command": shlex.join(sys.argv), "started": datetime.now().isoformat(timespec="seconds")},
+            **{"update": state.step, "processes": ranks.world_size, "python": platform.python_version()},
+            "torch": torch.__version__,
+            "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
+        }
+        (state.run_dir / "config.yaml").write_text(dump_config(config))
+        with open(state.run_dir / "starts.jsonl", "a") as file:
+            file.write(json.dumps(start) + "\n")
+    batch, (peak, _, floor) = config.DATA.BATCH_SIZE, config.learning_rates
+    params = sum(p.numel() for p in state.model.parameters())
+    precision = distributed.describe_precision(config.RUNTIME.AMP_DTYPE, ranks.device)
+    _logger.info(f"{config.MODEL.NAME}, {params:,} parameters, {precision}, run directory {state.run_dir}")
+    _logger.info(
+        f"global batch {config.TRAIN.GLOBAL_BATCH} = {batch} images x {ranks.world_size} ranks x "
+        f"{config.TRAIN.GLOBAL_BATCH // (batch * ranks.world_size)} accumulation steps, "
+        f"{state.steps_per_epoch} steps per epoch, learning rate {peak:.3g}"
+    )
+    if rising := [g["name"] for g in state.optimizer.param_groups if g["initial_lr"] < (1 - 1e-6) * floor]:
+        _logger.warning(f"learning rates of {', '.join(rising)} rise to MIN_LR, {floor:.3g}, from below")
+    if (share := config.TRAIN.EMA ** (config.TRAIN.EPOCHS * state.steps_per_epoch)) > 0.01:
+        _logger.warning(f"TRAIN.EMA {config.TRAIN.EMA}: {share:.0%} of the last average are initial weights; lower it")
+
+
+def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> None:
+    """Evaluate --resume with the config that it stores or, if it stores none, with --cfg."""
+    config = load_config(args.cfg, args.opts, training=False, **shortcuts) if args.cfg else None
+    path = args.resume or (config and config.MODEL.RESUME)
+    if not path:
+        raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
+    content = read_checkpoint(path)
+    stored = config_from_checkpoint(content, path, args.opts, **shortcuts)
+    config = stored or config or find_config(content, path, args.opts, **shortcuts)
+    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
+    setup_logging(ranks.rank)
+    if stored and args.cfg:
+        _logger.info(f"{path} stores its config, which replaces that of {args.cfg}; --opts overrides it")
+    images = data.build_dataset(config, is_training=False)
+    data.check_classes(config, images)
+    model = load_model(content, path, config, ranks.device, images.classes)
+    _logger.info(f"evaluating {path} in {distributed.describe_precision(config.TEST.AMP_DTYPE, ranks.device)}")
+    stats = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks)
+    if ranks.is_main:
+        _logger.info(f"loss {stats['loss']:.3f}")
+        print(f" * Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}", flush=True)
+        print(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.1f}%", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the config, join the other ranks, and do what the command asks for."""
+    shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "mode", "opts")}
+    if args.mode == "eval":
+        return evaluate_checkpoint(args, shortcuts)
+    name, opts = locate_run(args.cfg)
+    config = load_config(args.cfg, [*opts, *args.opts], training=args.mode == "train", **shortcuts)
+    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
+    if args.mode == "throughput":
+        setup_logging(ranks.rank)
+        speed = measure_throughput(build_model(config, ranks.device), config, ranks)
+        _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per rank at batch size {config.DATA.BATCH_SIZE}")
+        return
+    run_dir = Path(config.OUTPUT, name, config.TAG)
+    with checkpointing.run_lock(run_dir, ranks), catch_stop_signals(ranks.stop_signals):
+        setup_logging(ranks.rank, run_dir)
+        with logging_redirect_tqdm():
+            train(config, ranks, run_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parse_args(argv))
+    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        fixes = [fix for words, fix in LOADER_FAILURES.items() if words in str(error)]
+        sys.exit(f"error: {fixes[0]}") if fixes else None
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()  # not after an error, when other ranks may still wait in a collective
 
 
 if __name__ == "__main__":

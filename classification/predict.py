@@ -5,81 +5,63 @@ import json
 import sys
 from collections.abc import Iterator
 
-if __name__ == "__main__":
-    import lit_classification.interrupts  # noqa: F401, before what takes long to import
-
 import torch
 from tqdm import tqdm
 
 from lit_backbone import CheckpointError
 from lit_backbone.checkpoints import printable
+from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
 from lit_backbone.visualize import positive
-from lit_classification.evaluation import progress
-from lit_classification.loaders import image_loader
 from lit_classification.model import Classifier, load_classifier
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    help = "images, and folders with images at any depth"
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=help)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="written by main.py, or released")
-    help = "classes to name for an image (%(default)s)"
-    parser.add_argument("--topk", type=positive, default=5, metavar="K", help=help)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
-    return parser.parse_args(argv)
+Prediction = tuple[str, float]  # class description and probability
 
 
+@torch.inference_mode()
 def predict(
     classifier: Classifier, paths: list[str], topk: int, device: torch.device
-) -> Iterator[tuple[str, list[tuple[str, float]] | DataError]]:
-    """Yield each path with the `topk` likeliest classes, as pairs of name and probability, likeliest first.
-
-    An image that cannot be read has the reason in their place.
-    """
-    model, _, classes, transform, _ = classifier
-    loader = image_loader(paths, transform)
-    for batch in progress(loader, enable=len(loader) > 1, desc="predict", unit="batch"):
-        found = dict(batch)
-        if sound := [path for path, image in batch if not isinstance(image, DataError)]:
-            images = torch.stack([found[path] for path in sound]).to(device)  # (B, 3, H, W)
-            with torch.inference_mode():
-                probabilities = model(images).softmax(dim=1)  # (B, classes)
-            values, indices = probabilities.topk(min(topk, len(classes)))  # (B, topk)
-            for path, row, numbers in zip(sound, values.tolist(), indices.tolist()):
-                found[path] = [(classes[number], value) for number, value in zip(numbers, row)]
-        for path, _ in batch:
-            yield path, found[path]
+) -> Iterator[tuple[str, list[Prediction] | DataError]]:
+    """Yield each path with its `topk` most probable classes, or with the reason why it cannot be read."""
+    for batch in tqdm(image_loader(paths, classifier.transform), "predict", disable=None, leave=False, unit="batch"):
+        results: dict[str, list[Prediction] | DataError] = {path: image for path, image in batch}
+        if readable := [path for path, image in batch if not isinstance(image, DataError)]:
+            images = torch.stack([results[path] for path in readable]).to(device)  # (B, 3, H, W)
+            probabilities = classifier.model(images).softmax(dim=1)  # (B, classes)
+            values, indices = probabilities.topk(min(topk, len(classifier.classes)))  # (B, topk)
+            for path, row, labels in zip(readable, values.tolist(), indices.tolist()):
+                results[path] = [(classifier.classes[label], value) for label, value in zip(labels, row)]
+        yield from results.items()
 
 
-def as_json(path: str, predictions: list[tuple[str, float]]) -> str:
-    pairs = [{"class": name, "probability": probability} for name, probability in predictions]
-    return json.dumps({"image": path, "predictions": pairs})
-
-
-def as_text(path: str, predictions: list[tuple[str, float]]) -> str:
-    return "\n".join(
-        [printable(path), *(f"{probability:8.2%}  {printable(name)}" for name, probability in predictions)]
-    )
+def describe(path: str, predictions: list[Prediction], as_json: bool) -> str:
+    if as_json:
+        pairs = [{"class": name, "probability": probability} for name, probability in predictions]
+        return json.dumps({"image": path, "predictions": pairs})
+    return "\n".join([printable(path), *(f"{value:8.2%}  {printable(name)}" for name, value in predictions)])
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders that hold images")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write, failed = as_json if args.json else as_text, False
+    num_errors = 0
     try:
         paths = find_images(args.images)
         classifier = load_classifier(args.checkpoint, device)
-        for path, predictions in predict(classifier, paths, args.topk, device):
-            if isinstance(predictions, DataError):
-                failed = True
-                tqdm.write(f"error: {predictions}", file=sys.stderr)
+        for path, result in predict(classifier, paths, args.topk, device):
+            if isinstance(result, DataError):
+                num_errors += 1
+                tqdm.write(f"error: {result}", file=sys.stderr)
             else:
-                tqdm.write(write(path, predictions))  # past the progress bar
+                tqdm.write(describe(path, result, args.json))
     except (CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
-    if failed:
+    if num_errors:
         sys.exit(1)
 
 

@@ -181,11 +181,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: holds no weights. Expected them bare, or under 'model' or 'state_dict'.")
     if model is None:
         return state_dict
-    # class folders can be sorted by name or by number
-    is_ambiguous = list(classes) != sorted(classes) and not stored_classes(content)
-    if is_ambiguous and infer_img_size_and_num_classes(state_dict)[1] == len(classes):
-        assumption = f"has no class names. Assuming the order {preview(classes)}"
-        _logger.warning(f"{path}: {assumption}. If its training used another order, rename the class folders.")
+    if classes and not stored_classes(content) and infer_img_size_and_num_classes(state_dict)[1] == len(classes):
+        _logger.info(f"{path}: has no class names. Its labels are taken in the order of the data: {preview(classes)}.")
     return fit_state_dict(state_dict, model, path, new_head=new_head, mismatch=class_mismatch(content, classes))
 
 

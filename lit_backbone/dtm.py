@@ -142,3 +142,22 @@ def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int,
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def dtm_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Measure the offsets of each DTM in a model on images `(B, 3, H, W)`.
+
+    Returns:
+        `dtm/{name}/length`, the mean length of the offsets in pixels of the input map, and `dtm/{name}/outside`, the
+        share of samples outside the map.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)]
+    model.eval()
+    with captured_offsets(model) as captured:
+        model.forward(images)  # not model(images): a compiled model calls no hooks
+    stats = {}
+    for name, (offset, size) in zip(names, captured, strict=True):
+        length, outside = offset_statistics(offset, size)
+        stats |= {f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()}
+    return stats

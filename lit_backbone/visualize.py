@@ -1,7 +1,4 @@
-"""Images of a LIT's sampling points and attention.
-
-Offsets and attention are read while the model runs; the model itself is unchanged.
-"""
+"""Images of the points that DTM samples, read from a LIT while it runs."""
 
 import argparse
 import base64
@@ -14,21 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from timm.layers import set_fused_attn, use_fused_attn
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from .dtm import captured_offsets
 from .dtm_kernels import sampling_positions
 from .images import DataError
-from .layers import AttentionBlock
 from .lit import LIT, PATCH_SIZE
 
 CELL_COLOR, POINT_COLOR = (0, 200, 0), (255, 0, 0)
-HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the maximum
 MIN_DISPLAY_SIZE = 448  # pixels of the shorter side; smaller images are enlarged before drawing
 
 
@@ -220,68 +212,15 @@ def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at-most", type=positive, metavar="N", help=help)
 
 
-class QueryAttention(TorchFunctionMode):
-    """Record the attention probabilities of one query token in each call of `scaled_dot_product_attention`."""
-
-    def __init__(self, queries: Iterable[int]):
-        super().__init__()
-        self.queries = iter(queries)  # index of the query token in each call
-        self.rows: list[Tensor] = []  # (B, heads, N)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
-            scores = torch.einsum("bhc,bhnc->bhn", query[:, :, index], key) / math.sqrt(query.shape[3])
-            if (bias := kwargs.get("attn_mask")) is not None:
-                scores = scores + bias[:, :, index]  # (1, heads, N, N)
-            self.rows.append(scores.softmax(dim=-1))
-        return func(*args, **kwargs)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add options that choose a classifier: `--resume`, its expected `--model`, and another `--img_size`."""
+    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint of main.py, or a released one")
+    parser.add_argument("--model", metavar="NAME", help="expected model (default: that of the checkpoint)")
+    help = "input size in pixels, one number or height and width (default: that of the checkpoint)"
+    parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help=help)
 
 
-@torch.inference_mode()
-def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[int, Tensor]:
-    """Compute the attention of one query token per stage to all tokens of its feature map.
-
-    Args:
-        model: a LIT in evaluation mode.
-        images: `(B, 3, H, W)`, normalized as in evaluation.
-        queries: for each stage, the row-major index of the query token; the class token is not counted.
-
-    Returns:
-        A dictionary from the 0-based index of each attention stage to probabilities `(B, blocks, heads, h, w)`. They
-        sum to 1 over the feature map; with a class token, they sum to 1 minus its share.
-    """
-    attending = [
-        (i, stage.cls_token is not None)
-        for i, stage in enumerate(model.stages)
-        for block in stage.blocks
-        if isinstance(block, AttentionBlock)
-    ]
-    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
-    try:
-        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
-            maps = model.forward_intermediates(images, intermediates_only=True)
-    finally:
-        set_fused_attn(fused, experimental)
-    stages: dict[int, list[Tensor]] = {}
-    for (i, prefix), row in zip(attending, recorder.rows, strict=True):
-        stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)
-    return {i: torch.stack(rows, dim=1) for i, rows in stages.items()}
-
-
-def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
-    """Draw a heat map `(h, w)` scaled to its maximum, with the query token outlined and a caption above."""
-    height, width = heat.shape
-    levels = (heat * (255 / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))).round().to(torch.uint8)
-    side = max(4, round(MIN_DISPLAY_SIZE / 2 / min(height, width)))  # pixels per token
-    drawing = ImageOps.colorize(Image.fromarray(levels.cpu().numpy()), **HEAT_COLORS)
-    drawing = drawing.resize((side * width, side * height), Image.Resampling.NEAREST)
-    y, x = side * (query // width), side * (query % width)
-    ImageDraw.Draw(drawing).rectangle((x - 1, y - 1, x + side, y + side), None, CELL_COLOR, 2)
-    font, line = ImageFont.load_default(13), 20
-    labeled = Image.new("RGB", (drawing.width, drawing.height + line), "white")
-    labeled.paste(drawing, (0, line))
-    ImageDraw.Draw(labeled).text((2, line / 2), caption, "black", font, anchor="lm")
-    return labeled
+def _image_side(text: str) -> int:
+    if not 32 <= int(text) <= 2048:
+        raise argparse.ArgumentTypeError(f"expected 32 to 2048, got {text}")
+    return int(text)

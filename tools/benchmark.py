@@ -207,8 +207,8 @@ def bench_input(bench: Bench) -> None:
     """Time one worker. If `models` ran before, print how many workers a training step keeps busy."""
     from sklearn.datasets import load_sample_images
 
-    from lit_classification.config_file import load_config
-    from lit_classification.datasets import build_dataset
+    from lit_classification.config_reader import load_config
+    from lit_classification.data import build_dataset
     from lit_classification.sampler import SampleKey
 
     config = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"

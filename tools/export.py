@@ -31,11 +31,15 @@ from timm.models._hub import generate_readme
 from torch import Tensor
 
 from lit_backbone import LIT, CheckpointError, __version__, read_checkpoint
-from lit_classification.augmentation import evaluation_input as eval_preprocessing
-from lit_classification.model import BROUGHT as CHECKPOINT_KEYS
+from lit_classification.config import result_settings
+from lit_classification.data import eval_preprocessing
 from lit_classification.model import Classifier, load_classifier
-from lit_classification.recipe import describe_settings as result_settings
 
+CHECKPOINT_KEYS = {  # what a checkpoint needs to be read, beside weights and classes
+    "DATA": {"IMG_SIZE", "INTERPOLATION"},
+    "MODEL": {"NAME", "LIT", "NUM_CLASSES"},
+    "TEST": {"CROP"},
+}
 EXAMPLE_SHAPE = (2, 3, 96, 160)  # A side of 1, of the image or of a feature map, would be traced as a constant.
 USAGE = """
 ```python
@@ -57,9 +61,9 @@ def describe(classifier: Classifier) -> dict[str, str]:
         "classes": json.dumps(classifier.classes),
         "preprocessing": json.dumps(resolve_data_config(eval_preprocessing(classifier.config), pretrained_cfg={})),
     }
-    if classifier.folders:
+    if classifier.class_names:
         config = classifier.config.model_dump(mode="json", include=CHECKPOINT_KEYS)
-        metadata["lit_backbone"] = json.dumps({"classes": classifier.folders, "config": config})
+        metadata["lit_backbone"] = json.dumps({"classes": classifier.class_names, "config": config})
     return metadata
 
 
@@ -73,7 +77,7 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
         details["Training"] = f"{content['update'] / content['updates_per_epoch']:g} of {config.TRAIN.EPOCHS} epochs"
         if content["best"] >= 0:
             details["Accuracy"] = f"{content['best']:.2f} % top-1 on the validation images, best epoch"
-    if classifier.folders and "TRAIN" in content.get("config", {}):
+    if classifier.class_names and "TRAIN" in content.get("config", {}):
         details["Data"] = config.DATA.DATASET or Path(config.DATA.DATA_PATH).name
         details["Initial weights"] = Path(config.MODEL.PRETRAINED).name or "random"
         details["Settings"] = result_settings(config)
@@ -114,7 +118,7 @@ def write_safetensors(classifier: Classifier, path: Path) -> None:
 
 def write_hf(classifier: Classifier, path: Path) -> None:
     config: dict[str, Any] = {"label_names": classifier.classes}
-    if classifier.folders:  # trained by main.py, not by the authors
+    if classifier.class_names:  # trained by main.py, not by the authors
         config["pretrained_cfg"] = {"tag": "", "origin_url": ""}
     data_config = eval_preprocessing(classifier.config)
     save_for_hf(classifier.model, path, config, safe_serialization=True, data_config=data_config)

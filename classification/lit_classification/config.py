@@ -1,40 +1,36 @@
-"""The keys of a run's configuration; their defaults are LIT-S's recipe. `config_file.py` reads and checks them."""
+"""Configuration of a run: every YAML key with its default, which is the recipe of LIT-S."""
 
+import json
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_serializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from timm.models import is_model_in_modules
 
-MIXING_ODD = "mixup and cutmix pair images, but {} is odd; use {}, or switch both off"
+from lit_backbone.checkpoints import printable
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; each argument, a line, names file or option, key, problem and remedy."""
+    """An invalid config. Each argument is one line that names the file or option, the key and the problem."""
 
     def __str__(self) -> str:
-        escaped = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:2000]) for line in self.args)
-        return "\n".join(escaped)
+        return "\n".join(map(printable, self.args))
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
-        raise PydanticCustomError("descending", "Input should be [low, high]")
+        raise ValueError("Input should be [low, high]")
     return pair
 
 
-SIDES = (32, 2048)  # of an input in pixels; at 2048, 16,384 tokens attend to each other in stage 3
-
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Side = Annotated[int, Field(gt=0, multiple_of=SIDES[0], le=SIDES[1])]
-Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x), Field(strict=False)]
 T = TypeVar("T")
-Stages = Annotated[  # one value for each stage, or one for all
-    tuple[T, T, T, T], BeforeValidator(lambda x: (x,) * 4 if isinstance(x, (int, float)) else x), Field(strict=False)
-]
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(gt=0, multiple_of=32, le=2048)]  # at 2048, stage 3 attends over 16,384 tokens
+Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x), Field(strict=False)]
+_repeat = BeforeValidator(lambda x: (x,) * 4 if isinstance(x, (int, float)) else x)
+Stages = Annotated[tuple[T, T, T, T], _repeat, Field(strict=False)]  # one value per stage, or one for all
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -42,190 +38,167 @@ Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending), Field(strict=False)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending), Field(strict=False)]
 Precision = Literal["bf16", "fp16", "off"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "random"]
-Free = partial(Field, json_schema_extra={"free": True})  # of a key that changes nothing that is computed
+RuntimeField = partial(Field, json_schema_extra={"runtime": True})  # a key that does not affect results
 
 
 class Section(BaseModel):
-    """What every section has in common: no unknown key, no conversion of types ("128" is no integer), no change."""
+    """Base class of all sections: unknown keys are errors, types are not coerced, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
-    def _read_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
-            raise PydanticCustomError("text", "Input should be UTF-8 text without NUL")
-        in_home = isinstance(value, str) and value.startswith("~/")  # which the shell replaces, YAML does not
-        return os.path.expanduser(value) if in_home else value
+    def _expand_home(cls, value: Any) -> Any:
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class Data(Section):
-    BATCH_SIZE: Count = Field(128, description="images per process in one forward pass")
-    DATA_PATH: str = Free("", description="root folder of the data set")
-    DATASET: str = Field(
-        "",
-        pattern="^(|imagenet|.+/.+)$",
-        description="a timm data set such as torch/cifar10; empty or imagenet = folders train/ and val/",
-    )
+    BATCH_SIZE: Count = Field(128, description="images per rank in one forward pass")
+    DATA_PATH: str = RuntimeField("", description="root directory of the dataset")
+    DATASET: str = Field("", pattern="^(|imagenet|.+/.+)$", description="timm dataset, torch/cifar10; empty = folders")
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")
     INTERPOLATION: Interpolation = Field("bicubic", description="how images are resized")
-    ON_BAD_IMAGE: Literal["error", "skip"] = Free(
-        "error", description="what an unreadable training image does; skip = another one takes its place"
-    )
-    PIN_MEMORY: bool = Free(True, description="page-locked host memory, for faster copies to a GPU")
-    NUM_WORKERS: int = Free(
-        8, ge=0, le=1024, description="loader processes per process; 0 = none, load in the process itself"
-    )
+    PIN_MEMORY: bool = RuntimeField(True, description="page-locked host memory, for faster copies to a GPU")
+    NUM_WORKERS: int = RuntimeField(8, ge=0, description="DataLoader workers per rank; 0 = load in the main process")
 
 
 class Lit(Section):
-    """Keywords of LIT's constructor that override those of the variant; what is not set is left out of a dump."""
+    """Keywords of LIT's constructor that override those of the variant. Bounds limit what a checkpoint can ask for."""
 
-    embed_dims: Stages[Annotated[int, Field(ge=1, le=4096)]] | None = Field(None, description="channels of each stage")
-    depths: Stages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="blocks of each stage")
-    num_heads: Stages[Annotated[int, Field(ge=1, le=256)]] | None = Field(None, description="heads, where it attends")
-    mlp_ratios: Stages[Annotated[float, Field(gt=0, le=16)]] | None = Field(None, description="hidden width over width")
-    attention: Stages[bool] | None = Field(None, description="which of the four stages attend")
-    merging: Literal["dtm", "conv", "conv_bn"] | None = Field(None, description="how stages 2 to 4 are entered")
+    embed_dims: Stages[Annotated[int, Field(ge=1, le=4096)]] | None = Field(None, description="channels per stage")
+    depths: Stages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="blocks per stage")
+    num_heads: Stages[Annotated[int, Field(ge=1, le=256)]] | None = Field(None, description="attention heads per stage")
+    mlp_ratios: Stages[Annotated[float, Field(gt=0, le=16)]] | None = Field(None, description="hidden width / width")
+    attention: Stages[bool] | None = Field(None, description="which of the four stages have attention")
+    merging: Literal["dtm", "conv", "conv_bn"] | None = Field(None, description="patch merging before stages 2 to 4")
     pos_embed: Literal["relative", "absolute", "none"] | None = Field(None, description="position embedding")
-    class_token: bool | None = Field(None, description="whether a class token joins at the last stage")
+    class_token: bool | None = Field(None, description="add a class token in the last stage")
     global_pool: Literal["avg", "token"] | None = Field(None, description="what the head reads")
     norm_eps: float | None = Field(None, gt=0, le=1, description="epsilon of the LayerNorms in blocks and the last one")
-    pad_input: bool | None = Field(None, description="pad the input to a multiple of 4 instead of cutting it")
-
-    @model_serializer(mode="wrap")
-    def _set_ones(self, serialize: Callable[[BaseModel], dict[str, Any]]) -> dict[str, Any]:
-        return {keyword: value for keyword, value in serialize(self).items() if value is not None}
+    pad_input: bool | None = Field(None, description="pad the input to a multiple of 4 instead of cropping it")
 
 
 class Model(Section):
-    NAME: str = Field("lit_s", description="a model that timm knows, lit_backbone's included")
-    RESUME: str = Free("", description="checkpoint to evaluate, or to continue training from")
-    PRETRAINED: str = Free("", description="checkpoint to start from, with its averaged weights where it has them")
+    NAME: str = Field("lit_s", description="any timm model, including those of lit_backbone")
+    RESUME: str = RuntimeField("", description="checkpoint to evaluate, or to continue training from")
+    PRETRAINED: str = RuntimeField("", description="checkpoint to start from; its EMA weights if it has any")
     NUM_CLASSES: int = Field(1000, ge=1, le=10**5, description="outputs of the head")
-    DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout, probability")
+    DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
     LABEL_SMOOTHING: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
-    OFFSET_LR_MULTI: Positive = Field(
-        0.01, description="factor on BASE_LR, not on WARMUP_LR and MIN_LR, of DTM's offset convolutions"
-    )
+    OFFSET_LR_MULTI: Positive = Field(0.01, description="factor on BASE_LR (only) for DTM's offset convolutions")
     LIT: Lit = Field(Lit(), description="keywords of LIT's constructor to override")
     KEYWORDS: dict[str, Any] = Field({}, description="keywords of another timm model's constructor")
 
 
 class LRScheduler(Section):
     NAME: Literal["cosine"] = Field("cosine", description="shape after the warm-up")
-    STEP: Literal["update", "epoch"] = Field("update", description="how often the rate changes")
-    SCALE_BOUNDS: bool = Field(True, description="scale WARMUP_LR and MIN_LR by GLOBAL_BATCH / 512, as BASE_LR is")
+    STEP: Literal["update", "epoch"] = Field("update", description="how often the learning rate changes")
+    SCALE_BOUNDS: bool = Field(True, description="scale WARMUP_LR and MIN_LR by GLOBAL_BATCH / 512, like BASE_LR")
 
 
 class Optimizer(Section):
-    NAME: Literal["adamw"] = Field("adamw", description="update rule")
+    NAME: Literal["adamw"] = Field("adamw", description="optimizer")
     EPS: float = Field(1e-8, gt=0, description="term added to the denominator")
-    BETAS: Decays = Field((0.9, 0.999), description="decays of the moving averages of gradient and square")
+    BETAS: Decays = Field((0.9, 0.999), description="decay rates of the running averages of gradient and square")
 
 
 class Train(Section):
-    EPOCHS: Count = Field(300, description="length of the training, epochs, warm-up included")
-    GLOBAL_BATCH: Count = Field(1024, description="images per update, over processes and accumulation steps")
-    WARMUP_EPOCHS: int = Field(20, ge=0, description="linear warm-up, epochs")
+    EPOCHS: Count = Field(300, description="number of epochs, warm-up included")
+    GLOBAL_BATCH: Count = Field(1024, description="images per optimizer step, over all ranks and accumulation steps")
+    WARMUP_EPOCHS: int = Field(20, ge=0, description="epochs of linear warm-up")
     WEIGHT_DECAY: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     BASE_LR: float = Field(5e-4, gt=0, description="peak learning rate per 512 images of GLOBAL_BATCH")
-    WARMUP_LR: float = Field(5e-7, ge=0, description="learning rate that the warm-up starts from (see SCALE_BOUNDS)")
-    MIN_LR: float = Field(5e-6, ge=0, description="learning rate that the schedule ends at (see SCALE_BOUNDS)")
-    CLIP_GRAD: Positive | None = Field(5.0, description="largest gradient norm of an update; null = no clipping")
-    AUTO_RESUME: bool = Free(True, description="continue from the latest checkpoint of the output folder")
-    RESUME_CHANGED: bool = Free(False, description="continue though settings, classes or files are not the same")
-    USE_CHECKPOINT: bool = Free(False, description="recompute the blocks' activations in backward, to save memory")
-    SAVE_STEPS: int = Free(0, ge=0, description="updates between saves of the latest checkpoint; 0 = epochs only")
-    EMA: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of the weights, per update; 0 = off")
-    LR_SCHEDULER: LRScheduler = Field(LRScheduler(), description="the learning rate after the warm-up")
-    OPTIMIZER: Optimizer = Field(Optimizer(), description="what updates the weights")
+    WARMUP_LR: float = Field(5e-7, ge=0, description="learning rate at the start of the warm-up (see SCALE_BOUNDS)")
+    MIN_LR: float = Field(5e-6, ge=0, description="learning rate at the end of the schedule (see SCALE_BOUNDS)")
+    CLIP_GRAD: Positive | None = Field(5.0, description="maximum gradient norm of a step; null = no clipping")
+    AUTO_RESUME: bool = RuntimeField(True, description="continue from the latest checkpoint in the run directory")
+    RESUME_CHANGED: bool = RuntimeField(False, description="resume even if settings, classes or images have changed")
+    USE_CHECKPOINT: bool = RuntimeField(False, description="activation checkpointing of the blocks, to save memory")
+    SAVE_STEPS: int = RuntimeField(0, ge=0, description="steps between saves of the latest checkpoint; 0 = epochs only")
+    EMA: float = Field(0.0, ge=0, lt=1, description="decay per step of the EMA of the weights; 0 = off")
+    LR_SCHEDULER: LRScheduler = Field(LRScheduler(), description="learning rate schedule")
+    OPTIMIZER: Optimizer = Field(Optimizer(), description="optimizer")
 
 
 class Aug(Section):
-    COLOR_JITTER: float = Field(0.4, ge=0, description="strength of colour jitter, where AUTO_AUGMENT is off")
+    COLOR_JITTER: float = Field(0.4, ge=0, description="strength of color jitter where AUTO_AUGMENT is off")
     AUTO_AUGMENT: str = Field("rand-m9-mstd0.5-inc1", description='a timm policy; "" = off')
     REPROB: float = Field(0.25, ge=0, le=1, description="random erasing, probability")
-    REMODE: Literal["pixel", "rand", "const"] = Field("pixel", description="erase to noise, a colour or the mean")
-    RECOUNT: int = Field(1, ge=1, le=100, description="areas to erase, at most")
-    REPEATED: int = Field(1, ge=1, le=100, description="augmented copies of an image in an epoch's order; 1 = off")
-    MIXUP: float = Field(0.8, ge=0, description="mixup's alpha; 0 = off")
-    CUTMIX: float = Field(1.0, ge=0, description="cutmix's alpha; 0 = off")
+    REMODE: Literal["pixel", "rand", "const"] = Field("pixel", description="erase to noise, one color or the mean")
+    RECOUNT: int = Field(1, ge=1, le=100, description="maximum number of erased areas")
+    REPEATED: int = Field(1, ge=1, le=100, description="augmented copies of an image in an epoch; 1 = off")
+    MIXUP: float = Field(0.8, ge=0, description="mixup alpha; 0 = off")
+    CUTMIX: float = Field(1.0, ge=0, description="cutmix alpha; 0 = off")
     CUTMIX_MINMAX: FractionRange | None = Field(None, description="[low, high] side of cutmix's box, share of IMG_SIZE")
     MIXUP_PROB: float = Field(1.0, ge=0, le=1, description="mixup or cutmix, probability")
     MIXUP_SWITCH_PROB: float = Field(0.5, ge=0, le=1, description="cutmix where both are on, probability")
-    MIXUP_MODE: Literal["batch", "pair", "elem"] = Field("batch", description="what shares one draw")
+    MIXUP_MODE: Literal["batch", "pair", "elem"] = Field("batch", description="what shares one random draw")
     HFLIP: float = Field(0.5, ge=0, le=1, description="horizontal flip, probability")
     SCALE: FractionRange = Field((0.08, 1.0), description="[low, high] area of the random crop, share of the image")
     RATIO: PositiveRange = Field((3 / 4, 4 / 3), description="[low, high] width / height of the random crop")
 
     @property
     def mixing(self) -> bool:
-        """Whether batches go through timm's Mixup."""
+        """Tell if batches go through timm's Mixup."""
         return self.MIXUP > 0 or self.CUTMIX > 0 or self.CUTMIX_MINMAX is not None
 
 
 class Test(Section):
-    CROP: bool = Field(True, description="resize to IMG_SIZE * 256 / 224, crop the centre; false = resize only")
+    CROP: bool = Field(True, description="resize to IMG_SIZE * 256 / 224 and crop the center; false = resize only")
     AMP_DTYPE: Precision = Field("off", description="autocast in evaluation; off = float32")
 
 
 class Runtime(Section):
-    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Free(
-        "auto", description="where to run; auto = cuda where there is a GPU, else cpu; mps (macOS) is untried"
-    )
+    DEVICE: Device = RuntimeField("auto", description="auto = cuda if there is a GPU, else cpu; mps is untested")
     AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
-    COMPILE: bool = Free(False, description="run the model through torch.compile")
-    CHANNELS_LAST: bool = Free(False, description="keep images channels-last in memory")
-    TIMEOUT: float = Free(30.0, gt=0, description="minutes after which waiting for other processes or for data fails")
+    COMPILE: bool = RuntimeField(False, description="run the model through torch.compile")
+    CHANNELS_LAST: bool = RuntimeField(False, description="channels-last memory format for images")
+    TIMEOUT: float = RuntimeField(30.0, gt=0, description="minutes to wait for other ranks or for data")
 
 
 class Config(Section):
-    """A run's configuration. A key keeps the name it has in YAML: `config.TRAIN.EPOCHS`."""
+    """Configuration of a run. Attributes have the names of the YAML keys: `config.TRAIN.EPOCHS`."""
 
-    BASE: tuple[str, ...] = Free(
-        (), strict=False, max_length=100, description="YAML files to inherit from, the last wins; relative to this file"
-    )
+    BASE: tuple[str, ...] = RuntimeField((), strict=False, description="YAML files to inherit from; the last one wins")
     DATA: Data = Field(Data(), description="images")
     MODEL: Model = Field(Model(), description="network and loss")
-    TRAIN: Train = Field(Train(), description="schedule and optimiser")
+    TRAIN: Train = Field(Train(), description="schedule and optimizer")
     AUG: Aug = Field(Aug(), description="augmentation")
     TEST: Test = Field(Test(), description="evaluation")
     RUNTIME: Runtime = Field(Runtime(), description="device and precision")
-    OUTPUT: str = Free("output", description="folder of all runs")
-    TAG: str = Free(
-        "default",
-        pattern=r"^([^./\\\x00][^/\\\x00]*)?$",
-        max_length=100,
-        description="name of the run, a folder within OUTPUT; holds no / and begins with no dot",
-    )
-    SAVE_FREQ: int = Free(1, ge=1, description="epochs between checkpoints")
-    PRINT_FREQ: int = Free(10, ge=1, description="updates between log lines")
-    SEED: int = Field(0, ge=0, lt=2**63, description="seed of all randomness")
+    OUTPUT: str = RuntimeField("output", description="parent directory of all runs")
+    TAG: str = RuntimeField("default", pattern=r"^([^./\\][^/\\]*)?$", description="name of the run, no path")
+    SAVE_FREQ: int = RuntimeField(1, ge=1, description="epochs between checkpoints")
+    PRINT_FREQ: int = RuntimeField(10, ge=1, description="steps between log lines")
+    SEED: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
 
     @property
     def learning_rates(self) -> tuple[float, float, float]:
-        """Peak rate, warm-up start and floor at this global batch; the offsets' group multiplies only the first."""
+        """Peak, warm-up start and floor at this global batch. The offsets' multiplier applies to the peak only."""
         scale = self.TRAIN.GLOBAL_BATCH / 512
         bounds = scale if self.TRAIN.LR_SCHEDULER.SCALE_BOUNDS else 1.0
         return self.TRAIN.BASE_LR * scale, self.TRAIN.WARMUP_LR * bounds, self.TRAIN.MIN_LR * bounds
 
     @property
     def model_keywords(self) -> dict[str, Any]:
-        """What `timm.create_model` makes the model of, its name included."""
-        from timm.models import is_model_in_modules
-
+        """Arguments of `timm.create_model`, `model_name` included."""
         model = self.MODEL
         keywords = dict(num_classes=model.NUM_CLASSES, drop_rate=model.DROP_RATE, drop_path_rate=model.DROP_PATH_RATE)
-        if is_model_in_modules(model.NAME, ["lit"]):
-            keywords |= dict(img_size=self.DATA.IMG_SIZE) | model.LIT.model_dump()
+        if is_lit(model.NAME):
+            keywords |= dict(img_size=self.DATA.IMG_SIZE) | model.LIT.model_dump(exclude_none=True)
         return {"model_name": model.NAME} | keywords | model.KEYWORDS
 
 
+def is_lit(name: str) -> bool:
+    """Tell if a model name is one of this package's variants."""
+    return is_model_in_modules(name, ["lit"])
+
+
 def key_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """All keys and sections by dotted name."""
+    """Return the fields of all keys and sections by dotted name."""
     fields = {}
     for name, field in section.model_fields.items():
         fields[prefix + name] = field
@@ -234,18 +207,16 @@ def key_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, F
     return fields
 
 
-def settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted key, the settings in a dumped configuration on which its results depend."""
-    found, fields = {}, key_fields()
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values in nested sections by dotted key."""
+    flat = {}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            found |= settings(value, f"{key}.")
-        elif key not in fields or not fields[key].json_schema_extra:
-            found[key] = value
-    return found
+        is_section = isinstance(value, dict) and prefix.count(".") < 4  # a checkpoint's may contain itself
+        flat |= flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
+    return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of whatever is not the same in both; None where a key is missing."""
-    return [(key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)]
+def result_settings(config: Config) -> dict[str, str]:
+    """Return the settings that affect results, as JSON text by dotted key."""
+    values, fields = flatten(config.model_dump(mode="json")), key_fields()
+    return {k: json.dumps(v) for k, v in values.items() if k not in fields or not fields[k].json_schema_extra}

@@ -1,89 +1,73 @@
-"""What a run tells: console, a file per process, TensorBoard and one JSON line per epoch."""
+"""Logging: console, one file per rank, TensorBoard, log.jsonl and progress bars."""
 
 import json
 import logging
 import math
-import resource
+import os
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from lit_classification.run_folder import rewrite, writing
+_logger = logging.getLogger(__name__)
 
 
-def setup_logging(rank: int, folder: Path | None = None) -> None:
-    """Send log records to the console (first process only) and to `folder/log_rank{rank}.txt`.
-
-    What cannot be written to either, as nobody reads it or the disk is full, is lost without a word.
-    """
-    logging.raiseExceptions = False
-    handlers: list[logging.Handler] = [logging.NullHandler()]  # or warnings without a handler go to the console
+def setup_logging(rank: int, run_dir: Path | None = None) -> None:
+    """Send log records to the console (rank 0 only) and to `run_dir/log_rank{rank}.txt`."""
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # without any handler, warnings go to the console
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
-    if folder is not None:
-        handlers.append(logging.FileHandler(folder / f"log_rank{rank}.txt"))
+    if run_dir is not None:
+        handlers.append(logging.FileHandler(run_dir / f"log_rank{rank}.txt"))
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%m-%d %H:%M:%S", handlers=handlers, force=True
     )
 
 
-def peak_memory(device: torch.device) -> float:
-    """Highest memory use so far, in GiB: of the GPU's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _epoch(line: str) -> float:
-    """Of a line of `log.jsonl`; a line that a killed run left unfinished belongs to none."""
-    try:
-        return json.loads(line)["epoch"]
-    except json.JSONDecodeError:
-        return math.inf
-
-
-def _report_other_than_disk(failed: threading.ExceptHookArgs) -> None:
-    """For threads: what TensorBoard's cannot write is an error of the next call."""
-    if not issubclass(failed.exc_type, OSError):
-        threading.__excepthook__(failed)
+def progress(iterable: Any, enable: bool, **options: Any) -> tqdm:
+    """Show a progress bar in a terminal, and nothing elsewhere."""
+    return tqdm(iterable, disable=None if enable else True, leave=False, dynamic_ncols=True, **options)
 
 
 class RunLog:
-    """TensorBoard events and `log.jsonl` in a run's folder; without a folder, silent.
+    """TensorBoard events and `log.jsonl` in a run directory; without a run directory, nothing is written.
 
-    A run that continues at an epoch and update takes back what an interrupted one had written beyond them.
-
-    Raises:
-        ConfigError: where the disk is full or read-only, here and in all methods.
+    Remove what an interrupted run has written beyond its checkpoint, given the epochs and steps done.
     """
 
-    def __init__(self, folder: Path | None, epoch: int = 0, update: int = 0):
-        self.folder = folder
-        self.writer = None
-        if folder:
-            threading.excepthook = _report_other_than_disk
-            with writing(folder):
-                self.writer = SummaryWriter(str(folder), purge_step=update + 1)
-                path = folder / "log.jsonl"
-                lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-                rewrite(path, "".join(line for line in lines if _epoch(line) < epoch))
+    def __init__(self, run_dir: Path | None, epoch: int = 0, step: int = 0):
+        self.path = run_dir / "log.jsonl" if run_dir else None
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1) if run_dir else None
+        if self.path and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
+            temp = self.path.with_suffix(".tmp")
+            temp.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(temp, self.path)
 
-    def scalars(self, values: dict[str, float], update: int) -> None:
-        """Write scalars under their tags at an update of the run."""
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write TensorBoard scalars at a step of the run."""
         if self.writer:
-            with writing(self.folder):
-                for tag, value in values.items():
-                    self.writer.add_scalar(tag, value, update)
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
 
-    def epoch(self, record: dict[str, float], update: int) -> None:
-        """Append an epoch's record to `log.jsonl` and TensorBoard."""
-        if self.folder:
-            self.scalars({tag: value for tag, value in record.items() if tag != "epoch"}, update)
-            with writing(self.folder), open(self.folder / "log.jsonl", "a") as file:
-                finite = {tag: value if math.isfinite(value) else None for tag, value in record.items()}
-                file.write(json.dumps(finite) + "\n")
-                self.writer.flush()
+    def epoch(self, epoch: int, results: dict[str, float], step: int) -> None:
+        """Log the results of an epoch."""
+        acc1, acc5, loss = (results[f"val/{name}"] for name in ("acc1", "acc5", "loss"))
+        images = results["val/images"]
+        _logger.info(f"epoch {epoch}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f} on {images} images")
+        self.scalars(results, step)
+        if self.path and self.writer:
+            self.writer.flush()
+            finite = {tag: value if math.isfinite(value) else None for tag, value in results.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"epoch": epoch} | finite) + "\n")
+
+
+def _epoch_of(line: str) -> float:
+    """Return the epoch of a line of `log.jsonl`, or infinity if the line is broken."""
+    try:
+        return json.loads(line)["epoch"]
+    except (KeyError, TypeError, ValueError):
+        return math.inf

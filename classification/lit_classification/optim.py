@@ -1,4 +1,6 @@
-"""Parameter groups and learning rates of the recipes."""
+"""Parameter groups, optimizer and learning rate schedule of the recipes."""
+
+from typing import Any
 
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -9,53 +11,41 @@ from lit_backbone import DeformableTokenMerging
 from lit_classification.config import Config
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Decayed weights; biases, 1-D tensors and position tables without decay; weights of DTM's offset convolutions.
+def param_groups(model: nn.Module, config: Config) -> list[dict]:
+    """Split parameters into named groups as the original does: `decay`, `no_decay` and `offset`.
 
-    The last learn at `OFFSET_LR_MULTI` times the base rate; their biases belong to the second group, as in the
-    reference. Each group has a `name`.
+    `no_decay` has biases, 1-D tensors and `model.no_weight_decay()`. `offset` has the weights of DTM's offset
+    convolutions, with `OFFSET_LR_MULTI` times the base learning rate.
     """
     offset_weights = {id(m.offset.weight) for m in model.modules() if isinstance(m, DeformableTokenMerging)}
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    decay, no_decay, offset = groups = [
-        {"name": "decay", "params": []},
-        {"name": "no_decay", "params": [], "weight_decay": 0.0},
-        {"name": "offset", "params": [], "lr": config.learning_rates[0] * config.MODEL.OFFSET_LR_MULTI},
-    ]
-    for name, parameter in model.named_parameters():
-        if id(parameter) in offset_weights:
-            offset["params"].append(parameter)
-        elif parameter.ndim <= 1 or name in undecayed:
-            no_decay["params"].append(parameter)
-        else:
-            decay["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # pyrefly: ignore
+    offset_lr = config.learning_rates[0] * config.MODEL.OFFSET_LR_MULTI
+    options = {"decay": {}, "no_decay": {"weight_decay": 0.0}, "offset": {"lr": offset_lr}}
+    groups: dict[str, dict[str, Any]] = {name: {"name": name, "params": []} | options[name] for name in options}
+    for name, param in model.named_parameters():
+        kind = "offset" if id(param) in offset_weights else "no_decay" if param.ndim <= 1 or name in skip else "decay"
+        groups[kind]["params"].append(param)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
-    """timm's optimiser over the recipe's groups."""
-    settings = config.TRAIN.OPTIMIZER
-    return create_optimizer_v2(
-        parameter_groups(model, config),
-        opt=settings.NAME,
-        lr=config.learning_rates[0],
-        weight_decay=config.TRAIN.WEIGHT_DECAY,
-        eps=settings.EPS,
-        betas=settings.BETAS,
-        fused=True,  # one kernel, which can also skip an update by itself
-    )
+    """Build timm's optimizer over the recipe's parameter groups."""
+    train, optimizer = config.TRAIN, config.TRAIN.OPTIMIZER
+    options: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, eps=optimizer.EPS, betas=optimizer.BETAS)
+    groups = param_groups(model, config)
+    return create_optimizer_v2(groups, optimizer.NAME, lr=config.learning_rates[0], fused=True, **options)
 
 
 class Schedule:
-    """Warm-up and cosine, as the reference applies them.
+    """Linear warm-up and cosine decay, one unit late as in the original.
 
-    The reference sets a rate after the update (or epoch) it was computed for, so every rate is in force one unit late,
-    and the first two units run at the warm-up's start. Stateless: the rate follows from the number of the update.
+    The original sets a rate after the step (or epoch) that it was computed for. So each rate is in force one unit late,
+    and the first two units use the warm-up's start. The rate follows from the number of the step; there is no state.
     """
 
-    def __init__(self, optimizer: Optimizer, config: Config, updates_per_epoch: int):
-        self.updates_per_unit = updates_per_epoch if config.TRAIN.LR_SCHEDULER.STEP == "epoch" else 1
-        units_per_epoch = updates_per_epoch // self.updates_per_unit
+    def __init__(self, optimizer: Optimizer, config: Config, steps_per_epoch: int):
+        self.steps_per_unit = steps_per_epoch if config.TRAIN.LR_SCHEDULER.STEP == "epoch" else 1
+        units_per_epoch = steps_per_epoch // self.steps_per_unit
         _, warmup_lr, min_lr = config.learning_rates
         self.scheduler = CosineLRScheduler(
             optimizer,
@@ -65,6 +55,6 @@ class Schedule:
             warmup_lr_init=warmup_lr,
         )
 
-    def set(self, update: int) -> None:
-        """Put the rates of an update, counted from 0 over the whole run, into the optimiser."""
-        self.scheduler.step(max(update // self.updates_per_unit - 1, 0))
+    def set(self, step: int) -> None:
+        """Set the learning rates of a step, counted from 0 over the whole run."""
+        self.scheduler.step(max(step // self.steps_per_unit - 1, 0))

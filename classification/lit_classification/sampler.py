@@ -1,4 +1,4 @@
-"""The order of training images: a pure function of seed and position in the run, dealt out to the processes."""
+"""Order of the training images and seeds of all randomness: pure functions of the run's seed and position."""
 
 import random
 import zlib
@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lit_classification.config import MIXING_ODD, Config, ConfigError
-
 
 def derive_seed(purpose: str, *key: int) -> int:
-    """A 32-bit seed that follows from what it is for and from the numbers in `key`, unrelated for any other call."""
-    entropy = (zlib.crc32(purpose.encode()), len(key), *key)  # SeedSequence itself takes (1,) and (1, 0) for the same
+    """Derive a 32-bit seed from a purpose and integers, independent for different arguments."""
+    entropy = (zlib.crc32(purpose.encode()), len(key), *key)  # SeedSequence does not tell (1,) from (1, 0)
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def seed_everything(purpose: str, *key: int, devices: bool = True) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, see :func:`derive_seed`.
+    """Seed Python, NumPy and PyTorch by :func:`derive_seed`; without devices, PyTorch on the CPU only.
 
-    Without devices, PyTorch's on the CPU alone: for a device not in use, torch.manual_seed formats a stack trace to
-    remember, and that takes as long as reading a small image.
+    For a GPU not in use, `torch.manual_seed` formats a stack trace, which takes as long as reading a small image.
     """
     seed = derive_seed(purpose, *key)
     random.seed(seed)
@@ -31,24 +28,8 @@ def seed_everything(purpose: str, *key: int, devices: bool = True) -> None:
     torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
 
 
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """How many batches of each of `world_size` processes make up TRAIN.GLOBAL_BATCH."""
-    batch, total = config.DATA.BATCH_SIZE, config.TRAIN.GLOBAL_BATCH
-    if config.AUG.mixing and batch % 2:  # checked here, as evaluation and timing may use any batch
-        raise ConfigError(f"DATA.BATCH_SIZE: {MIXING_ODD.format(batch, batch + 1)}")
-    if total % (batch * world_size) == 0:
-        return total // (batch * world_size)
-    step = 2 if config.AUG.mixing else 1  # mixup pairs images
-    processes = next(n for n in range(world_size, 0, -1) if total % (n * step) == 0)
-    share = total // processes
-    size = next(n for n in range(min(batch, share), 0, -1) if share % n == 0 and n % step == 0)
-    problem = f"{batch} images on each of {world_size} processes do not divide TRAIN.GLOBAL_BATCH {total}"
-    remedy = f"--batch-size {size}" + (f" on {processes} processes" if processes < world_size else "")
-    raise ConfigError(f"DATA.BATCH_SIZE: {problem}; use {remedy}")
-
-
 class SampleKey(NamedTuple):
-    """One sample of training: its epoch, its position in the epoch's order, and the image that stands there."""
+    """One training sample: its epoch, its position in the epoch's order, and the index of its image."""
 
     epoch: int
     position: int
@@ -56,20 +37,12 @@ class SampleKey(NamedTuple):
 
 
 class TrainSampler(Sampler[list[SampleKey]]):
-    """Batches of one process, in an order that follows from (seed, epoch) alone.
+    """Batch sampler of one rank whose global order follows from (seed, epoch) alone, and which can start at any step.
 
-    An epoch is `len(images) // global_batch` updates. The global batch of each is dealt out to `global_batch //
-    batch_size` micro-batches, which the processes take in turn, so that neither order nor the composition of
-    micro-batches depends on the number of processes. timm's RepeatAugSampler has neither property, ignores the seed and
-    cannot start within an epoch. With `repeats`, the copies of an image go to different micro-batches, if there are as
-    many.
-
-    Args:
-        num_images: size of the data set.
-        global_batch: images of an update, over all processes.
-        batch_size: images of a micro-batch; divides `global_batch`.
-        repeats: how often an image stands in the order, each time augmented differently; an epoch keeps its length.
-        seed, rank, world_size: of the run and of this process.
+    An epoch has `num_images // global_batch` steps. Each global batch is split into `global_batch // batch_size`
+    micro-batches, which the ranks take in turn. So neither order nor micro-batches depend on the number of ranks, as
+    they do in timm's RepeatAugSampler. `repeats` puts copies of an image, each augmented differently, into different
+    micro-batches where there are enough; the length of an epoch stays the same.
     """
 
     def __init__(
@@ -77,38 +50,32 @@ class TrainSampler(Sampler[list[SampleKey]]):
         num_images: int,
         global_batch: int,
         batch_size: int,
-        *,
         repeats: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.num_images = num_images
-        self.global_batch = global_batch
-        self.groups = global_batch // batch_size  # micro-batches of an update, over all processes
-        self.updates = num_images // global_batch
-        self.repeats = repeats
-        self.seed = seed
-        self.local_micro_batches = range(rank, self.groups, world_size)
-        self.epoch = self.first_update = 0
+        self.num_images, self.global_batch, self.repeats, self.seed = num_images, global_batch, repeats, seed
+        self.steps = num_images // global_batch
+        self.groups = global_batch // batch_size  # micro-batches per step, over all ranks
+        self.local_groups = range(rank, self.groups, world_size)
+        self.epoch = self.first_step = 0
 
-    def seek(self, epoch: int, update: int = 0) -> None:
-        """Begin the next pass at an update within an epoch."""
-        self.epoch, self.first_update = epoch, update
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Select the epoch, and the step within it, at which the next iteration starts."""
+        self.epoch, self.first_step = epoch, first_step
 
     def order(self) -> Tensor:
-        """`(updates * global_batch,)`: index of the image at each position of the epoch."""
+        """Return the image index at each position of the epoch, `(steps * global_batch,)`."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        return order.repeat_interleave(self.repeats)[: self.updates * self.global_batch]
-
-    def micro_batches(self, order: Tensor, update: int) -> list[list[SampleKey]]:
-        """This process's micro-batches of one update."""
-        end = (update + 1) * self.global_batch
-        own = [range(end - self.global_batch + group, end, self.groups) for group in self.local_micro_batches]
-        return [[SampleKey(self.epoch, p, i) for p, i in zip(ps, order[list(ps)].tolist(), strict=True)] for ps in own]
+        return order.repeat_interleave(self.repeats)[: self.steps * self.global_batch]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self.order()
-        for update in range(self.first_update, self.updates):
-            yield from self.micro_batches(order, update)
+        for step in range(self.first_step, self.steps):
+            start, end = step * self.global_batch, (step + 1) * self.global_batch
+            for group in self.local_groups:
+                positions = range(start + group, end, self.groups)
+                indices = order[list(positions)].tolist()
+                yield [SampleKey(self.epoch, p, i) for p, i in zip(positions, indices, strict=True)]

@@ -22,7 +22,7 @@ from scipy.stats import ttest_ind
 from torch import nn
 
 from lit_backbone.visualize import draw_points, draw_sheet, sampling_chains
-from lit_classification.config_file import load_config
+from lit_classification.config_reader import load_config
 from lit_classification.model import load_classifier
 from tools import benchmark
 

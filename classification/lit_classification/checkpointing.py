@@ -1,0 +1,204 @@
+"""Training state: saved and restored exactly, in a run directory that one training uses at a time."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lit_backbone import CheckpointError, read_checkpoint
+from lit_backbone.checkpoints import check_optimizer_state, class_mismatch, fit_state_dict, unwrap_state_dict
+from lit_classification.config import Config, ConfigError
+from lit_classification.distributed import Ranks
+
+_logger = logging.getLogger(__name__)
+
+LATEST, PREVIOUS, BEST, DAMAGED = "latest.pth", "previous.pth", "best.pth", "latest.pth.damaged"
+START_ANEW = "Start a new run from its weights with --pretrained."
+STORED_TYPES = {  # what save_checkpoint writes
+    **{"model": dict, "model_ema": (dict, type(None)), "optimizer": dict, "scaler": dict, "config": dict},
+    **{"updates_per_epoch": int, "update": int, "best": (int, float), "classes": list, "recipe": dict},
+}
+
+
+@dataclass
+class TrainState:
+    """Everything that the rest of a run depends on besides its config.
+
+    Learning rates and random numbers follow from the number of steps, so no generator states are stored.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler  # disabled unless training runs in fp16
+    ema: ModelEmaV3 | None
+    steps_per_epoch: int  # optimizer steps
+    run_dir: Path
+    classes: list[str] = field(default_factory=list)  # by label
+    fingerprint: dict[str, str] = field(default_factory=dict)  # settings that affect results, number of images
+    step: int = 0  # steps done over the whole run
+    best: float = -math.inf  # highest validation accuracy so far, in percent
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """Model that a run is judged by: the EMA if it keeps one."""
+        return self.ema.module if self.ema else self.model
+
+    def load_weights(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> None:
+        """Load weights. The EMA starts from them unless it is given."""
+        self.model.load_state_dict(weights)
+        if self.ema:
+            self.ema.module.load_state_dict(ema or weights)
+
+
+@contextmanager
+def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Create the run directory and lock it on rank 0, or raise ConfigError if another training has locked it."""
+    lock = FileLock(run_dir / "run.lock", timeout=0)
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(f"{run_dir}: another training runs there; wait, or choose another --tag") from None
+    ranks.gather(None)  # other ranks wait for the directory
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) -> None:
+    """Average BatchNorm statistics over ranks and write a checkpoint on rank 0. Call this on all ranks."""
+    sync_batchnorm(state, ranks)
+    if ranks.is_main:
+        content = {
+            "model": state.model.state_dict(),
+            "model_ema": state.ema.module.state_dict() if state.ema else None,
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "updates_per_epoch": state.steps_per_epoch,
+            "update": state.step,
+            "best": state.best,
+            "config": config.model_dump(mode="json"),
+            "classes": state.classes,
+            "recipe": state.fingerprint,
+        }
+        atomic_save(content, state.run_dir / name, state.run_dir / PREVIOUS if name == LATEST else None)
+    ranks.gather(None)  # torchrun kills all ranks when one exits, so wait until rank 0 has saved
+
+
+def sync_batchnorm(state: TrainState, ranks: Ranks) -> None:
+    """Average BatchNorm statistics over ranks, so that all evaluate and save the same model."""
+    if ranks.world_size > 1:
+        for model in filter(None, (state.model, state.ema)):
+            distribute_bn(model, ranks.world_size, reduce=True)
+
+
+def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write a checkpoint so that `path` is always the whole old or new file. Keep the old one as `previous`."""
+    temp = path.with_name(f".{path.name}.tmp")
+    with open(temp, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if previous and path.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, previous)
+    os.replace(temp, path)
+
+
+def find_resumable(run_dir: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return path and content of the latest sound checkpoint, None if there is none; raise if all are damaged.
+
+    A damaged `latest.pth` is renamed, so that it never becomes `previous.pth`. Call this on rank 0.
+    """
+    errors: list[CheckpointError] = []
+    for path in filter(Path.exists, (run_dir / LATEST, run_dir / PREVIOUS)):
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        if errors:
+            os.replace(run_dir / LATEST, run_dir / DAMAGED)
+            _logger.warning(f"{errors[0]}. Renamed to {DAMAGED}; resuming {path}.")
+        return str(path), content
+    if errors:
+        raise CheckpointError(f"{errors[0]}. Remove {LATEST} and {PREVIOUS} to start from the beginning.")
+    return None
+
+
+def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, config: Config) -> None:
+    """Continue from a checkpoint of :func:`save_checkpoint`, with the hyperparameters of this run.
+
+    Raise CheckpointError if it is of another model, other data or other settings.
+    """
+    if "optimizer" not in content or "updates_per_epoch" not in content:
+        raise CheckpointError(f"{path}: holds weights, not a run to resume. {START_ANEW}")
+    wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
+    if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
+        raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {START_ANEW}")
+    if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:
+        fix = "If they were only renamed, pass --opts TRAIN.RESUME_CHANGED true."
+        raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {START_ANEW}")
+    if (steps := content["updates_per_epoch"]) != state.steps_per_epoch:
+        problem = f"its epochs have {steps} steps, those of this run {state.steps_per_epoch}"
+        raise CheckpointError(f"{path}: {problem}. Resume with the same dataset and TRAIN.GLOBAL_BATCH.")
+    weights = fit_state_dict(unwrap_state_dict({"model": content["model"]}), state.model, path, new_head=False)
+    average = unwrap_state_dict({"model": content["model_ema"]})
+    ema = fit_state_dict(average, state.model, path, new_head=False) if content["model_ema"] else None
+    check_optimizer_state(content["optimizer"], state.optimizer, path)
+    if content["update"] and not content["optimizer"].get("state"):
+        raise CheckpointError(f"{path}: its optimizer state is empty. {START_ANEW}")
+    changed = check_unchanged(path, content["recipe"], state.fingerprint, config.TRAIN.RESUME_CHANGED)
+    state.load_weights(weights, ema)
+    pairs = zip(state.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True)
+    groups = [group | {"params": stored["params"]} for group, stored in pairs]
+    state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
+    if content["scaler"].keys() == state.scaler.state_dict().keys():  # else one run does not scale its loss
+        state.scaler.load_state_dict(content["scaler"])
+    state.step = content["update"]
+    if not any(key.startswith(("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val images")) for key in changed):
+        state.best = content["best"]
+
+
+def check_ranks_agree(values: dict[str, str], ranks: Ranks) -> None:
+    """Raise ConfigError, which names the first difference, unless the values are the same on all ranks."""
+    first, *others = ranks.gather(values)
+    for rank, other in enumerate(others, 1):
+        for key in (key for key in first if first[key] != other.get(key)):
+            problem = f"{key}: is {other.get(key)} on rank {rank} and {first[key]} on rank 0"
+            raise ConfigError(f"{problem}; give all ranks the same config and data")
+
+
+def check_unchanged(path: str, stored: dict[str, str], current: dict[str, str], allow: bool) -> list[str]:
+    """Return the keys that differ between a checkpoint's fingerprint and this run's; raise unless `allow`."""
+    stored = {key: value for key, value in stored.items() if isinstance(value, str)}
+    changed = [key for key in current if stored.get(key, current[key]) != current[key]]
+    changes = [f"{key} {stored[key]} (this run: {current[key]})" for key in changed]
+    if changes and not allow:
+        fix = "To resume anyway, pass --opts TRAIN.RESUME_CHANGED true; to start a new run, pass --tag NAME."
+        raise CheckpointError(f"{path}: was written with {', '.join(changes[:5])}. {fix}")
+    for change in changes:
+        _logger.warning(f"{path} was written with {change}")
+    return changed

@@ -1,0 +1,233 @@
+"""Reading configs from YAML files, command line options and checkpoints, with messages that name the key."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any
+
+import timm
+import torch
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lit_backbone import CheckpointError
+from lit_backbone.checkpoints import printable
+from lit_classification.config import Config, ConfigError, Lit, flatten, is_lit, key_fields
+
+_logger = logging.getLogger(__name__)
+
+Layer = tuple[str, dict[str, Any]]  # where keys are set, and their values by dotted key
+# keys of the original and of earlier versions, with what replaces them
+REPLACED_KEYS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("replaced_keys.yaml").read_text())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 as far as configs need it: `1e-3` is a float, `on` and `off` are strings, keys are unique."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in names[:i]:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern in {  # the first match counts
+    "null": r"~|null|",
+    "bool": r"true|True|false|False",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # PyYAML reads 010 as octal
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever :class:`_Loader` would not read back as a string."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_config(config: Config) -> str:
+    """Write a config as YAML that :func:`load_config` reads back."""
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+def load_config(path: str | Path, opts: Sequence[str] = (), *, training: bool = True, **shortcuts: Any) -> Config:
+    """Read a YAML file and the files it inherits from, override keys, and validate the result, or raise ConfigError.
+
+    `opts` alternates keys and values, as after `--opts`. `shortcuts` are keys by the last part of their name in lower
+    case, such as `batch_size`; None is ignored. `training` adds checks of what only a training needs.
+    """
+    return _build([*_read_files(Path(path)), *_read_options(opts, shortcuts)], training)
+
+
+def config_from_checkpoint(
+    content: dict[str, Any], path: str | Path, opts: Sequence[str] = (), **shortcuts: Any
+) -> Config | None:
+    """Return the config that `main.py` stored in a checkpoint, or None if there is none for a LIT.
+
+    Unknown keys are ignored with a warning, missing ones take their defaults. `RUNTIME` and `MODEL.KEYWORDS` never come
+    from a checkpoint. `opts` and `shortcuts` override the stored config, see :func:`load_config`. Raise CheckpointError
+    if the stored config is invalid, ConfigError if an option is.
+    """
+    stored = content.get("config")
+    if "classes" not in content or not isinstance(stored, dict):
+        return None
+    stored = flatten(stored)
+    if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and is_lit(name)):
+        return None
+    values = {key: value for key, value in stored.items() if key in key_fields() and not key.startswith("RUNTIME.")}
+    ignored = {*values, *REPLACED_KEYS}
+    if unknown := [k for k in stored if k not in ignored and not k.startswith(("RUNTIME.", "MODEL.KEYWORDS"))]:
+        _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
+    try:
+        _build([(f"{path}: config", values)], training=False)
+    except ConfigError as error:
+        raise CheckpointError(error.args[0]) from error
+    return _build([(f"{path}: config", values), *_read_options(opts, shortcuts)], training=False)
+
+
+def locate_run(cfg: str) -> tuple[str, list[str]]:
+    """Return a YAML file's run name and extra options; `config.yaml` of a run directory continues that run."""
+    run_dir = Path(os.path.abspath(cfg)).parent
+    if Path(cfg).name != "config.yaml" or not (run_dir / "starts.jsonl").is_file():
+        return Path(cfg).stem, []
+    output, tag = (json.dumps(text, ensure_ascii=False) for text in (str(run_dir.parents[1]), run_dir.name))
+    launch = ["TRAIN.AUTO_RESUME", "true", "TRAIN.RESUME_CHANGED", "false"]
+    return run_dir.parent.name, ["OUTPUT", output, "TAG", tag, *launch]
+
+
+def _read_yaml(text: str | bytes, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            problem = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ConfigError(f"{origin}: not YAML: {problem}") from None
+
+
+def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
+    """Yield the files that `path` inherits from, ancestors first, and `path`."""
+    name = f"{heirs[-1]}: BASE: {path}" if heirs else str(path)
+    if not path.is_file():
+        siblings = ", ".join(sorted(file.name for file in path.parent.glob("*.y*ml"))) or "no YAML file"
+        raise ConfigError(f"{name}: no such file; {path.parent} holds {siblings}")
+    if any(path.samefile(heir) for heir in heirs):
+        raise ConfigError(f"{name}: inherits from itself: {' -> '.join(map(str, (*heirs, path)))}; remove one BASE")
+    tree = _read_yaml(path.read_bytes(), str(path))
+    if not isinstance(tree, dict):
+        kind = "an empty file" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path}: expected sections such as DATA and TRAIN at the top level, got {kind}")
+    bases = tree.pop("BASE", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
+    for base in bases:
+        yield from _read_files(path.parent / os.path.expanduser(base), (*heirs, path))
+    yield str(path), flatten(tree)
+
+
+def _read_options(opts: Sequence[str], shortcuts: dict[str, Any]) -> Iterator[Layer]:
+    if len(opts) % 2:
+        raise ConfigError(f"--opts: {opts[-1]}: has no value; give pairs of KEY VALUE")
+    for key, text in zip(opts[::2], opts[1::2]):
+        if key == "BASE":
+            raise ConfigError("--opts: BASE: works in a file only; write a file that inherits, or override single keys")
+        yield "--opts", flatten({key: _read_yaml(text, f"--opts: {key}") if text else ""})
+    for name, value in shortcuts.items():
+        if value is not None:
+            key = next(key for key in key_fields() if key.rpartition(".")[2] == name.upper())
+            yield f"--{name.replace('_', '-')}", {key: value}
+
+
+def _build(layers: Sequence[Layer], training: bool) -> Config:
+    """Merge layers, of which later ones win, and validate the result."""
+    tree: dict[str, Any] = {}
+    for key, value in (item for _, layer in layers for item in layer.items()):
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section[part] = section[part] if isinstance(section.get(part), dict) else {}
+            section = section[part]
+        section[name] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        _raise_problems(layers, [_explain(detail) for detail in error.errors(include_url=False)])
+        raise
+    _raise_problems(layers, [*_model_problems(config), *(_training_problems(config) if training else ())])
+    return config
+
+
+def _raise_problems(layers: Sequence[Layer], problems: list[tuple[list[str], str]]) -> None:
+    """Raise ConfigError if there are problems; each line names the last layer that sets one of the keys."""
+
+    def origin(keys: list[str]) -> str:
+        sets_key = [name for name, layer in layers for k in layer for key in keys if f"{k}.".startswith(f"{key}.")]
+        return (sets_key or [layers[0][0]])[-1]
+
+    lines = [": ".join(filter(None, (origin(keys), keys[0], text))) for keys, text in problems]
+    if lines:
+        raise ConfigError(*dict.fromkeys(lines))
+
+
+def _explain(error: ErrorDetails) -> tuple[list[str], str]:
+    """Return the key of a pydantic error and a description of the problem."""
+    key, fields = ".".join(part for part in error["loc"] if isinstance(part, str)), key_fields()
+    if error["type"] == "extra_forbidden":
+        siblings = [name for name in fields if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        others = [name for name in fields if not key.startswith(f"{name}.")]
+        return [key], REPLACED_KEYS.get(key) or f"unknown key; {_suggest(key, others, siblings)}"
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    meaning = f" ({fields[key].description})" if key in fields else ""
+    return [key], f"{expected}, got {shorten(error['input'])}{meaning}"
+
+
+def _suggest(name: str, names: list[str], choices: list[str]) -> str:
+    folded = {name.lower(): name for name in names}
+    near = get_close_matches(name.lower(), folded, n=1)
+    return f"did you mean {folded[near[0]]}?" if near else f"choose from {', '.join(choices or names)}"
+
+
+def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
+    """Check the keys of the model together, by building it without memory."""
+    model, lit = config.MODEL, is_lit(config.MODEL.NAME)
+    right, wrong = ("LIT", "KEYWORDS") if lit else ("KEYWORDS", "LIT")
+    is_set = {"LIT": model.LIT != Lit(), "KEYWORDS": bool(model.KEYWORDS)}
+    if not timm.is_model(model.NAME):  # nor a directory or an address, which timm would read
+        variants = timm.list_models(module="lit")
+        yield ["MODEL.NAME"], f"timm knows no model {shorten(model.NAME)}; {_suggest(model.NAME, variants, variants)}"
+    elif is_set[wrong]:
+        yield [f"MODEL.{wrong}"], f"has no effect on {model.NAME}; use MODEL.{right}"
+    else:
+        try:
+            with torch.device("meta"):
+                timm.create_model(**config.model_keywords)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            # some timm models cannot be built on the meta device
+            if lit or isinstance(error, TypeError) or "pretrained tag" in str(error):
+                yield [f"MODEL.{right if is_set[right] else 'NAME'}"], f"makes no model: {str(error).splitlines()[0]}"
+
+
+def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
+    train, aug = config.TRAIN, config.AUG
+    try:
+        timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
+    except (AssertionError, KeyError, ValueError):
+        yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
+    if train.WARMUP_EPOCHS >= train.EPOCHS:
+        problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
+        yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
+    if aug.mixing and train.GLOBAL_BATCH % 2:
+        problem = f"mixup and cutmix pair images, but {train.GLOBAL_BATCH} is odd; use {train.GLOBAL_BATCH + 1}"
+        yield ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"], problem

@@ -1,0 +1,174 @@
+"""Training and evaluation loops, and the published throughput measurement."""
+
+import datetime
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import Module
+from torch.utils.data import DataLoader
+
+from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
+from lit_classification.config import Config
+from lit_classification.distributed import Ranks, autocast, no_sync
+from lit_classification.logs import RunLog, progress
+from lit_classification.optim import Schedule
+from lit_classification.sampler import TrainSampler, seed_everything
+
+_logger = logging.getLogger(__name__)
+
+WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, as published
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient that is not finite."""
+
+
+def build_criterion(config: Config) -> Module:
+    """Build the cross-entropy for mixed targets, smoothed labels or plain labels."""
+    if config.AUG.mixing:
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+def build_mixup(config: Config) -> Mixup | None:
+    """Build timm's Mixup, which also smooths the labels; None if mixup and cutmix are off."""
+    aug, options = config.AUG, dict(label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=config.MODEL.NUM_CLASSES)
+    probabilities = dict(prob=aug.MIXUP_PROB, switch_prob=aug.MIXUP_SWITCH_PROB, mode=aug.MIXUP_MODE)
+    return Mixup(aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, **probabilities, **options) if aug.mixing else None
+
+
+def to_device(batch: Sequence[Tensor], config: Config, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Copy images and targets to this rank's device, images in the configured memory format."""
+    memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
+    images = batch[0].to(ranks.device, non_blocking=True, memory_format=memory_format)
+    return images, batch[1].to(ranks.device, non_blocking=True)
+
+
+def train_one_epoch(
+    model: Module, loader: DataLoader, state: TrainState, schedule: Schedule, config: Config, ranks: Ranks, log: RunLog
+) -> dict[str, float]:
+    """Train `model`, `state.model` or its DDP wrapper, to the end of the epoch, or until a stop signal is received.
+
+    Return loss and gradient norm averaged over the steps. Raise NonFiniteError if one of them is not finite.
+    """
+    sampler, optimizer, scaler = loader.batch_sampler, state.optimizer, state.scaler
+    assert isinstance(sampler, TrainSampler)
+    criterion, mixup = build_criterion(config), build_mixup(config)
+    sampler.set_epoch(state.epoch, first_step=state.step % state.steps_per_epoch)
+    history: list[Tensor] = []  # loss and gradient norm of each step, on the device, so that no step waits for them
+    batches, start = iter(loader), time.perf_counter()
+    model.train()
+    for i in progress(range(sampler.first_step, sampler.steps), ranks.is_main, desc=f"epoch {state.epoch}"):
+        schedule.set(state.step)
+        step_loss = torch.zeros((), device=ranks.device)
+        for group in sampler.local_groups:  # micro-batches, whose gradients accumulate
+            images, targets = to_device(next(batches), config, ranks)
+            seed_everything("mixup and drop path", config.SEED, state.step, group)
+            images, targets = mixup(images, targets) if mixup else (images, targets)
+            with no_sync(model, last=group == sampler.local_groups[-1]):
+                with autocast(config.RUNTIME.AMP_DTYPE, ranks.device):
+                    loss = criterion(model(images), targets) / len(sampler.local_groups)
+                scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if state.ema:
+            state.ema.update(state.model)
+        state.step += 1
+        history.append(torch.stack((step_loss, norm)))
+        is_last = i + 1 == sampler.steps
+        is_save = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0 and not is_last
+        is_print = (i + 1) % config.PRINT_FREQ == 0 or is_last
+        if is_print or is_save:
+            check_finite(history, state)
+        if is_print:
+            log_progress(history, (time.perf_counter() - start) / len(history), state, config, log)
+        if is_save:
+            save_checkpoint(LATEST, state, config, ranks)
+        if is_print and not is_last and ranks.stop_signal():
+            break
+    loss, norm = ranks.sum(torch.stack(history).nan_to_num(posinf=0).mean(dim=0)) / ranks.world_size
+    return {"train/loss_epoch": loss.item(), "train/grad_norm_epoch": norm.item()}
+
+
+def check_finite(history: list[Tensor], state: TrainState) -> None:
+    """Raise NonFiniteError if the loss or the gradient of a step was not finite.
+
+    A gradient that overflows under fp16's loss scaling makes the scaler skip the step and lower the scale. This is an
+    error only once the scale is below 1.
+    """
+    is_scaled = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+    for i, (loss, norm) in enumerate(torch.stack(history).tolist()):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or is_scaled):
+            epoch, step = divmod(state.step - len(history) + i, state.steps_per_epoch)
+            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in state.optimizer.param_groups)
+            latest = state.run_dir / LATEST
+            resume = f"The same command resumes {latest}." if latest.exists() else "No checkpoint was saved before."
+            raise NonFiniteError(
+                f"loss {loss}, gradient norm {norm} in epoch {epoch}, step {step}, learning rates {rates}. {resume} "
+                "Lower TRAIN.BASE_LR or try RUNTIME.AMP_DTYPE off (to resume, with TRAIN.RESUME_CHANGED true)."
+            )
+
+
+def log_progress(history: list[Tensor], seconds: float, state: TrainState, config: Config, log: RunLog) -> None:
+    """Log the last step, the epoch's mean loss, and the speed, given the mean time of a step in seconds."""
+    eta = datetime.timedelta(seconds=int((config.TRAIN.EPOCHS * state.steps_per_epoch - state.step) * seconds))
+    rates = {f"lr/{group['name']}": group["lr"] for group in state.optimizer.param_groups}
+    epoch, step = divmod(state.step - 1, state.steps_per_epoch)
+    device = history[0].device
+    memory = f" mem {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB" if device.type == "cuda" else ""
+    (loss, norm), mean = history[-1].tolist(), torch.stack(history)[:, 0].mean().item()
+    _logger.info(
+        f"epoch {epoch} [{step + 1}/{state.steps_per_epoch}] eta {eta} lr {rates['lr/decay']:.3e} loss {loss:.4f} "
+        f"({mean:.4f}) grad norm {norm:.3f} {config.TRAIN.GLOBAL_BATCH / seconds:.1f} img/s{memory}"
+    )
+    log.scalars({"train/loss": loss, "train/grad_norm": norm} | rates, state.step)
+
+
+@torch.no_grad()
+def evaluate(model: Module, loader: DataLoader, config: Config, ranks: Ranks) -> dict[str, float]:
+    """Return `acc1` and `acc5` in percent, mean cross-entropy `loss`, and number of `images`, over all ranks."""
+    model.eval()
+    dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
+    totals = torch.zeros(4, dtype=dtype, device=ranks.device)  # hits in 1, hits in 5, loss, images
+    for batch in progress(loader, ranks.is_main, desc="evaluate", unit="batch"):
+        images, targets = to_device(batch, config, ranks)
+        with autocast(config.TEST.AMP_DTYPE, ranks.device):
+            logits = model(images).float()  # (B, classes)
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.full((), len(targets), device=ranks.device))
+        totals += torch.stack([count.to(totals.dtype) for count in counts])
+    hits1, hits5, loss, count = ranks.sum(totals).tolist()
+    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
+
+
+@torch.no_grad()
+def measure_throughput(model: Module, config: Config, ranks: Ranks) -> float:
+    """Measure images per second of inference on random images, after a warm-up, as published."""
+    model.eval()
+    images = torch.randn(config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE)
+    images, _ = to_device((images, torch.zeros(0)), config, ranks)
+
+    def run(iterations: int, desc: str) -> None:
+        for _ in progress(range(iterations), ranks.is_main, desc=desc):
+            with autocast(config.TEST.AMP_DTYPE, ranks.device):  # inside the loop: it caches casts of the weights
+                model(images)
+        if ranks.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    run(WARMUP_ITERATIONS, "warm-up")
+    start = time.perf_counter()
+    run(TIMED_ITERATIONS, "timing")
+    return TIMED_ITERATIONS * len(images) / (time.perf_counter() - start)

@@ -1,0 +1,131 @@
+"""Attention of one query token per stage, as probabilities and as images.
+
+Attention is read while the model runs; the model itself is unchanged.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.layers import set_fused_attn, use_fused_attn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .images import DataError
+from .layers import AttentionBlock
+from .lit import LIT
+from .visualize import CELL_COLOR, MIN_DISPLAY_SIZE, draw_sheet
+
+PAPER_TOKENS = (1260, 294, 92, 17)  # query tokens of the paper's figure
+PAPER_SIDES = (56, 28, 14, 7)  # of its feature maps
+HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the maximum
+
+
+class QueryAttention(TorchFunctionMode):
+    """Record the attention probabilities of one query token in each call of `scaled_dot_product_attention`."""
+
+    def __init__(self, queries: Iterable[int]):
+        super().__init__()
+        self.queries = iter(queries)  # index of the query token in each call
+        self.rows: list[Tensor] = []  # (B, heads, N)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
+            scores = torch.einsum("bhc,bhnc->bhn", query[:, :, index], key) / math.sqrt(query.shape[3])
+            if (bias := kwargs.get("attn_mask")) is not None:
+                scores = scores + bias[:, :, index]  # (1, heads, N, N)
+            self.rows.append(scores.softmax(dim=-1))
+        return func(*args, **kwargs)
+
+
+@torch.inference_mode()
+def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[int, Tensor]:
+    """Compute the attention of one query token per stage to all tokens of its feature map.
+
+    Args:
+        model: a LIT in evaluation mode.
+        images: `(B, 3, H, W)`, normalized as in evaluation.
+        queries: for each stage, the row-major index of the query token; the class token is not counted.
+
+    Returns:
+        A dictionary from the 0-based index of each attention stage to probabilities `(B, blocks, heads, h, w)`. They
+        sum to 1 over the feature map; with a class token, they sum to 1 minus its share.
+    """
+    attending = [
+        (i, stage.cls_token is not None)
+        for i, stage in enumerate(model.stages)
+        for block in stage.blocks
+        if isinstance(block, AttentionBlock)
+    ]
+    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
+    try:
+        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
+            maps = model.forward_intermediates(images, intermediates_only=True)
+    finally:
+        set_fused_attn(fused, experimental)
+    stages: dict[int, list[Tensor]] = {}
+    for (i, prefix), row in zip(attending, recorder.rows, strict=True):
+        stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)
+    return {i: torch.stack(rows, dim=1) for i, rows in stages.items()}
+
+
+def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
+    """Draw a heat map `(h, w)` scaled to its maximum, with the query token outlined and a caption above."""
+    height, width = heat.shape
+    levels = (heat * (255 / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))).round().to(torch.uint8)
+    side = max(4, round(MIN_DISPLAY_SIZE / 2 / min(height, width)))  # pixels per token
+    drawing = ImageOps.colorize(Image.fromarray(levels.cpu().numpy()), **HEAT_COLORS)
+    drawing = drawing.resize((side * width, side * height), Image.Resampling.NEAREST)
+    y, x = side * (query // width), side * (query % width)
+    ImageDraw.Draw(drawing).rectangle((x - 1, y - 1, x + side, y + side), None, CELL_COLOR, 2)
+    font, line = ImageFont.load_default(13), 20
+    labeled = Image.new("RGB", (drawing.width, drawing.height + line), "white")
+    labeled.paste(drawing, (0, line))
+    ImageDraw.Draw(labeled).text((2, line / 2), caption, "black", font, anchor="lm")
+    return labeled
+
+
+def choose_tokens(tokens: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:
+    """Return the query token of each stage, by default at the same relative place as in the paper.
+
+    Raises:
+        DataError: a token is outside of its feature map.
+    """
+    if tokens is None:
+        places = [(token // side / side, token % side / side) for token, side in zip(PAPER_TOKENS, PAPER_SIDES)]
+        return [int(y * height) * width + int(x * width) for (y, x), (height, width) in zip(places, map_sizes)]
+    for token, (height, width) in zip(tokens, map_sizes):
+        if not 0 <= token < height * width:
+            raise DataError(f"--tokens {token}: the feature map has {height} x {width} tokens, from 0 on.")
+    return tokens
+
+
+def average_attention(model: LIT, loader: DataLoader, queries: list[int], device: torch.device) -> dict[int, Tensor]:
+    """Average :func:`query_attention` over images: `(blocks, heads, h, w)` for each stage that has attention."""
+    total: dict[int, Tensor] = {}
+    for batch in tqdm(loader, "attend", disable=None, leave=False, unit="batch"):
+        images = [image for _, image in batch]
+        for error in (image for image in images if isinstance(image, DataError)):
+            raise error
+        for stage, maps in query_attention(model, torch.stack(images).to(device), queries).items():
+            total[stage] = total.get(stage, 0) + maps.double().sum(dim=0)
+    return {stage: maps / len(loader.dataset) for stage, maps in total.items()}
+
+
+def draw_attention_maps(maps: Tensor, query: int, folder: Path) -> None:
+    """Draw each of the maps `(blocks, heads, h, w)` of a stage into `folder`, and all into one image beside it."""
+    pictures = []
+    for i, block in enumerate(maps, 1):
+        (folder / f"block-{i}").mkdir(parents=True, exist_ok=True)
+        for j, heat in enumerate(block, 1):
+            pictures.append(draw_attention(heat.float(), query, f"block {i}, head {j}: up to {heat.max():.2g}"))
+            pictures[-1].save(folder / f"block-{i}" / f"head-{j}.png")
+    draw_sheet(pictures, len(pictures), columns=maps.shape[1]).save(folder.with_suffix(".png"))
