@@ -65,7 +65,8 @@ install_mm() {
     command -v c++ >/dev/null || apt_install g++
     works 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ||
         apt_install "python$(version "$python")-dev"
-    works 'import ctypes; ctypes.CDLL("libGL.so.1"); ctypes.CDLL("libglib-2.0.so.0")' || apt_install libgl1 libglib2.0-0
+    works 'import ctypes; ctypes.CDLL("libGL.so.1"); ctypes.CDLL("libglib-2.0.so.0")' || # OpenCV loads them
+        apt_install libgl1 libglib2.0-0
     works 'import torch.utils.cpp_extension as cpp; assert cpp.CUDA_HOME or not cpp.torch.cuda.is_available()' ||
         die "nvcc: not found. Install the CUDA toolkit of torch's version to compile mmcv for this machine's GPUs."
     say "compiling mmcv (5 to 30 minutes, once)"

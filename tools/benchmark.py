@@ -84,10 +84,9 @@ class Bench:
             self.rows.append(row | dict(images_per_s=1e3 * images / ms))
             mib = "" if memory[name] is None else f" {memory[name]:8.1f} MiB"
             tqdm.write(f"{section:8}  {what:34}  {name:38} {ms:9.2f} ms {ratio:6.2f} x{mib}")
-        if self.output:
-            self.output.mkdir(parents=True, exist_ok=True)
-            results = {"machine": self.machine(), "rows": self.rows}
-            (self.output / f"{self.device.type}.json").write_text(json.dumps(results, indent=1) + "\n")
+        self.output.mkdir(parents=True, exist_ok=True)
+        results = {"machine": self.machine(), "rows": self.rows}
+        (self.output / f"{self.device.type}.json").write_text(json.dumps(results, indent=1) + "\n")
         return medians
 
     def machine(self) -> dict[str, str | int]:

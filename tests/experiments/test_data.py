@@ -140,7 +140,7 @@ def test_other_files_are_kept(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not DOWNLOADED.is_dir(), reason="needs python -m experiments.cifar10.data")
 def test_published_statistics() -> None:
-    """Counts, mean and standard deviation that others report for the training set, and the first labels."""
+    """Compare class counts, mean, standard deviation and the first labels with published figures."""
     paths = sorted(DOWNLOADED.glob("*/*/*.png"), key=lambda path: path.name)
     labels = [CLASSES.index(path.parent.name) for path in paths]
     assert (labels[:5], labels[50_000:50_005]) == ([6, 9, 9, 4, 1], [3, 8, 8, 0, 6])
