@@ -24,14 +24,16 @@ def predict(
 ) -> Iterator[tuple[str, list[Prediction] | DataError]]:
     """Yield each path with its `topk` most probable classes, or with the reason why it cannot be read."""
     for batch in tqdm(image_loader(paths, classifier.transform), "predict", disable=None, leave=False, unit="batch"):
-        results: dict[str, list[Prediction] | DataError] = {path: image for path, image in batch}
-        if readable := [path for path, image in batch if not isinstance(image, DataError)]:
-            images = torch.stack([results[path] for path in readable]).to(device)  # (B, 3, H, W)
-            probabilities = classifier.model(images).softmax(dim=1)  # (B, classes)
-            values, indices = probabilities.topk(min(topk, len(classifier.classes)))  # (B, topk)
-            for path, row, labels in zip(readable, values.tolist(), indices.tolist()):
-                results[path] = [(classifier.classes[label], value) for label, value in zip(labels, row)]
-        yield from results.items()
+        rows = iter(())
+        if readable := [image for _, image in batch if not isinstance(image, DataError)]:
+            probabilities = classifier.model(torch.stack(readable).to(device)).softmax(dim=1)  # (B, classes)
+            values, labels = probabilities.topk(min(topk, len(classifier.classes)))  # (B, topk)
+            rows = zip(values.tolist(), labels.tolist())
+        for path, image in batch:
+            yield (
+                path,
+                image if isinstance(image, DataError) else [(classifier.classes[j], p) for p, j in zip(*next(rows))],
+            )
 
 
 def describe(path: str, predictions: list[Prediction], as_json: bool) -> str:

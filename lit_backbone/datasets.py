@@ -21,6 +21,7 @@ from .images import DataError, decode_rgb, open_rgb
 _logger = logging.getLogger(__name__)
 
 PREDICT_BATCH, MAX_PREDICT_WORKERS = 32, 8
+MAX_LINKS = 40  # links that lead to each other, as in Linux
 
 
 def is_hidden(name: str) -> bool:
@@ -60,7 +61,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         return classes, {name: label for label, name in enumerate(classes)}
 
     def _is_image(self, path: str) -> bool:
-        if is_hidden(name := os.path.relpath(path, self.root)):
+        if is_hidden(name := path.removeprefix(str(self.root)).replace(os.sep, "/").lstrip("/")):
             self.hidden.append(name)
             return False
         return name.lower().endswith(IMG_EXTENSIONS)
@@ -126,7 +127,7 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
             name = posixpath.normpath(member.name)
             if name in places or name in links:
                 raise DataError(f"{path}: {name}: is in the archive twice. Pack it again.")
-            if member.isfile() and name.endswith(".tar"):
+            if member.isfile() and name.endswith(".tar") and not is_hidden(name):
                 inner = _index_tar(tar.extractfile(member), path, start + member.offset_data)
                 places |= {f"{name.removesuffix('.tar')}/{key}": place for key, place in inner.items()}
             elif member.isfile():
@@ -139,7 +140,7 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
         if not is_end or any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 2**20), b"")):
             raise tarfile.ReadError(f"damaged or truncated at byte {start + tar.offset}")
     for name, target in links.items():
-        for _ in links:  # follow links to links
+        for _ in range(MAX_LINKS):  # links to links
             target = links.get(target, target)
         if target not in places:
             raise DataError(f"{path}: {name}: links to {target}, no file of the archive. Use tar --dereference.")

@@ -90,11 +90,12 @@ def config_from_checkpoint(
     ignored = {*values, *REPLACED_KEYS}
     if unknown := [k for k in stored if k not in ignored and not k.startswith(("RUNTIME.", "MODEL.KEYWORDS"))]:
         _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
+    layers = [(f"{path}: config", values), *_read_options(opts, shortcuts)]
     try:
-        _build([(f"{path}: config", values)], training=False)
+        config = _build(layers[:1], training=False)
     except ConfigError as error:
         raise CheckpointError(error.args[0]) from error
-    return _build([(f"{path}: config", values), *_read_options(opts, shortcuts)], training=False)
+    return _build(layers, training=False) if layers[1:] else config
 
 
 def locate_run(cfg: str) -> tuple[str, list[str]]:
@@ -207,6 +208,8 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     if not timm.is_model(model.NAME):  # nor a directory or an address, which timm would read
         variants = timm.list_models(module="lit")
         yield ["MODEL.NAME"], f"timm knows no model {shorten(model.NAME)}; {_suggest(model.NAME, variants, variants)}"
+    elif "pretrained" in model.KEYWORDS:
+        yield ["MODEL.KEYWORDS.pretrained"], "cannot be set here; name a checkpoint in MODEL.PRETRAINED"
     elif is_set[wrong]:
         yield [f"MODEL.{wrong}"], f"has no effect on {model.NAME}; use MODEL.{right}"
     else:

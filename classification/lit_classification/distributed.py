@@ -133,7 +133,7 @@ def describe_precision(precision: str, device: torch.device) -> str:
     if dtype := amp_dtype(precision, device):
         return f"{dtype} autocast on {device}"
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] > 7
-    return f"float32 on {device}" + (", with TF32 convolutions except for DTM's offsets" if tf32 else "")
+    return f"float32 on {device}" + (", with TF32 convolutions" if tf32 else "")
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:

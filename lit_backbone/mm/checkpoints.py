@@ -27,7 +27,7 @@ from ..checkpoints import (
     stored_classes,
     unwrap_state_dict,
 )
-from ..released import load_released_layout
+from ..released import convert_released_hook
 
 URL_PREFIXES = ("http://", "https://")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
@@ -136,7 +136,7 @@ def fit_weights(
         CheckpointError: the checkpoint, read from `path`, does not match the model.
     """
     state_dict = unwrap_state_dict(checkpoint)
-    load_released_layout(model.backbone, state_dict, "backbone.")
+    convert_released_hook(model.backbone, state_dict, "backbone.")
     if allow_new_head:
         model_head = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
         ckpt_head = {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
