@@ -9,9 +9,9 @@ import torch
 from tqdm import tqdm
 
 from lit_backbone import CheckpointError
-from lit_backbone.checkpoints import printable
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
+from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import positive
 from lit_classification.model import Classifier, load_classifier
 

@@ -11,9 +11,9 @@ import torch
 
 from lit_backbone import CheckpointError
 from lit_backbone.attention_maps import PAPER_TOKENS, average_attention, choose_tokens, draw_attention_maps
-from lit_backbone.checkpoints import printable
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
+from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, positive
 from lit_classification.model import load_classifier
 

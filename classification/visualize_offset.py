@@ -12,8 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import normalize, to_pil_image
 
 from lit_backbone import CheckpointError
-from lit_backbone.checkpoints import printable
 from lit_backbone.images import DataError, open_rgb
+from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, add_offset_arguments, write_offsets
 from lit_classification.model import load_classifier
 

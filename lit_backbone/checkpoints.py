@@ -1,19 +1,12 @@
-"""Checkpoint files: read them safely, unwrap the weights and fit these to a model."""
+"""Weights of checkpoints: extract them, with their class names, and fit them to a model."""
 
-import argparse
-import json
 import logging
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import zip_longest
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from timm.layers import to_ntuple
 from timm.models import adapt_input_conv, clean_state_dict
 from timm.models._features import FeatureGetterNet
@@ -22,92 +15,14 @@ from torch.optim import Optimizer
 
 from .layers import resize_position_tables
 from .released import convert_released
+from .safe_reader import CheckpointError, preview, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
 DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # optimizer state with the shape of the parameter
-DOS_DIRECTORY = 0x10  # attribute of a zip archive's member
 DEFAULT_NAMES = {"first_conv": (), "classifier": "head"}  # for models without a pretrained_cfg
-
-# Released checkpoints pickle their training configuration, which is read as plain data: a dictionary replaces yacs's
-# CfgNode. The list is global because timm reads released files with its own call of torch.load. Namespace is
-# registered by name because timm registers the bare class temporarily and removes it afterwards.
-torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")])
-
-
-def printable(text: object, limit: int = 2000) -> str:
-    """Escape control characters and line breaks, and shorten a text of more than `limit` characters in the middle."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _shorten(str(text), limit))
-    return _shorten(line, limit)
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
-def preview(names: Sequence[object]) -> str:
-    """Join the first three names for a message."""
-    return ", ".join(printable(name, 100) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or does not fit the model; its text is one line that names the file."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
-
-
-def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a `.pth` or `.safetensors` file to a device without running code from it.
-
-    Returns:
-        The dictionary in the file. Safetensors files written by this package also give classes and configuration.
-
-    Raises:
-        CheckpointError: the file is missing or corrupt, holds no dictionary, or pickles objects other than tensors and
-            plain data.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Expected a .pth or .safetensors checkpoint.")
-    try:
-        _check_archive(path)
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path, str(device))
-        else:
-            content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # readers of corrupt files raise exceptions of many types
-        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            problem = f"pickles {match[1]}, which could run code. Save tensors and plain data only."
-        else:
-            problem = f"corrupt, truncated or unreadable ({type(error).__name__}). Use a .pth or .safetensors file."
-        raise CheckpointError(f"{path}: {problem}") from error
-    if isinstance(content, dict):
-        return content
-    raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
-
-
-def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
-    with safe_open(path, "pt", device=device) as file:
-        weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    return json.loads(metadata["lit_backbone"]) | {"model": weights} if "lit_backbone" in metadata else weights
-
-
-def _check_archive(path: Path) -> None:
-    """Raise BadZipFile if a zip archive, as written by `torch.save`, is corrupt or could expand to any size.
-
-    PyTorch ignores the CRCs. It also skips members marked as directories, and their tensors keep uninitialized memory.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if sum(member.file_size for member in members) > path.stat().st_size:
-            raise zipfile.BadZipFile("compressed")
-        if any(member.external_attr & DOS_DIRECTORY or member.is_dir() for member in members) or archive.testzip():
-            raise zipfile.BadZipFile("corrupt")
 
 
 def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -115,13 +30,18 @@ def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
 
     timm stores EMA weights as `state_dict_ema`, this package's trainer as `model_ema`, and mmengine as `state_dict`.
     Other files with `model` and `model_ema` follow DeiT: the authors published the accuracy of `model`. Prefixes such
-    as `module.` are removed. Entries other than dense tensors of real numbers are left out.
+    as `module.`, and one that all names share, are removed. Entries other than dense tensors of real numbers are left
+    out.
     """
     names = ["state_dict_ema", "model", "state_dict", "model_ema"]
     if "updates_per_epoch" in content:  # written by this package's trainer
         names.insert(0, "model_ema")
     wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), content)
-    return clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
+    weights = clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
+    prefixes = {key.partition(".")[0] for key in weights}
+    if len(prefixes) == 1 and not prefixes & {"stages", "layers"}:  # "model." in files of PyTorch Lightning
+        weights = {key.partition(".")[2] or key: value for key, value in weights.items()}
+    return weights
 
 
 def _is_dense(value: Any) -> bool:
@@ -187,8 +107,10 @@ def load_checkpoint(
 
 
 def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Convert pretrained weights for timm: unwrap, rename and resize position tables to those of the model."""
-    return resize_position_tables(convert_released(unwrap_state_dict(content)), model)
+    """Convert and check pretrained weights for timm, which may load them without being strict."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    source = next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "pretrained weights")
+    return load_checkpoint(source, model, content=None if cfg.get("file") else content)  # timm checks no CRCs
 
 
 def fit_state_dict(

@@ -5,6 +5,7 @@ import logging
 import os
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .images import DataError, decode_rgb, open_rgb
+from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb
 
 _logger = logging.getLogger(__name__)
 
@@ -24,9 +24,15 @@ PREDICT_BATCH, MAX_PREDICT_WORKERS = 32, 8
 MAX_LINKS = 40  # links that lead to each other, as in Linux
 
 
-def is_hidden(name: str) -> bool:
-    """Tell if a relative path belongs to a system or a notebook, such as `._0.jpg` or `.ipynb_checkpoints/0.jpg`."""
-    return any(part.startswith(".") for part in name.split("/"))
+def skip_reason(name: str) -> str:
+    """Return why the file of a relative path is no image: "hidden" or its suffix; empty for images.
+
+    Hidden are files and folders of systems and notebooks: `._0.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`.
+    """
+    if any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
+        return "hidden"
+    suffix = posixpath.splitext(name)[1].lower()
+    return "" if suffix in IMG_EXTENSIONS else suffix or "without suffix"
 
 
 def sort_classes(names: Collection[str]) -> list[str]:
@@ -34,62 +40,77 @@ def sort_classes(names: Collection[str]) -> list[str]:
     return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
-def warn_of_hidden(root: str | Path, names: Collection[str]) -> None:
-    """Log how many hidden files and folders a dataset skipped."""
-    if names:
-        _logger.warning(f"{root}: skipped {len(names)} hidden files and folders, such as {min(names)}")
+def log_contents(root: str | Path, classes: list[str], labels: Collection[int], skipped: Counter[str]) -> None:
+    """Log the number of images, of classes and of skipped files.
+
+    Raises:
+        DataError: a class has no images, or there are no classes.
+    """
+    counts = Counter(labels)
+    empty = [name for label, name in enumerate(classes) if not counts[label]]
+    if empty or not classes:
+        problem = f"no images in class folders {', '.join(empty[:5])}" if empty else "no class folders"
+        raise DataError(f"{root}: {problem}. Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).")
+    (most, maximum), (fewest, minimum) = counts.most_common()[0], counts.most_common()[-1]
+    spread = f"{minimum} ({classes[fewest]}) to {maximum} ({classes[most]})"
+    _logger.info(f"{root}: {len(labels)} images in {len(classes)} classes of {spread} images")
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
+        _logger.warning(f"{root}: skipped {sum(skipped.values())} files and folders: {reasons}")
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder with :func:`sort_classes`, without hidden files. Empty classes raise DataError."""
+    """torchvision's ImageFolder with :func:`sort_classes`; it logs what it skips. Empty classes raise DataError."""
 
     def __init__(self, root: str | Path):
-        self.hidden: list[str] = []
-        try:
-            super().__init__(root, loader=open_rgb, is_valid_file=self._is_image)
-        except FileNotFoundError as error:
-            raise DataError(f"{root}: {error} Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).") from error
-        warn_of_hidden(root, self.hidden)
+        self.skipped: Counter[str] = Counter()
+        super().__init__(root, loader=open_rgb, is_valid_file=self._is_image, allow_empty=True)
+        log_contents(root, self.classes, self.targets, self.skipped)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return class names and their labels."""
-        names = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
-        self.hidden += filter(is_hidden, names)
-        classes = sort_classes([name for name in names if not is_hidden(name)])
+        entries = list(os.scandir(directory))
+        self.skipped += Counter("hidden" for entry in entries if skip_reason(entry.name) == "hidden")
+        self.skipped += Counter(
+            "in no class folder" for entry in entries if entry.is_file() and not skip_reason(entry.name)
+        )
+        classes = sort_classes([e.name for e in entries if e.is_dir() and skip_reason(e.name) != "hidden"])
         if not classes:
-            raise FileNotFoundError("No class folders found.")
+            raise DataError(f"{directory}: no class folders. Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).")
         return classes, {name: label for label, name in enumerate(classes)}
 
     def _is_image(self, path: str) -> bool:
-        if is_hidden(name := path.removeprefix(str(self.root)).replace(os.sep, "/").lstrip("/")):
-            self.hidden.append(name)
-            return False
-        return name.lower().endswith(IMG_EXTENSIONS)
+        name = path.removeprefix(str(self.root)).replace(os.sep, "/").lstrip("/")
+        if reason := skip_reason(name):
+            self.skipped[reason] += 1
+        return not reason
 
 
 class ImageTar(Dataset):
     """Images in a tar archive, with the classes, labels and order of the folder that it packs.
 
-    The archive holds class folders, one folder around them, or one tar per class as ImageNet's does. Raise DataError
-    if it is damaged, see :func:`index_tar`, or empty.
+    The archive holds class folders, one folder around them, or one tar per class as ImageNet's does.
+
+    Raises:
+        DataError: the archive is damaged, see :func:`index_tar`, or a class has no images.
     """
 
     def __init__(self, path: str | Path):
         self.path, places = str(path), index_tar(path)
-        warn_of_hidden(path, list(filter(is_hidden, places)))
-        names = [name for name in places if not is_hidden(name) and name.lower().endswith(IMG_EXTENSIONS)]
-        roots = {name.partition("/")[0] for name in names}
-        prefix = f"{roots.pop()}/" if len(roots) == 1 and all(name.count("/") > 1 for name in names) else ""
-        labeled = {
-            name: name.removeprefix(prefix).partition("/")[0] for name in names if name.count("/") > bool(prefix)
-        }
-        self.classes = sort_classes(set(labeled.values()))
-        if not self.classes:
-            raise DataError(f"{path}: has no images in class folders ({' '.join(IMG_EXTENSIONS)}).")
+        files = [name for name in places if not name.endswith("/")]
+        images = [name for name in files if not skip_reason(name)]
+        roots = {name.partition("/")[0] for name in images}
+        prefix = f"{roots.pop()}/" if len(roots) == 1 and all(name.count("/") > 1 for name in images) else ""
+        folders = {n.removeprefix(prefix).partition("/")[0] for n in places if "/" in n.removeprefix(prefix)}
+        self.classes = sort_classes({name for name in folders if skip_reason(name) != "hidden"})
         labels = {name: label for label, name in enumerate(self.classes)}
-        names = sorted(labeled, key=lambda name: (labeled[name], *posixpath.split(name)))
-        self.samples = [(name, labels[labeled[name]]) for name in names]
+        class_of = {n: n.removeprefix(prefix).partition("/")[0] for n in images if "/" in n.removeprefix(prefix)}
+        names = sorted(class_of, key=lambda name: (class_of[name], *posixpath.split(name)))
+        self.samples = [(name, labels[class_of[name]]) for name in names]
         self._places = [places[name] for name in names]
+        skipped = Counter(filter(None, map(skip_reason, files)))
+        skipped += Counter("in no class folder" for name in images if name not in class_of)
+        log_contents(path, self.classes, [label for _, label in self.samples], skipped)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,7 +128,7 @@ def index_tar(path: str | Path) -> dict[str, tuple[int, int]]:
     Links are followed within the archive.
 
     Returns:
-        `(offset, size)` in bytes by name; a file in `a.tar` is named `a/NAME`.
+        `(offset, size)` in bytes by name. A file in `a.tar` is named `a/NAME`. Names of folders end in a slash.
 
     Raises:
         DataError: the archive is damaged or truncated, has a file twice, or has a link to something outside of it.
@@ -125,13 +146,15 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = posixpath.normpath(member.name)
-            if name in places or name in links:
+            if (name in places or name in links) and not member.isdir():
                 raise DataError(f"{path}: {name}: is in the archive twice. Pack it again.")
-            if member.isfile() and name.endswith(".tar") and not is_hidden(name):
+            if member.isfile() and name.endswith(".tar") and skip_reason(name) != "hidden":
                 inner = _index_tar(tar.extractfile(member), path, start + member.offset_data)
                 places |= {f"{name.removesuffix('.tar')}/{key}": place for key, place in inner.items()}
             elif member.isfile():
                 places[name] = start + member.offset_data, member.size
+            elif member.isdir() and name != ".":
+                places[f"{name}/"] = (0, 0)
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""
                 links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))

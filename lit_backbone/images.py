@@ -10,10 +10,11 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import folder
 
-from .checkpoints import printable
+from .safe_reader import printable
 
+IMG_EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow detects more, and runs Ghostscript for EPS
 
 

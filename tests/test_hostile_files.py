@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lit_classification.resume import TrainState, restore_checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,7 +26,6 @@ from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_backbone.images import DataError, open_rgb
 from lit_classification.config import Config
 from lit_classification.model import build_model, load_classifier
-from lit_classification.resume import TrainState, restore_checkpoint
 from tests.crafted import shared
 
 pytestmark = pytest.mark.slow

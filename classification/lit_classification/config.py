@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from timm.models import is_model_in_modules
 
-from lit_backbone.checkpoints import printable
+from lit_backbone.safe_reader import printable
 
 
 class ConfigError(ValueError):

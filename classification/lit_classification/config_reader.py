@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lit_backbone import CheckpointError
-from lit_backbone.checkpoints import printable
+from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, is_lit, key_fields
 
 _logger = logging.getLogger(__name__)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import numpy as np
-import torch
 from filelock import FileLock
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
@@ -33,31 +31,6 @@ URL_PREFIXES = ("http://", "https://")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
 
 
-class _Placeholder:
-    """Inert placeholder for pickled objects of NumPy and mmengine."""
-
-    def __init__(self, *args: Any):
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _scalar(dtype: _Placeholder, data: bytes) -> bool | int | float:
-    """Convert a pickled NumPy number to a Python number."""
-    kind, order = dtype.args[0], ">" if dtype.state[1] == ">" else "<"
-    if not re.fullmatch("b1|[iu][1248]|f[248]", kind):
-        raise TypeError(kind)
-    return np.frombuffer(data, order + kind)[0].item()
-
-
-# Objects in the files of mmengine. Its HistoryBuffer pickles `getattr`.
-_NAMES = ("numpy.dtype", "numpy.ndarray", "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
-PLACEHOLDERS: list[Any] = [(_Placeholder, name) for name in _NAMES]
-for _module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and NumPy 1
-    PLACEHOLDERS += [(_scalar, f"{_module}.scalar"), (_Placeholder, f"{_module}._reconstruct")]
-
-
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint from a file or URL without executing code in it.
 
@@ -67,15 +40,10 @@ def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
         CheckpointError: the file is missing, corrupt, or contains unsafe objects.
     """
     path = _download(path) if path.startswith(URL_PREFIXES) else os.path.expanduser(path)
-    return _select_metadata(_read(path, map_location or "cpu"))
+    return _select_metadata(read_checkpoint(path, map_location or "cpu"))
 
 
 CheckpointLoader.register_scheme(("", *URL_PREFIXES), load_file, force=True)
-
-
-def _read(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
-    with torch.serialization.safe_globals(PLACEHOLDERS):
-        return read_checkpoint(path, device)
 
 
 def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +79,7 @@ def _download(url: str) -> str:
             if not path.exists():
                 print_log(f"Downloading {url} to {path.parent}")
                 download_url_to_file(url, str(temporary), digest and digest[1])
-                _read(temporary)  # raises an error if the download is truncated
+                read_checkpoint(temporary)  # raises an error if the download is truncated
                 temporary.replace(path)
     except (OSError, HTTPException, RuntimeError) as error:
         advice = "Download it on a machine with network access and pass the file."

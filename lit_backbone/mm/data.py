@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import preview, printable
 from ..images import DataError
+from ..safe_reader import preview, printable
 
 
 def unwrap_datasets(dataset: Any) -> list[Any]:

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import CheckpointError, printable, stored_classes
+from ..checkpoints import CheckpointError, stored_classes
 from ..images import DataError, find_images, open_rgb
+from ..safe_reader import printable
 from ..visualize import add_offset_arguments, write_offsets
 from .checkpoints import fit_weights, load_file
 from .cli import add_cfg_options, one_line_errors, read_config

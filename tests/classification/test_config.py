@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lit_classification.config_file import dump, load_config, locate_run
 from pydantic import ValidationError
 
 from lit_backbone import DeformableTokenMerging
 from lit_backbone.layers import AttentionBlock
 from lit_classification.config import Config, ConfigError, Lit, Section
-from lit_classification.config_file import dump, load_config, locate_run
 from lit_classification.sampler import accumulation_steps
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"

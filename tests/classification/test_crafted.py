@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset
+from lit_classification.recipe import describe_recipe
+from lit_classification.resume import TrainState, save_checkpoint
 
 import main
 import predict
 import visualize_attention
 import visualize_offset
 from lit_backbone import read_checkpoint
-from lit_classification.config_file import load_config
-from lit_classification.datasets import build_dataset
 from lit_classification.model import build_model
 from lit_classification.optim import build_optimizer
-from lit_classification.recipe import describe_recipe
-from lit_classification.resume import TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES
 from tests.crafted import CONFIGS, RUNS, WEIGHTS, become_a_resnet
 from tools import export

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from lit_classification.config_file import load_config
+from lit_classification.datasets import build_dataset, check_same_classes
+from lit_classification.loaders import build_train_loader, build_val_loader
 from PIL import Image
 from timm.data import create_transform
 
 from lit_backbone.images import DataError
-from lit_classification.config_file import load_config
-from lit_classification.datasets import build_dataset, check_same_classes
 from lit_classification.distributed import Processes
-from lit_classification.loaders import build_train_loader, build_val_loader
 from lit_classification.sampler import SampleKey, TrainSampler, seed_everything
 
 ALONE = Processes(0, 1, torch.device("cpu"))

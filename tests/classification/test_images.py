@@ -14,14 +14,14 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from lit_classification.config_file import load_config
+from lit_classification.datasets import ImageFolder, build_dataset
+from lit_classification.loaders import image_loader
 from PIL import Image
 
 import predict
 import visualize_offset
 from lit_backbone.images import MAX_RATIO, DataError, find_images, naming, open_rgb
-from lit_classification.config_file import load_config
-from lit_classification.datasets import ImageFolder, build_dataset
-from lit_classification.loaders import image_loader
 from lit_classification.sampler import SampleKey
 
 Y, X = np.mgrid[:40, :48]

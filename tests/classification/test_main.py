@@ -11,25 +11,25 @@ from functools import partial
 from pathlib import Path
 from traceback import walk_stack
 
+import lit_classification.run
 import pytest
 import timm
 import torch
+from lit_classification.config_file import load_config
+from lit_classification.loaders import build_val_loader
+from lit_classification.resume import BEST, FAILED, LATEST
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.overrides import TorchFunctionMode
 
-import lit_classification.run
 import main
 import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
 from lit_classification import sampler, training
 from lit_classification.config import Config
-from lit_classification.config_file import load_config
 from lit_classification.distributed import Processes, to_device
-from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model
-from lit_classification.resume import BEST, FAILED, LATEST
 from tests.classification.conftest import CLASSES
 from tests.crafted import shared
 from tests.programs import Program, start_pair

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lit_classification.config_file import load_config
+from lit_classification.loaders import build_val_loader
+from lit_classification.resume import LATEST, TrainState, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -21,12 +24,9 @@ import predict
 import visualize_attention
 import visualize_offset
 from lit_backbone import load_checkpoint, read_checkpoint
-from lit_classification.config_file import load_config
 from lit_classification.distributed import Processes
-from lit_classification.loaders import build_val_loader
 from lit_classification.model import build_model, load_classifier, load_model
 from lit_classification.optim import build_optimizer
-from lit_classification.resume import LATEST, TrainState, save_checkpoint
 from tests.classification.conftest import CLASSES, TINY_LIT
 from tools import export
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lit_classification.config_file import load_config
 from torch import nn
 
 from lit_backbone.released import convert_released
 from lit_classification.config import Config
-from lit_classification.config_file import load_config
 from lit_classification.optim import Schedule, build_optimizer, parameter_groups
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lit_classification.resume import TrainState, save_checkpoint
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -17,7 +18,6 @@ from lit_backbone.released import convert_released
 from lit_classification import loaders
 from lit_classification.config import Config
 from lit_classification.model import build_model, recognize, usual_classes
-from lit_classification.resume import TrainState, save_checkpoint
 from tests.goldens.fill import fill
 
 VARIANTS = ("lit_ti", "lit_s", "lit_m", "lit_b", "pvt_small_full_msa")

@@ -21,23 +21,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lit_classification.run
 import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from PIL import Image
-
-import lit_classification.run
-import main
-from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.images import DataError
-from lit_classification import resume, training
 from lit_classification.config_file import load_config
 from lit_classification.datasets import build_dataset
 from lit_classification.resume import BEST, DAMAGED, FAILED, LATEST, PREVIOUS
 from lit_classification.run_folder import sole_writer, write_atomically
-from lit_classification.sampler import SampleKey
 from lit_classification.signals import PREEMPTED, stop_requests
+from PIL import Image
+
+import main
+from lit_backbone import CheckpointError, read_checkpoint
+from lit_backbone.images import DataError
+from lit_classification import resume, training
+from lit_classification.sampler import SampleKey
 from tests.damage import damaged
 from tests.programs import Program, start_pair
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lit_classification.config_file import load_config
+from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint
+from lit_classification.run_folder import write_atomically
+from lit_classification.training import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_classification.config import Config
-from lit_classification.config_file import load_config
 from lit_classification.logs import RunLog
 from lit_classification.model import build_model
 from lit_classification.optim import build_optimizer
-from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint
-from lit_classification.run_folder import write_atomically
-from lit_classification.training import Trainer
 from tests.classification.conftest import CLASSES
 
 UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8

@@ -11,12 +11,12 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
+from lit_classification.config_file import load_config
 from PIL import Image
 
 from experiments.cifar10 import table
 from experiments.cifar10.data import CLASSES
 from experiments.cifar10.table import MODELS, TASKS, difference, draw_accuracy, draw_sampling, summary, tables
-from lit_classification.config_file import load_config
 from lit_classification.model import load_classifier
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from lit_classification.config_file import load_config
+from lit_classification.loaders import build_train_loader, build_val_loader
+from lit_classification.resume import FAILED, LATEST
+from lit_classification.training import Trainer
 from torch.amp import GradScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -17,11 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import main
 from lit_backbone import read_checkpoint
 from lit_classification import run
-from lit_classification.config_file import load_config
 from lit_classification.distributed import Processes
-from lit_classification.loaders import build_train_loader, build_val_loader
-from lit_classification.resume import FAILED, LATEST
-from lit_classification.training import Trainer
 from tests.classification.conftest import TINY_LIT
 from tests.classification.test_resume import EVERYTHING, assert_same, train, without_config
 from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
