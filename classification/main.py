@@ -26,7 +26,7 @@ from lit_classification.checkpointing import BEST, LATEST, TrainState, save_chec
 from lit_classification.config import Config, ConfigError, result_settings
 from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
-from lit_classification.engine import NonFiniteError, evaluate, measure_throughput, train_one_epoch
+from lit_classification.engine import NonFiniteError, epoch_averages, evaluate, measure_throughput, train_one_epoch
 from lit_classification.logs import RunLog, setup_logging
 from lit_classification.model import build_model, find_config, load_model
 from lit_classification.optim import Schedule, build_optimizer
@@ -35,6 +35,7 @@ _logger = logging.getLogger(__name__)
 
 LOADER_FAILURES = {  # what PyTorch says, and what to do
     "DataLoader worker (pid": "a DataLoader worker was killed, often for lack of memory. Lower DATA.NUM_WORKERS.",
+    "shared memory": "DataLoader workers need shared memory (/dev/shm). Provide it or set DATA.NUM_WORKERS 0.",
     "DataLoader timed out": "no data for RUNTIME.TIMEOUT minutes. Check the disk of DATA.DATA_PATH or raise the limit.",
 }
 
@@ -85,35 +86,40 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     state = TrainState(model, optimizer, scaler, ema, steps_per_epoch, run_dir, train_set.classes, settings)
     load_weights(state, config, ranks)
     checkpointing.check_ranks_agree(settings | {"classes": str(state.classes), "step": str(state.step)}, ranks)
-    if state.epoch >= config.TRAIN.EPOCHS:
+    if state.evaluated >= config.TRAIN.EPOCHS:
         _logger.info(f"{run_dir}: finished already, after {state.epoch} epochs; to start a new run, pass --tag NAME")
         return
-    log = RunLog(run_dir if ranks.is_main else None, state.epoch, state.step)
+    log = RunLog(run_dir if ranks.is_main else None, state.evaluated, state.step)
     log_start(config, ranks, state)
     model = ranks.wrap(model)
 
-    while state.epoch < config.TRAIN.EPOCHS:
-        epoch = state.epoch
-        results = train_one_epoch(model, train_loader, state, schedule, config, ranks, log)
-        if state.epoch == epoch:  # a signal asked to stop
-            save_and_exit(state, config, ranks)
+    while (epoch := state.evaluated) < config.TRAIN.EPOCHS:
+        if state.epoch == epoch:
+            train_one_epoch(model, train_loader, state, schedule, config, ranks, log)
+            if state.epoch == epoch:  # a signal asked to stop
+                save_and_exit(state, config, ranks)
+            if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
+                save_checkpoint(LATEST, state, config, ranks)
         checkpointing.sync_batchnorm(state, ranks)
         stats = evaluate(state.eval_model, val_loader, config, ranks)
         is_best, state.best = stats["acc1"] > state.best, max(stats["acc1"], state.best)
-        results |= {f"val/{name}": value for name, value in stats.items()} | dtm_statistics(state.eval_model, probe)
-        log.epoch(epoch, results, state.step)
+        results = epoch_averages(state, ranks) | {f"val/{name}": value for name, value in stats.items()}
+        log.epoch(epoch, results | dtm_statistics(state.eval_model, probe), state.step)
+        state.evaluated += 1
         if is_best:
             save_checkpoint(BEST, state, config, ranks)
-        if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
+        if state.evaluated == config.TRAIN.EPOCHS:
             save_checkpoint(LATEST, state, config, ranks)
-        if state.epoch < config.TRAIN.EPOCHS and ranks.stop_signal():
+        elif ranks.stop_signal():
             save_and_exit(state, config, ranks)
     _logger.info(f"finished {config.TRAIN.EPOCHS} epochs, best Acc@1 {state.best:.3f}: {run_dir}")
 
 
 def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
     """Resume the latest checkpoint of the run or MODEL.RESUME, or start from MODEL.PRETRAINED."""
-    latest = checkpointing.find_resumable(state.run_dir) if ranks.is_main and config.TRAIN.AUTO_RESUME else None
+    latest = checkpointing.find_resumable(state.run_dir) if ranks.is_main else None
+    if latest and not config.TRAIN.AUTO_RESUME:
+        raise ConfigError(f"{state.run_dir}: holds a run, and TRAIN.AUTO_RESUME is false; choose another --tag")
     path = ranks.gather(latest[0] if latest else config.MODEL.RESUME)[0]
     if latest and (ignored := config.MODEL.RESUME or config.MODEL.PRETRAINED):
         _logger.warning(f"resuming {path}, not {ignored}; to start a new run, pass --tag NAME")

@@ -48,6 +48,8 @@ class TrainState:
     classes: list[str] = field(default_factory=list)  # by label
     fingerprint: dict[str, str] = field(default_factory=dict)  # settings that affect results, number of images
     step: int = 0  # steps done over the whole run
+    evaluated: int = 0  # epochs evaluated; a checkpoint is saved before its epoch is evaluated
+    history: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of each step of the last epoch
     best: float = -math.inf  # highest validation accuracy so far, in percent
 
     @property
@@ -87,6 +89,7 @@ def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) -> None:
     """Average BatchNorm statistics over ranks and write a checkpoint on rank 0. Call this on all ranks."""
     sync_batchnorm(state, ranks)
+    history = ranks.sum(torch.stack(state.history)) / ranks.world_size if state.history else torch.zeros(0, 2)
     if ranks.is_main:
         content = {
             "model": state.model.state_dict(),
@@ -95,6 +98,8 @@ def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) 
             "scaler": state.scaler.state_dict(),
             "updates_per_epoch": state.steps_per_epoch,
             "update": state.step,
+            "evaluated": state.evaluated,
+            "history": history.cpu(),
             "best": state.best,
             "config": config.model_dump(mode="json"),
             "classes": state.classes,
@@ -178,6 +183,8 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     if content["scaler"].keys() == state.scaler.state_dict().keys():  # else one run does not scale its loss
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["update"]
+    state.evaluated = content.get("evaluated", state.epoch)
+    state.history = list(content.get("history", torch.zeros(0, 2)).to(next(state.model.parameters()).device))
     if not any(key.startswith(("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val images")) for key in changed):
         state.best = content["best"]
 

@@ -58,6 +58,8 @@ class Data(Section):
     BATCH_SIZE: Count = Field(128, description="images per rank in one forward pass")
     DATA_PATH: str = RuntimeField("", description="root directory of the dataset")
     DATASET: str = Field("", pattern="^(|imagenet|.+/.+)$", description="timm dataset, torch/cifar10; empty = folders")
+    TRAIN_SPLIT: str = Field("train", description="folder in DATA_PATH, or split of DATASET, to train on")
+    VAL_SPLIT: str = Field("val", description="folder in DATA_PATH, or split of DATASET, to evaluate on")
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")
     INTERPOLATION: Interpolation = Field("bicubic", description="how images are resized")
     PIN_MEMORY: bool = RuntimeField(True, description="page-locked host memory, for faster copies to a GPU")
@@ -154,7 +156,7 @@ class Test(Section):
 class Runtime(Section):
     DEVICE: Device = RuntimeField("auto", description="auto = cuda if there is a GPU, else cpu; mps is untested")
     AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
-    COMPILE: bool = RuntimeField(False, description="run the model through torch.compile")
+    COMPILE: bool = Field(False, description="run the model through torch.compile, which draws other drop paths")
     CHANNELS_LAST: bool = RuntimeField(False, description="channels-last memory format for images")
     TIMEOUT: float = RuntimeField(30.0, gt=0, description="minutes to wait for other ranks or for data")
 

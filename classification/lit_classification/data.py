@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class SeededImages(Dataset):
     def name(self, index: int) -> str:
         """Return the file of an image, as far as the dataset knows it."""
         if isinstance(self.dataset, ImageDataset):
-            return self.dataset.filename(index, absolute=True)
+            with suppress(Exception):  # some datasets of Hugging Face have no paths
+                return self.dataset.filename(index, absolute=True)
         if isinstance(self.dataset, ImageTar):
             return f"{self.dataset.path}: {self.dataset.samples[index][0]}"
         if isinstance(self.dataset, ImageFolder):
@@ -65,7 +67,8 @@ class SeededImages(Dataset):
 
 def build_dataset(config: Config, is_training: bool) -> SeededImages:
     """Build the training or validation set: a folder, a tar archive, or a dataset that timm knows by name."""
-    split, name, root = "train" if is_training else "val", config.DATA.DATASET, config.DATA.DATA_PATH
+    name, root = config.DATA.DATASET, config.DATA.DATA_PATH
+    split = config.DATA.TRAIN_SPLIT if is_training else config.DATA.VAL_SPLIT
     if "/" in name:
         try:
             dataset = create_dataset(name, root=root, split=split)
@@ -90,6 +93,8 @@ def check_classes(config: Config, *datasets: SeededImages) -> None:
     for other in (dataset.classes for dataset in datasets[1:] if dataset.classes != classes):
         names = ", ".join(sorted(set(classes) ^ set(other))[:5]) or "in another order"
         raise DataError(f"{place}: train and val have different classes ({names}). Give both the same class folders.")
+    if len(classes) < 2:
+        raise DataError(f"{place}: has one class, for which any model is right and no loss is left. Add another class.")
     if len(classes) != (outputs := config.MODEL.NUM_CLASSES):
         fix = f"To train on them, set MODEL.NUM_CLASSES {len(classes)}."
         raise DataError(f"{place}: has {len(classes)} classes, but the head has {outputs} outputs. {fix}")

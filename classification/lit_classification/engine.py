@@ -54,16 +54,17 @@ def to_device(batch: Sequence[Tensor], config: Config, ranks: Ranks) -> tuple[Te
 
 def train_one_epoch(
     model: Module, loader: DataLoader, state: TrainState, schedule: Schedule, config: Config, ranks: Ranks, log: RunLog
-) -> dict[str, float]:
+) -> None:
     """Train `model`, `state.model` or its DDP wrapper, to the end of the epoch, or until a stop signal is received.
 
-    Return loss and gradient norm averaged over the steps. Raise NonFiniteError if one of them is not finite.
+    Append loss and gradient norm of each step to `state.history`. Raise NonFiniteError if one of them is not finite.
     """
     sampler, optimizer, scaler = loader.batch_sampler, state.optimizer, state.scaler
     assert isinstance(sampler, TrainSampler)
     criterion, mixup = build_criterion(config), build_mixup(config)
     sampler.set_epoch(state.epoch, first_step=state.step % state.steps_per_epoch)
-    history: list[Tensor] = []  # loss and gradient norm of each step, on the device, so that no step waits for them
+    history = state.history if sampler.first_step else []  # on the device, so that no step waits for it
+    state.history = history
     batches, start = iter(loader), time.perf_counter()
     model.train()
     for i in progress(range(sampler.first_step, sampler.steps), ranks.is_main, desc=f"epoch {state.epoch}"):
@@ -93,12 +94,16 @@ def train_one_epoch(
         if is_print or is_save:
             check_finite(history, state)
         if is_print:
-            log_progress(history, (time.perf_counter() - start) / len(history), state, config, log)
+            log_progress(history, (time.perf_counter() - start) / (i + 1 - sampler.first_step), state, config, log)
         if is_save:
             save_checkpoint(LATEST, state, config, ranks)
         if is_print and not is_last and ranks.stop_signal():
             break
-    loss, norm = ranks.sum(torch.stack(history).nan_to_num(posinf=0).mean(dim=0)) / ranks.world_size
+
+
+def epoch_averages(state: TrainState, ranks: Ranks) -> dict[str, float]:
+    """Return loss and gradient norm averaged over the last epoch and over ranks, without norms that overflowed."""
+    loss, norm = ranks.sum(torch.stack(state.history).nan_to_num(posinf=0).mean(dim=0)) / ranks.world_size
     return {"train/loss_epoch": loss.item(), "train/grad_norm_epoch": norm.item()}
 
 
