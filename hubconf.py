@@ -1,4 +1,4 @@
-"""Models for torch.hub. `checkpoint` loads a file and sets the number of classes and the input size by it.
+"""Models for torch.hub. `checkpoint` loads a file and sets classes, input size and preprocessing by it.
 
 model = torch.hub.load("OWNER/NAME", "lit_s", checkpoint="lit_s.pth")  # or a directory with source="local"
 """
@@ -15,12 +15,17 @@ def _entry(name: str):
     def load(pretrained=False, checkpoint=None, **kwargs):
         if checkpoint is None:
             return timm.create_model(name, pretrained, **kwargs)
-        size, num_classes = checkpoints.infer_img_size_and_num_classes(lit_backbone.load_checkpoint(checkpoint))
+        content = lit_backbone.read_checkpoint(checkpoint)
+        weights = lit_backbone.load_checkpoint(checkpoint, content=content)
+        size, num_classes = checkpoints.infer_img_size_and_num_classes(weights)
         kwargs = dict(img_size=size, num_classes=num_classes) | kwargs
-        input_size = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
-        kwargs["pretrained_cfg_overlay"] = dict(input_size=input_size) | kwargs.get("pretrained_cfg_overlay", {})
+        overlay = dict(label_names=checkpoints.stored_classes(content) or None) | checkpoints.stored_data_config(
+            content
+        )
+        overlay["input_size"] = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
+        kwargs["pretrained_cfg_overlay"] = overlay | kwargs.get("pretrained_cfg_overlay", {})
         model = timm.create_model(name, **kwargs)
-        model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model))
+        model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model, content=content))
         return model
 
     load.__name__ = name

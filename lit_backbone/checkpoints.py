@@ -63,6 +63,22 @@ def stored_classes(content: dict[str, Any]) -> list[str]:
     return list(classes) if all(isinstance(name, str) for name in classes) else []
 
 
+def eval_data_config(img_size: Sequence[int], interpolation: str, crop: bool) -> dict[str, Any]:
+    """Return timm's data config of an evaluation: resize to `img_size` * 256 / 224 and crop, or resize only."""
+    interpolation = "bilinear" if interpolation == "random" else interpolation
+    crop_config = dict(crop_pct=224 / 256) if crop else dict(crop_pct=1.0, crop_mode="squash")
+    return dict(input_size=(3, *img_size), interpolation=interpolation) | crop_config
+
+
+def stored_data_config(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the data config of a checkpoint of this package's trainer, empty for others."""
+    try:
+        data, test = content["config"]["DATA"], content["config"]["TEST"]
+        return eval_data_config(data["IMG_SIZE"], data["INTERPOLATION"], test["CROP"])
+    except (KeyError, TypeError):
+        return {}
+
+
 def class_mismatch(content: dict[str, Any], classes: Sequence[str]) -> str:
     """Describe how the class names in a checkpoint differ from `classes`; empty if they match or either is unknown."""
     ckpt_classes, data_classes = stored_classes(content), list(classes)

@@ -11,6 +11,7 @@ from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lit_backbone.checkpoints import eval_data_config
 from lit_backbone.datasets import ImageFolder, ImageTar
 from lit_backbone.images import DataError, decode_rgb, open_rgb, to_rgb, wrap_decode_errors
 from lit_classification.config import Config, ConfigError
@@ -121,9 +122,7 @@ def build_transform(config: Config, is_training: bool) -> Any:
 
 def eval_preprocessing(config: Config) -> dict[str, Any]:
     """Describe the evaluation transform in timm's terms."""
-    interpolation = "bilinear" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
-    crop = dict(crop_pct=224 / 256) if config.TEST.CROP else dict(crop_pct=1.0, crop_mode="squash")
-    return dict(input_size=(3, *config.DATA.IMG_SIZE), interpolation=interpolation, **crop)
+    return eval_data_config(config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
 
 
 def build_train_loader(images: SeededImages, config: Config, ranks: Ranks) -> DataLoader:
