@@ -119,7 +119,8 @@ def sync_batchnorm(state: TrainState, ranks: Ranks) -> None:
 def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint so that `path` is always the whole old or new file. Keep the old one as `previous`."""
     temp = path.with_name(f".{path.name}.tmp")
-    with open(temp, "wb") as file:
+    temp.unlink(missing_ok=True)  # of a killed run
+    with open(temp, "xb") as file:  # does not follow a link
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
