@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         image = open_rgb(args.vis_image)
         classifier = load_classifier(args.resume, device, args.model, args.img_size)
         x = classifier.transform(image)  # (3, H, W)
-        picture = to_pil_image(normalize(x, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
+        shown = to_pil_image(normalize(x, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
         folder, options = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
-        print(printable(write_offsets(classifier.model, x.to(device), picture, folder, **options)))
+        print(printable(write_offsets(classifier.model, x.to(device), shown, folder, **options)))
     except (CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
 

@@ -25,16 +25,16 @@ from demo.digits import draw_digit, split_digits
 SPLITS = ("train", "val")
 NUM_DIGITS = (4, 6)  # per scene
 BACKGROUND_SIDE = (128, 256)  # side of the square cut from a photo, pixels
-BRIGHTNESS = 0.3  # of the photos, so that the digits are brighter than the background
+BRIGHTNESS = 0.3  # brightness of the photos; the digits are brighter
 DIGIT_SIDE = (0.25, 0.42)  # relative to the side of the scene
 MAX_ANGLE = 20  # degrees
 INK_LEVEL = 100  # threshold between stroke and background in an enlarged scan
 SUPERSAMPLING = 4
 NUM_INKS = 12  # random colors, the brightest is used
 LUMINANCE = (0.299, 0.587, 0.114)
-MAX_OVERLAP = 0.1  # of two boxes, relative to the smaller one
+MAX_OVERLAP = 0.1  # shared area of two boxes, relative to the smaller one
 MIN_VISIBLE = 0.6  # share of the strokes
-PALETTE = "000000 e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabed4"  # of the semantic masks
+PALETTE = "000000 e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabed4"  # colors of the semantic masks
 
 
 @dataclass

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-MAX_INTENSITY = 16  # of the 8 x 8 scans
+MAX_INTENSITY = 16  # maximum value of the 8 x 8 scans
 NUM_VAL = 360
 SIZE = 64  # side of the images, pixels
 

@@ -1,5 +1,6 @@
-# The small LIT of experiments/cifar10 with its CIFAR-10 weights: the backbone of the detection and segmentation demos.
-# Their configs add norms on its outputs.
+"""Backbone of the detection and segmentation demos: the small LIT of experiments/cifar10 with its weights."""
+
+# The configs add norms on its outputs.
 small_lit = dict(
     type="LITBackbone",
     arch=dict(embed_dims=(24, 48, 96, 192), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),

@@ -22,7 +22,7 @@ from .lit import LIT
 from .visualize import CELL_COLOR, MIN_DISPLAY_SIZE, draw_sheet
 
 PAPER_TOKENS = (1260, 294, 92, 17)  # query tokens of the paper's figure
-PAPER_SIDES = (56, 28, 14, 7)  # of its feature maps
+PAPER_SIDES = (56, 28, 14, 7)  # side lengths of its feature maps
 HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the maximum
 
 
@@ -122,10 +122,10 @@ def average_attention(model: LIT, loader: DataLoader, queries: list[int], device
 
 def draw_attention_maps(maps: Tensor, query: int, folder: Path) -> None:
     """Draw each of the maps `(blocks, heads, h, w)` of a stage into `folder`, and all into one image beside it."""
-    pictures = []
+    images = []
     for i, block in enumerate(maps, 1):
         (folder / f"block-{i}").mkdir(parents=True, exist_ok=True)
         for j, heat in enumerate(block, 1):
-            pictures.append(draw_attention(heat.float(), query, f"block {i}, head {j}: up to {heat.max():.2g}"))
-            pictures[-1].save(folder / f"block-{i}" / f"head-{j}.png")
-    draw_sheet(pictures, len(pictures), columns=maps.shape[1]).save(folder.with_suffix(".png"))
+            images.append(draw_attention(heat.float(), query, f"block {i}, head {j}: up to {heat.max():.2g}"))
+            images[-1].save(folder / f"block-{i}" / f"head-{j}.png")
+    draw_sheet(images, len(images), columns=maps.shape[1]).save(folder.with_suffix(".png"))

@@ -101,7 +101,7 @@ class ImageTar(Dataset):
         images = [name for name in files if not skip_reason(name)]
         roots = {name.partition("/")[0] for name in images}
         is_wrapped = roots == {Path(path).stem} or (len(roots) == 1 and all(name.count("/") > 1 for name in images))
-        prefix = f"{roots.pop()}/" if is_wrapped else ""  # of one folder around the classes
+        prefix = f"{roots.pop()}/" if is_wrapped else ""  # the folder around the classes
         folders = {n.removeprefix(prefix).partition("/")[0] for n in places if "/" in n.removeprefix(prefix)}
         self.classes = sort_classes({name for name in folders if skip_reason(name) != "hidden"})
         labels = {name: label for label, name in enumerate(self.classes)}

@@ -25,7 +25,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code() -> Iterator[None]:
-    """What one test compiled must not make sizes free in another's: inductor cannot compile free heights and widths."""
+    """Reset the compiler, which would treat sizes as dynamic after several tests; inductor cannot compile these."""
     yield
     torch.compiler.reset()
 

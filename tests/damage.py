@@ -1,4 +1,4 @@
-"""What disks and networks do to files."""
+"""Damage to files as disks and networks cause it."""
 
 import random
 import re

@@ -1,6 +1,4 @@
-"""What the top of the repository promises: examples run as they stand on its pages, torch.hub's entry points load,
-the backbone installs alone.
-"""
+"""Examples of the documents, entry points of torch.hub, and installation of the backbone alone."""
 
 import re
 import shutil
@@ -26,7 +24,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the examples find `lit_s.pth`, `photo.jpg` and `photos`; the working directory."""
+    """Change to a directory that holds `lit_s.pth`, `photo.jpg` and `photos`; the working directory."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("lit_s").state_dict()}, "lit_s.pth")
@@ -82,8 +80,8 @@ def test_torch_hub(folder: Path) -> None:
     assert sorted(entries) == sorted(timm.list_models(module="lit"))  # what torch.hub.list shows
     with pytest.raises(lit_backbone.CheckpointError, match="Create the model with") as refused:
         hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
-    remedy = str(refused.value).partition("Create the model with ")[2]
-    features = eval(f"timm.create_model('lit_s', {remedy})", {"timm": timm})
+    keywords = str(refused.value).partition("Create the model with ")[2]
+    features = eval(f"timm.create_model('lit_s', {keywords})", {"timm": timm})
     torch.testing.assert_close(
         features.model.state_dict()["stages.1.blocks.0.norm2.bias"], model.state_dict()["stages.1.blocks.0.norm2.bias"]
     )

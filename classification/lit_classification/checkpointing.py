@@ -25,7 +25,7 @@ from lit_classification.distributed import Ranks
 _logger = logging.getLogger(__name__)
 
 LATEST, PREVIOUS, BEST, DAMAGED = "latest.pth", "previous.pth", "best.pth", "latest.pth.damaged"
-START_ANEW = "Start a new run from its weights with --pretrained."
+NEW_RUN = "Start a new run from its weights with --pretrained."
 STORED_TYPES = {  # what save_checkpoint writes
     **{"model": dict, "model_ema": (dict, type(None)), "optimizer": dict, "scaler": dict, "config": dict},
     **{"updates_per_epoch": int, "update": int, "best": (int, float), "classes": list, "recipe": dict},
@@ -45,7 +45,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     steps_per_epoch: int  # optimizer steps
     run_dir: Path
-    classes: list[str] = field(default_factory=list)  # by label
+    classes: list[str] = field(default_factory=list)  # names in the order of the labels
     fingerprint: dict[str, str] = field(default_factory=dict)  # settings that affect results, number of images
     step: int = 0  # steps done over the whole run
     evaluated: int = 0  # epochs evaluated; a checkpoint is saved before its epoch is evaluated
@@ -119,7 +119,7 @@ def sync_batchnorm(state: TrainState, ranks: Ranks) -> None:
 def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint so that `path` is always the whole old or new file. Keep the old one as `previous`."""
     temp = path.with_name(f".{path.name}.tmp")
-    temp.unlink(missing_ok=True)  # of a killed run
+    temp.unlink(missing_ok=True)  # left by a killed run
     with open(temp, "xb") as file:  # does not follow a link
         torch.save(content, file)
         file.flush()
@@ -160,13 +160,13 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     Raise CheckpointError if it is of another model, other data or other settings.
     """
     if "optimizer" not in content or "updates_per_epoch" not in content:
-        raise CheckpointError(f"{path}: holds weights, not a run to resume. {START_ANEW}")
+        raise CheckpointError(f"{path}: holds weights, not a run to resume. {NEW_RUN}")
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
-        raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {START_ANEW}")
+        raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {NEW_RUN}")
     if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:
         fix = "If they were only renamed, pass --opts TRAIN.RESUME_CHANGED true."
-        raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {START_ANEW}")
+        raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {NEW_RUN}")
     if (steps := content["updates_per_epoch"]) != state.steps_per_epoch:
         problem = f"its epochs have {steps} steps, those of this run {state.steps_per_epoch}"
         raise CheckpointError(f"{path}: {problem}. Resume with the same dataset and TRAIN.GLOBAL_BATCH.")
@@ -175,7 +175,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     ema = fit_state_dict(average, state.model, path, new_head=False) if content["model_ema"] else None
     check_optimizer_state(content["optimizer"], state.optimizer, path)
     if content["update"] and not content["optimizer"].get("state"):
-        raise CheckpointError(f"{path}: its optimizer state is empty. {START_ANEW}")
+        raise CheckpointError(f"{path}: its optimizer state is empty. {NEW_RUN}")
     changed = check_unchanged(path, content["recipe"], state.fingerprint, config.TRAIN.RESUME_CHANGED)
     state.load_weights(weights, ema)
     pairs = zip(state.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True)

@@ -205,7 +205,7 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     model, lit = config.MODEL, is_lit(config.MODEL.NAME)
     right, wrong = ("LIT", "KEYWORDS") if lit else ("KEYWORDS", "LIT")
     is_set = {"LIT": model.LIT != Lit(), "KEYWORDS": bool(model.KEYWORDS)}
-    if not timm.is_model(model.NAME):  # nor a directory or an address, which timm would read
+    if not timm.is_model(model.NAME):  # timm would also read a directory or a hub address
         variants = timm.list_models(module="lit")
         yield ["MODEL.NAME"], f"timm knows no model {shorten(model.NAME)}; {_suggest(model.NAME, variants, variants)}"
     elif "pretrained" in model.KEYWORDS:

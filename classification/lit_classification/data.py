@@ -27,7 +27,7 @@ class SeededImages(Dataset):
 
     def __init__(self, dataset: Any, transform: Callable[[Image.Image], Tensor], seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        if isinstance(dataset, ImageDataset):  # of timm
+        if isinstance(dataset, ImageDataset):
             names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
         else:
             names = getattr(dataset, "classes", None) or dataset.all_categories  # the latter in INaturalist
@@ -77,7 +77,7 @@ def build_dataset(config: Config, is_training: bool) -> SeededImages:
             raise DataError(f"DATA.DATASET {name!r} in {root!r}: {error}") from error
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(f"DATA.DATASET {name!r}: streams its images. Use a dataset with random access.")
-        if hasattr(dataset, "loader"):  # of torchvision
+        if hasattr(dataset, "loader"):
             dataset.loader = open_rgb
     elif root and (place := Path(root, split)).is_dir():
         dataset = ImageFolder(place)

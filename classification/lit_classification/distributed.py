@@ -30,7 +30,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which logs and writes files."""
+        """True on rank 0, which logs and writes files."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from lit_classification.sampler import TrainSampler, seed_everything
 
 _logger = logging.getLogger(__name__)
 
-WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # of the throughput measurement, as published
+WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # iterations of the published throughput measurement
 
 
 class NonFiniteError(RuntimeError):

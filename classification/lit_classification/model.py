@@ -53,7 +53,7 @@ class Classifier(NamedTuple):
     config: Config
     classes: list[str]  # descriptions by label
     transform: Callable[[Image.Image], Tensor]
-    class_names: list[str]  # as stored in the checkpoint; empty if it has none
+    class_names: list[str]  # names stored in the checkpoint; empty if it has none
 
 
 def load_classifier(

@@ -10,7 +10,7 @@ from lit_backbone.mm.cli import one_line_errors
 from lit_backbone.mm.inference import build_parser, load_model, output_paths
 from lit_backbone.safe_reader import printable
 
-FONT_SIZE = 0.02  # of the legend, relative to the shorter side of the image; at least 14 pixels
+FONT_SIZE = 0.02  # size of the legend, relative to the shorter side of the image; at least 14 pixels
 MIN_AREA = 0.001  # minimum share of the image for a class to appear in the legend
 
 

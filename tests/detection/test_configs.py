@@ -27,7 +27,7 @@ DETECTORS = {
     "mask_rcnn_lit_ti": (39_539_144, 2e-4),
     "mask_rcnn_lit_s": (48_240_096, 2e-4),
 }
-CLASS_TOKEN_SLOT = 512  # of the last position table of lit_ti, unused in dense prediction
+CLASS_TOKEN_SLOT = 512  # parameters in the last position table of lit_ti, unused in dense prediction
 
 
 def load(name: str) -> Config:

@@ -17,7 +17,7 @@ from tests.goldens.compare import meta_state, parameter_count
 from tests.segmentation.conftest import PUBLISHED, build_options
 
 SEGMENTORS = {"lit_ti": 23_638_382, "lit_s": 31_850_502}  # parameters
-CLASS_TOKEN_SLOT = 512  # of the last position table of lit_ti, unused in dense prediction
+CLASS_TOKEN_SLOT = 512  # parameters in the last position table of lit_ti, unused in dense prediction
 
 
 def path_of(name: str) -> Path:

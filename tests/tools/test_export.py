@@ -159,7 +159,7 @@ def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
     with safetensors.safe_open(file, "pt") as opened:
         check_description(opened.metadata(), path, model)
         assert "insects" not in str(opened.metadata())
-    assert mode(file) == 0o640  # by the umask
+    assert mode(file) == 0o640  # default permissions
     check_same_classifier(file, path)
     export(file, "--format", "hf", "--output", path.with_name("again-hf"))
     check_same_classifier(path.with_name("again-hf") / "model.safetensors", path)
