@@ -1,4 +1,4 @@
-"""A tiny run for the trainer's tests: real image files, a LIT of a few thousand parameters, a few updates."""
+"""A tiny run for the trainer's tests: image files, a LIT of a few thousand parameters, a few steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ TINY_LIT = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": 
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
-    """JPEGs of `count` random images in each class folder, of a colour that gives the class away."""
+    """Write `count` random JPEGs into each class folder. The brightest channel is the label."""
     random = np.random.RandomState(seed)
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -28,7 +28,7 @@ def write_images(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`train/` and `val/` with three classes of 11 and 4 images; read only."""
+    """Write `train/` and `val/` with three classes of 11 and 4 images, which no test changes."""
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", TRAIN_IMAGES, seed=0)
     write_images(root / "val", VAL_IMAGES, seed=1)
@@ -37,7 +37,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
-    """A small image folder that a test may spoil."""
+    """Write a small image folder that the test may change."""
     for split in ("train", "val"):
         write_images(tmp_path / "images" / split, 4, seed=0)
     return tmp_path / "images"
@@ -45,7 +45,7 @@ def own_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_cfg(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes the YAML file of a tiny run, with the recipe's augmentation; keyword arguments replace whole keys."""
+    """Return a function that writes the YAML file of a tiny run; keyword arguments replace keys of its sections."""
 
     def write(name: str = "tiny", **sections: dict) -> Path:
         settings = {

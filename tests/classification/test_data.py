@@ -248,7 +248,7 @@ def test_cifar100(tiny_cfg, tmp_path, monkeypatch):
 
 
 def test_inaturalist(tiny_cfg, tmp_path):
-    """torchvision's folder layout of iNaturalist 2021, three species."""
+    """Torchvision's folder layout of iNaturalist 2021, three species."""
     for i, species in enumerate(("Lumbricus_terrestris", "Apis_mellifera", "Felis_catus")):
         for split in ("2021_train", "2021_valid"):
             folder = tmp_path / split / f"{i:05}_Animalia_Phylum_Class_Order_Family_{species}"

@@ -208,7 +208,7 @@ print(json.dumps([folder.classes, [[file[len(sys.argv[1]) + 1 :], label] for fil
 
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_labels_and_files_have_one_order(seed, tmp_path):
-    """timm leaves class folders that its natural order ties to Python's hashes, and fails on a superscript."""
+    """Timm leaves class folders that its natural order ties to Python's hashes, and fails on a superscript."""
     classes = ["001", "01", "1", "5²", "10", "B", "b"]
     files = [*(f"{name}/0.png" for name in classes), "b/01.png", "b/1.png", "b/A.png", "b/a.PNG"]
     for file in files[::-1]:

@@ -1,29 +1,38 @@
-"""A run that is interrupted anywhere and resumed ends as if it had not been; a bad checkpoint is refused."""
+"""Tests that an interrupted run resumes exactly, and that a checkpoint of another run is refused."""
 
 import json
 import os
 import re
+import signal
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from lit_classification.config_file import load_config
-from lit_classification.resume import BEST, LATEST, TrainState, restore_checkpoint
-from lit_classification.run_folder import write_atomically
-from lit_classification.training import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.amp import GradScaler
 
 import main
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_classification.config import Config
+from lit_classification.checkpointing import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    TrainState,
+    atomic_save,
+    find_resumable,
+    restore_checkpoint,
+)
+from lit_classification.config import Config, result_settings
+from lit_classification.config_reader import load_config
 from lit_classification.logs import RunLog
 from lit_classification.model import build_model
-from lit_classification.optim import build_optimizer
+from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES
 
-UPDATES = 2 * 4  # epochs x updates per epoch of a tiny run: 33 images in batches of 8
-EVERYTHING = {  # all that draws random numbers or carries state from update to update
+STEPS = 2 * 4  # epochs x steps per epoch of a tiny run: 33 images in batches of 8
+EVERYTHING = {  # all settings that draw random numbers or carry state from step to step
     "MODEL": {"DROP_PATH_RATE": 0.2, "DROP_RATE": 0.1},
     "TRAIN": {"EMA": 0.9, "SAVE_STEPS": 1},
     "AUG": {"REPEATED": 3},
@@ -34,29 +43,28 @@ class Interrupted(Exception):
     pass
 
 
-def train(cfg: Path, *opts: str, stop_after: int | None = None, monkeypatch=None) -> dict:
-    """Run `main.py` on a file, killing it after so many updates in all; the checkpoint that it leaves."""
-    config = load_config(cfg, opts)
-    folder = Path(config.OUTPUT) / cfg.stem / config.TAG
-    with monkeypatch.context() as patch:
-        run_update = Trainer.run_update
+def train(cfg: Path, *opts: str, stop_at: int | None = None) -> dict:
+    """Train with `main.py`, interrupted at the start of step `stop_at`, and return the checkpoint that is left."""
+    config, set_rates = load_config(cfg, opts), Schedule.set
 
-        def run_and_count(self, batches):
-            if self.state.update == stop_after:
-                raise Interrupted
-            return run_update(self, batches)
+    def interrupt(schedule: Schedule, step: int) -> None:
+        if step == stop_at:
+            raise Interrupted
+        set_rates(schedule, step)
 
-        patch.setattr(Trainer, "run_update", run_and_count)
-        try:
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Schedule, "set", interrupt)
             main.main(["--cfg", str(cfg), *(["--opts", *opts] if opts else [])])
-            assert stop_after is None
-        except Interrupted:
-            pass
-    return read_checkpoint(folder / LATEST) if (folder / LATEST).exists() else {}
+        assert stop_at is None
+    except Interrupted:
+        pass
+    latest = Path(config.OUTPUT, cfg.stem, config.TAG, LATEST)
+    return read_checkpoint(latest) if latest.exists() else {}
 
 
 def assert_same(a, b, path: str = "") -> None:
-    """Bit for bit equality of nested dictionaries, lists and tensors."""
+    """Check that nested dictionaries, lists and tensors are equal bit for bit."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
@@ -76,65 +84,94 @@ def without_config(checkpoint: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict:
-    """The final checkpoint of the run with everything on; filled by the first test that needs it."""
     return {}
 
 
 @pytest.fixture
-def reference(uninterrupted, tiny_cfg, monkeypatch) -> dict:
+def reference(uninterrupted, tiny_cfg) -> dict:
+    """Final checkpoint of the uninterrupted run, trained by the first test that needs it."""
     if not uninterrupted:
-        uninterrupted.update(train(tiny_cfg("whole", **EVERYTHING), monkeypatch=monkeypatch))
-        assert uninterrupted["update"] == UPDATES
+        uninterrupted.update(train(tiny_cfg("whole", **EVERYTHING)))
+        assert uninterrupted["update"] == STEPS
     return without_config(uninterrupted)
 
 
-@pytest.mark.parametrize("stop_after", [1, UPDATES // 2, UPDATES - 1])  # within an epoch, between two, before the last
-def test_interrupted_after_any_update(reference, tiny_cfg, monkeypatch, stop_after):
-    """With repeated augmentation, accumulation, mixup, cutmix, drop path, EMA: weights, averages, optimiser, best."""
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return tmp_path / "output" / "tiny" / "default"
+
+
+@pytest.mark.parametrize("stop_at", [1, STEPS // 2, STEPS - 1])  # within an epoch, between two, before the last step
+def test_interruption_at_any_step(reference, tiny_cfg, stop_at):
+    """Weights, EMA weights, optimizer and best accuracy are the same, with accumulation, mixup and drop path."""
     cfg = tiny_cfg(**EVERYTHING)
-    left = train(cfg, stop_after=stop_after, monkeypatch=monkeypatch)
-    assert left.get("update", 0) == stop_after
-    assert_same(without_config(train(cfg, monkeypatch=monkeypatch)), reference)
+    assert train(cfg, stop_at=stop_at)["update"] == stop_at
+    assert_same(without_config(train(cfg)), reference)
 
 
-def test_interrupted_twice_with_other_numbers_of_workers(reference, tiny_cfg, monkeypatch):
+def test_interruptions_with_other_numbers_of_workers(reference, tiny_cfg):
     cfg = tiny_cfg(**EVERYTHING)
-    train(cfg, "DATA.NUM_WORKERS", "2", stop_after=3, monkeypatch=monkeypatch)
-    train(cfg, "DATA.NUM_WORKERS", "1", stop_after=6, monkeypatch=monkeypatch)
-    assert_same(without_config(train(cfg, monkeypatch=monkeypatch)), reference)
+    train(cfg, "DATA.NUM_WORKERS", "2", stop_at=3)
+    train(cfg, "DATA.NUM_WORKERS", "1", stop_at=6)
+    assert_same(without_config(train(cfg)), reference)
 
 
-def test_checkpoints_at_epoch_ends_alone_are_enough(reference, tiny_cfg, monkeypatch):
+def test_checkpoints_at_epoch_ends_are_enough(reference, tiny_cfg):
     cfg = tiny_cfg(**EVERYTHING)
-    left = train(cfg, "TRAIN.SAVE_STEPS", "0", stop_after=6, monkeypatch=monkeypatch)
-    assert left["update"] == 4
-    final = train(cfg, "TRAIN.SAVE_STEPS", "0", monkeypatch=monkeypatch)
-    assert_same(without_config(final), reference)
+    assert train(cfg, "TRAIN.SAVE_STEPS", "0", stop_at=6)["update"] == 4
+    assert_same(without_config(train(cfg, "TRAIN.SAVE_STEPS", "0")), reference)
 
 
-def test_another_seed_is_another_run(reference, tiny_cfg, monkeypatch):
-    other = train(tiny_cfg(**EVERYTHING), "SEED", "1", monkeypatch=monkeypatch)
+def test_seed_changes_the_run(reference, tiny_cfg):
+    other = train(tiny_cfg(**EVERYTHING), "SEED", "1")
     assert not torch.equal(other["model"]["head.weight"], reference["model"]["head.weight"])
 
 
-def test_integer_buffers_are_not_averaged(reference):
+def test_ema_copies_integer_buffers(reference):
     counts = {key: value for key, value in reference["model_ema"].items() if key.endswith("num_batches_tracked")}
-    assert counts and all(value == UPDATES * 2 for value in counts.values())  # two micro-batches an update
+    assert counts and all(value == STEPS * 2 for value in counts.values())  # two micro-batches per step
     assert not torch.equal(reference["model_ema"]["head.weight"], reference["model"]["head.weight"])
 
 
-def test_the_log_has_one_line_per_epoch(tiny_cfg, monkeypatch, tmp_path):
-    """An epoch that is run again, because its end was not saved, replaces its record."""
+def test_auto_resume_can_be_off(tiny_cfg):
+    train(tiny_cfg())
+    assert train(tiny_cfg(), "TRAIN.AUTO_RESUME", "false", "TRAIN.SAVE_STEPS", "1", stop_at=1)["update"] == 1
+
+
+def test_best_checkpoint_has_the_highest_accuracy(tiny_cfg, run_dir):
+    train(tiny_cfg(), "TRAIN.EPOCHS", "6")
+    accuracies = [json.loads(line)["val/acc1"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    best = read_checkpoint(run_dir / BEST)
+    assert len(accuracies) == 6 and best["best"] == max(accuracies)
+    assert best["update"] == (accuracies.index(max(accuracies)) + 1) * 4
+
+
+def test_best_accuracy_starts_again_in_another_directory_or_on_other_images(own_folder, tiny_cfg, run_dir):
+    changed = ["TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS"]
+    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)})
+    torch.save(train(cfg) | {"best": 100.0}, run_dir / LATEST)
+    assert train(cfg, *changed, "3")["best"] == 100
+    main.main(["--cfg", str(cfg), "--resume", str(run_dir / LATEST), "--tag", "b", "--opts", *changed, "4"])
+    assert read_checkpoint(run_dir.with_name("b") / BEST)["best"] < 100
+    (own_folder / "val" / "bee" / "1.jpg").unlink()
+    assert train(cfg, *changed, "4")["best"] < 100
+
+
+# ---- log files
+
+
+def test_log_has_one_line_per_epoch(tiny_cfg, run_dir):
+    """An epoch that was logged but not saved is trained again and replaces its line."""
     cfg = tiny_cfg(SAVE_FREQ=3)
-    train(cfg, "TRAIN.EPOCHS", "5", stop_after=4 * 4 + 1, monkeypatch=monkeypatch)
-    with open(tmp_path / "output" / "tiny" / "default" / "log.jsonl", "a") as file:
-        file.write('{"epoch": 4, "train/l')  # killed while writing
-    train(cfg, "TRAIN.EPOCHS", "5", monkeypatch=monkeypatch)
-    lines = (tmp_path / "output" / "tiny" / "default" / "log.jsonl").read_text().splitlines()
+    train(cfg, "TRAIN.EPOCHS", "5", stop_at=4 * 4 + 1)
+    with open(run_dir / "log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "train/l')  # a line cut short by a kill
+    train(cfg, "TRAIN.EPOCHS", "5")
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
 
 
-def test_the_log_is_whole_until_its_successor_is(tmp_path, monkeypatch):
+def test_log_is_replaced_atomically(tmp_path, monkeypatch):
     log, lines = tmp_path / "log.jsonl", '{"epoch": 0}\n{"epoch": 1}\n'
     log.write_text(lines)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -145,193 +182,173 @@ def test_the_log_is_whole_until_its_successor_is(tmp_path, monkeypatch):
     assert log.read_text() == '{"epoch": 0}\n'
 
 
-def test_tensorboard_shows_the_last_point_of_each_update(tmp_path, monkeypatch):
-    began = time.time()
+def test_tensorboard_shows_the_last_value_of_each_step(tmp_path, monkeypatch):
+    started = time.time()
     for start, (first, last) in enumerate([(0, 6), (3, 5), (4, 8)]):
-        monkeypatch.setattr(time, "time", lambda now=began + start * 3600: now)
-        log = RunLog(tmp_path, epoch=0, update=first)
-        for update in range(first + 1, last + 1):
-            log.scalars({"loss": 100 * start + update}, update)
+        monkeypatch.setattr(time, "time", lambda now=started + start * 3600: now)
+        log = RunLog(tmp_path, epoch=0, step=first)
+        for step in range(first + 1, last + 1):
+            log.scalars({"loss": 100 * start + step}, step)
         log.writer.close()
-    points = [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
-    assert points == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
+    values = [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
+    assert values == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
 
 
-def test_the_best_of_another_folder_or_other_images_is_not_this_runs(own_folder, tiny_cfg, monkeypatch, tmp_path):
-    folder, anew = tmp_path / "output" / "tiny", ["TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS"]
-    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)})
-    train(cfg, monkeypatch=monkeypatch)
-    content = read_checkpoint(folder / "default" / LATEST) | {"best": 100.0}
-    torch.save(content, folder / "default" / LATEST)
-    assert train(cfg, *anew, "3", monkeypatch=monkeypatch)["best"] == 100  # is in best.pth
-    main.main(["--cfg", str(cfg), "--resume", str(folder / "default" / LATEST), "--tag", "b", "--opts", *anew, "4"])
-    assert read_checkpoint(folder / "b" / BEST)["best"] < 100
-    (own_folder / "val" / "bee" / "1.jpg").unlink()
-    assert train(cfg, *anew, "4", monkeypatch=monkeypatch)["best"] < 100
+# ---- replacing a checkpoint
 
 
-def test_automatic_resume_can_be_off(tiny_cfg, monkeypatch):
-    cfg = tiny_cfg()
-    train(cfg, monkeypatch=monkeypatch)
-    left = train(cfg, "TRAIN.AUTO_RESUME", "false", "TRAIN.SAVE_STEPS", "1", stop_after=1, monkeypatch=monkeypatch)
-    assert left["update"] == 1
+@pytest.mark.parametrize("instant", ["fsync", "unlink", "link", "replace"])
+def test_latest_checkpoint_exists_at_every_instant(tmp_path, instant):
+    """Kill the process in each system call of a replacement. What was saved last is there under its name."""
+    latest, previous = tmp_path / LATEST, tmp_path / PREVIOUS
+    for step in (1, 2):
+        atomic_save({"update": step}, latest, previous)
+
+    def save_and_die() -> None:
+        setattr(os, instant, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        atomic_save({"update": 3}, latest, previous)
+
+    child = get_context("fork").Process(target=save_and_die)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert read_checkpoint(latest)["update"] == 2 and find_resumable(tmp_path)[0] == str(latest)
+    kept = {"fsync": [1], "unlink": [1], "link": [], "replace": [2]}[instant]
+    assert [read_checkpoint(path)["update"] for path in (previous,) if path.exists()] == kept
+    atomic_save({"update": 4}, latest, previous)
+    assert [read_checkpoint(path)["update"] for path in (latest, previous)] == [4, 2]
 
 
-def test_best_is_the_highest_accuracy(tiny_cfg, monkeypatch, tmp_path):
-    train(tiny_cfg(), "TRAIN.EPOCHS", "6", monkeypatch=monkeypatch)
-    folder = tmp_path / "output" / "tiny" / "default"
-    records = [line.split('"val/acc1": ')[1] for line in (folder / "log.jsonl").read_text().splitlines()]
-    accuracies = [float(record.split(",")[0]) for record in records]
-    best = read_checkpoint(folder / BEST)
-    assert len(accuracies) == 6 and best["best"] == max(accuracies)
-    assert best["update"] == (accuracies.index(max(accuracies)) + 1) * 4
+def fail(*_) -> None:
+    raise OSError(28, "No space left on device")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / LATEST
-    write_atomically(path, {"update": 1})
-    (tmp_path / f".{LATEST}.tmp").write_bytes(b"left by a killed run")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(CheckpointError, match="cannot be written .No space left on device"):
-        write_atomically(path, {"update": 2})
-    assert read_checkpoint(path) == {"update": 1} and list(tmp_path.iterdir()) == [path]
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    atomic_save({"update": 1}, tmp_path / LATEST, tmp_path / PREVIOUS)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_save({"update": 2}, tmp_path / LATEST, tmp_path / PREVIOUS)
+    assert read_checkpoint(tmp_path / LATEST) == {"update": 1} and not (tmp_path / PREVIOUS).exists()
 
 
-# ---- checkpoints that cannot be resumed
+def test_previous_checkpoint_is_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", fail)
+    for step in (1, 2, 3):
+        atomic_save({"update": step}, tmp_path / LATEST, tmp_path / PREVIOUS)
+    assert [read_checkpoint(tmp_path / name)["update"] for name in (LATEST, PREVIOUS)] == [3, 2]
 
 
-def state_of(config: Config) -> TrainState:
+# ---- checkpoints of other runs
+
+
+def build_state(config: Config, scaler: GradScaler | None = None) -> TrainState:
     model = build_model(config, torch.device("cpu"))
-    optimizer = build_optimizer(model, config)
-    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, 4, list(CLASSES))
-
-
-def assert_refused(path: Path, config: Config, *parts: str) -> None:
-    state = state_of(config)
-    with pytest.raises(CheckpointError) as caught:
-        restore_checkpoint(str(path), read_checkpoint(path), state, config)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    assert all(part in message for part in parts), message
-    assert state.update == 0
+    scaler = scaler or GradScaler("cpu", enabled=False)
+    settings = result_settings(config) | {"train images": "33", "val images": "12"}
+    return TrainState(model, build_optimizer(model, config), scaler, None, 4, Path(), list(CLASSES), settings)
 
 
 @pytest.fixture
-def checkpoint(tiny_cfg, tmp_path, monkeypatch) -> Path:
-    train(tiny_cfg(), stop_after=None, monkeypatch=monkeypatch)
-    return tmp_path / "output" / "tiny" / "default" / LATEST
+def content(tiny_cfg) -> dict:
+    """Content of the final checkpoint of a run."""
+    return train(tiny_cfg())
 
 
-def test_weights_alone_are_no_run_to_resume(checkpoint, tiny_cfg, tmp_path):
-    torch.save(read_checkpoint(checkpoint)["model"], tmp_path / "weights.pth")
-    assert_refused(tmp_path / "weights.pth", load_config(tiny_cfg()), "--pretrained")
+def drop_group(content: dict) -> None:
+    content["optimizer"]["param_groups"].pop()
 
 
-def test_checkpoint_of_another_model(checkpoint, tiny_cfg):
-    config = load_config(tiny_cfg(), ["MODEL.LIT.depths", "[1, 1, 2, 1]"])
-    assert_refused(checkpoint, config, "stages.2.blocks.1.")
-
-
-def test_checkpoint_of_another_head(checkpoint, tiny_cfg):
-    assert_refused(checkpoint, load_config(tiny_cfg(), ["MODEL.NUM_CLASSES", "5"]), "3 classes", "5")
-
-
-def test_checkpoint_of_epochs_of_another_length(checkpoint, tiny_cfg, tmp_path):
-    content = read_checkpoint(checkpoint) | {"updates_per_epoch": 8}
-    torch.save(content, tmp_path / "other.pth")
-    assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "8 updates", "TRAIN.GLOBAL_BATCH")
-
-
-def drop_a_group(optimizer: dict) -> None:
-    optimizer["param_groups"].pop()
-
-
-def flatten_a_moment(optimizer: dict) -> None:
-    moments = next(state for state in optimizer["state"].values() if state["exp_avg"].dim() > 1)
+def flatten_moment(content: dict) -> None:
+    moments = next(state for state in content["optimizer"]["state"].values() if state["exp_avg"].dim() > 1)
     moments["exp_avg"] = moments["exp_avg"].flatten()
 
 
-def make_it_sgd(optimizer: dict) -> None:
-    for group in optimizer["param_groups"]:
+def become_sgd(content: dict) -> None:
+    for group in content["optimizer"]["param_groups"]:
         del group["betas"]
         group["momentum"] = 0.9
-    optimizer["state"] = {i: {"momentum_buffer": state["exp_avg"]} for i, state in optimizer["state"].items()}
+    states = content["optimizer"]["state"]
+    content["optimizer"]["state"] = {i: {"momentum_buffer": state["exp_avg"]} for i, state in states.items()}
 
 
-@pytest.mark.parametrize("change", [drop_a_group, flatten_a_moment, make_it_sgd])
-def test_optimiser_state_of_another_model(checkpoint, tiny_cfg, tmp_path, change):
-    content = read_checkpoint(checkpoint)
-    change(content["optimizer"])
-    torch.save(content, tmp_path / "other.pth")
-    assert_refused(tmp_path / "other.pth", load_config(tiny_cfg()), "optimiser")
-
-
-def test_checkpoint_of_another_image_size(checkpoint, tiny_cfg):
-    assert_refused(checkpoint, load_config(tiny_cfg(), ["DATA.IMG_SIZE", "64"]), "DATA.IMG_SIZE", "--pretrained")
+@pytest.mark.parametrize(
+    "change, options, problem",
+    [
+        (lambda content: content.pop("optimizer"), [], "holds weights, not a run .* --pretrained"),
+        (lambda content: content.update(updates_per_epoch=8), [], "have 8 steps, those of this run 4. .*GLOBAL_BATCH"),
+        (drop_group, [], "optimi[sz]er"),
+        (flatten_moment, [], "optimi[sz]er"),
+        (become_sgd, [], "optimi[sz]er"),
+        (lambda content: None, ["MODEL.LIT.depths", "[1, 1, 2, 1]"], r"stages\.2\.blocks\.1\."),
+        (lambda content: None, ["MODEL.NUM_CLASSES", "5"], "3 classes.* 5"),
+        (lambda content: None, ["DATA.IMG_SIZE", "64"], "start a new run"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(content, tiny_cfg, change, options, problem):
+    config = load_config(tiny_cfg(), options)
+    state = build_state(config)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    change(content)
+    with pytest.raises(CheckpointError, match=f"(?i)^x.pth: .*{problem}") as error:
+        restore_checkpoint("x.pth", content, state, config)
+    assert "\n" not in str(error.value)
+    assert state.step == 0 and not state.optimizer.state
+    assert_same(dict(state.model.state_dict()), before)
 
 
 @pytest.mark.parametrize("scaled_before", [False, True])
-def test_loss_scaling_is_restored(checkpoint, tiny_cfg, tmp_path, scaled_before):
-    """fp16's scale continues where it stood; a run that had none starts with its own."""
-    before, after = (torch.amp.GradScaler("cpu", enabled=enabled, init_scale=8.0) for enabled in (scaled_before, True))
-    before.scale(torch.ones(1))  # which makes the scale
+def test_loss_scale_is_restored(content, tiny_cfg, scaled_before):
+    """The scale of fp16 continues. A run without one starts with the default."""
+    before, after = (GradScaler("cpu", enabled=enabled, init_scale=8.0) for enabled in (scaled_before, True))
+    before.scale(torch.ones(1))  # creates the scale
     before.update(32.0)
-    torch.save(read_checkpoint(checkpoint) | {"scaler": before.state_dict()}, tmp_path / "other.pth")
     config = load_config(tiny_cfg())
-    state = state_of(config)
-    state.scaler, state.recipe = after, read_checkpoint(checkpoint)["recipe"]
-    restore_checkpoint("other.pth", read_checkpoint(tmp_path / "other.pth"), state, config)
+    state = build_state(config, after)
+    restore_checkpoint("x.pth", content | {"scaler": before.state_dict()}, state, config)
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
 
 
-def test_truncated_checkpoint(checkpoint, tiny_cfg, tmp_path):
-    (tmp_path / "half.pth").write_bytes(checkpoint.read_bytes()[:5000])
-    assert_refused(tmp_path / "half.pth", load_config(tiny_cfg()), "truncated")
+def keep(folder: Path) -> None:
+    pass
 
 
-def drop_nothing(folder: Path) -> None:
-    """The same data."""
+def remove_image(folder: Path) -> None:
+    (folder / "train" / "bee" / "1.jpg").unlink()
 
 
-def rename_an_image(folder: Path) -> None:
-    (folder / "train" / "bee" / "1.jpg").rename(folder / "train" / "bee" / "01.jpg")
-
-
-def rename_a_class(folder: Path) -> None:
+def rename_class(folder: Path) -> None:
     for split in ("train", "val"):
         (folder / split / "bee").rename(folder / split / "bug")
 
 
 @pytest.mark.parametrize(
-    "change, options, complaint, change_logged",
+    "change, options, problem",
     [
-        (drop_nothing, ["TRAIN.WEIGHT_DECAY", "0.3"], "was written with TRAIN.WEIGHT_DECAY 0.05, this run has 0.3", ""),
-        (drop_nothing, ["SEED", "1", "AUG.HFLIP", "0"], r"HFLIP 0.5, this run has 0.0 \(and 1 more change", "SEED 0, "),
-        (drop_nothing, ["TRAIN.BASE_LR", "0.05"], "was written with TRAIN.BASE_LR 0.5, this run has 0.05", ""),
-        (drop_nothing, ["TRAIN.EPOCHS", "3"], "TRAIN.EPOCHS 2, this run has 3", ""),
-        (rename_an_image, [], r"train/bee 4 files \w+, this run has 4 files \w+", ""),
-        (rename_a_class, [], "its classes are not those of the data", "class 1 bee, this run has bug"),
+        (keep, ["TRAIN.WEIGHT_DECAY", "0.3"], r"was written with TRAIN.WEIGHT_DECAY 0.05 \(this run: 0.3\)"),
+        (keep, ["SEED", "1", "AUG.HFLIP", "0"], r"AUG.HFLIP 0.5 \(this run: 0.0\), SEED 0 \(this run: 1\)"),
+        (keep, ["TRAIN.BASE_LR", "0.05"], r"TRAIN.BASE_LR 0.5 \(this run: 0.05\)"),
+        (keep, ["TRAIN.EPOCHS", "3"], r"TRAIN.EPOCHS 2 \(this run: 3\)"),
+        (remove_image, [], r"train images 12 \(this run: 11\)"),
+        (rename_class, [], "classes .* bee .* bug"),
     ],
 )
-def test_a_run_that_is_not_the_same_goes_on_when_told_to(
-    own_folder, tiny_cfg, monkeypatch, tmp_path, change, options, complaint, change_logged
-):
+def test_changed_run_resumes_only_on_demand(own_folder, tiny_cfg, run_dir, tmp_path, change, options, problem):
     cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)})
-    assert train(cfg, stop_after=1, monkeypatch=monkeypatch)["update"] == 1
+    assert train(cfg, stop_at=1)["update"] == 1
     moved = own_folder.rename(tmp_path / "moved")
     change(moved)
-    folder = tmp_path / "output" / "tiny" / "default"
     free = ["DATA.DATA_PATH", str(moved), "DATA.NUM_WORKERS", "1", "PRINT_FREQ", "1"]  # settings without effect
-    with pytest.raises(SystemExit, match=complaint) as caught:
-        train(cfg, *free, *options, monkeypatch=monkeypatch)
-    assert "\n" not in str(caught.value) and str(folder / LATEST) in str(caught.value)
-    assert read_checkpoint(folder / LATEST)["update"] == 1
-    remedy = re.search("--opts (TRAIN.RESUME_CHANGED) (true)", str(caught.value)).groups()
-    left = train(cfg, *free, *options, *remedy, monkeypatch=monkeypatch)
-    assert left["update"] == 2 + ("TRAIN.EPOCHS" in options)
+    with pytest.raises(SystemExit, match=f"{run_dir / LATEST}: .*{problem}") as error:
+        train(cfg, *free, *options)
+    assert "\n" not in str(error.value) and read_checkpoint(run_dir / LATEST)["update"] == 1
+    fix = re.search("--opts (TRAIN.RESUME_CHANGED) (true)", str(error.value)).groups()
+    resumed = train(cfg, *free, *options, *fix)
+    assert resumed["update"] == 2 + ("TRAIN.EPOCHS" in options)
     decay = 0.3 if "TRAIN.WEIGHT_DECAY" in options else 0.05
-    groups = left["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [decay, 0.0, decay]  # is in force
+    groups = resumed["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [decay, 0.0, decay]  # the new values are in force
     assert groups[0]["initial_lr"] == (0.05 if "TRAIN.BASE_LR" in options else 0.5) / 512 * 8
-    assert re.search(change_logged or complaint, (folder / "log_rank0.txt").read_text())
-    train(cfg, *free, *options, monkeypatch=monkeypatch)  # the same as before now
+    if change is not rename_class:
+        for part in problem.split("), "):
+            assert re.search(part.removesuffix("\\"), (run_dir / "log_rank0.txt").read_text())
+    train(cfg, *free, *options)  # the run that was resumed has these settings now

@@ -157,7 +157,8 @@ def test_scripts_are_sound(script):
 @pytest.fixture
 def slurm(tmp_path):
     """Stand-ins for Slurm's commands: this host twice for two nodes, and an `srun` that runs its command on each and
-    hands SIGTERM on; starts the script."""
+    hands SIGTERM on; starts the script.
+    """
     (tmp_path / "scontrol").write_text(
         '#!/bin/sh\nif [ "$1" = show ]; then echo localhost; echo localhost; else echo "scontrol $*"; fi\n'
     )
