@@ -1,4 +1,4 @@
-"""Examples of the documents, entry points of torch.hub, and installation of the backbone alone."""
+"""Examples of README.md and docs/faq.md, the entry points of torch.hub, and the installation of the backbone alone."""
 
 import re
 import shutil
@@ -18,16 +18,19 @@ import hubconf
 import lit_backbone
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md").read_text() + (ROOT / "docs/faq.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
+MARKDOWN = (ROOT / "README.md").read_text() + (ROOT / "docs/faq.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", MARKDOWN, re.DOTALL)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to a directory that holds `lit_s.pth`, `photo.jpg` and `photos`; the working directory."""
+    """Create a working directory with the files of the examples, and with a cached download of lit_s.pth."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("lit_s").state_dict()}, "lit_s.pth")
+    Path("checkpoints").mkdir()
+    Path("checkpoints/lit_s.pth").symlink_to(tmp_path / "lit_s.pth")  # torch.hub's cache of downloads
     pixels = np.random.default_rng(0).integers(256, size=(240, 300, 3), dtype=np.uint8)
     for path in ("photo.jpg", "photos/cat/1.jpg", "photos/dog/1.jpg"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def test_torchvision_detector() -> None:
 
 def test_memory_of_an_image() -> None:
     names = run_example("kept_bytes")
-    assert names["besides"] > 16 * 27_973_720
+    assert names["fixed"] > 16 * 27_973_720
     names["model"].set_grad_checkpointing()
     assert names["kept_bytes"](names["model"], torch.zeros(2, 3, 224, 224)) < names["two"] / 2
 
@@ -77,10 +80,10 @@ def test_torch_hub(folder: Path) -> None:
     model = torch.hub.load(str(ROOT), "lit_s", source="local", checkpoint="lit_s.pth", drop_path_rate=0.1)
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
     entries = [name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
-    assert sorted(entries) == sorted(timm.list_models(module="lit"))  # what torch.hub.list shows
-    with pytest.raises(lit_backbone.CheckpointError, match="Create the model with") as refused:
+    assert sorted(entries) == sorted(timm.list_models(module="lit"))  # the list of torch.hub.list
+    with pytest.raises(lit_backbone.CheckpointError, match="Create the model with") as error:
         hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
-    keywords = str(refused.value).partition("Create the model with ")[2]
+    keywords = str(error.value).partition("Create the model with ")[2]
     features = eval(f"timm.create_model('lit_s', {keywords})", {"timm": timm})
     torch.testing.assert_close(
         features.model.state_dict()["stages.1.blocks.0.norm2.bias"], model.state_dict()["stages.1.blocks.0.norm2.bias"]
@@ -89,13 +92,13 @@ def test_torch_hub(folder: Path) -> None:
 
 def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) -> None:
     trained = timm.create_model("lit_s", num_classes=7, img_size=(64, 96)).eval()
-    torch.save(trained.state_dict(), tmp_path / "own.pth")
-    model = hubconf.lit_s(checkpoint=tmp_path / "own.pth").eval()
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    model = hubconf.lit_s(checkpoint=tmp_path / "trained.pth").eval()
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 96)
     images = torch.rand(1, 3, 64, 96)
     assert torch.equal(model(images), trained(images))
     other = dict(num_classes=3, img_size=224, pretrained_cfg_overlay=dict(crop_pct=1.0))
-    model = hubconf.lit_s(checkpoint=tmp_path / "own.pth", **other)
+    model = hubconf.lit_s(checkpoint=tmp_path / "trained.pth", **other)
     data = timm.data.resolve_model_data_config(model)
     assert (model.num_classes, data["input_size"], data["crop_pct"]) == (3, (3, 224, 224), 1.0)
 
