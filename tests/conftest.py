@@ -13,10 +13,10 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, if Triton is imported after this, which timm does
+    os.environ["TRITON_INTERPRET"] = "1"  # runs kernels on a CPU; must be set before timm imports Triton
 
 
-import lit_backbone  # noqa: F401, registers the models
+import lit_backbone  # noqa: F401  # registers the models
 from demo.digit_scenes import write_scenes
 from tests.programs import Program
 
@@ -25,14 +25,17 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code() -> Iterator[None]:
-    """Reset the compiler, which would treat sizes as dynamic after several tests; inductor cannot compile these."""
+    """Reset the compiler after each test.
+
+    Otherwise a second input size makes height and width dynamic in a later test, which inductor cannot compile.
+    """
     yield
     torch.compiler.reset()
 
 
 @pytest.fixture
 def bfloat16_attention() -> None:
-    """Skips where PyTorch's own attention fails in bfloat16: ATEN_CPU_CAPABILITY=default on CPUs that have AMX."""
+    """Skip the test if PyTorch's attention fails in bfloat16: ATEN_CPU_CAPABILITY=default on CPUs with AMX."""
     x = torch.zeros(1, 1, 64, 8, dtype=torch.bfloat16)
     try:
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
@@ -42,27 +45,27 @@ def bfloat16_attention() -> None:
 
 @pytest.fixture(autouse=True)
 def end_programs() -> Iterator[None]:
-    """However a test ends, nobody waits for what it has started."""
+    """Kill the processes that a test has started and shut down its DataLoader workers."""
     yield
     children = multiprocessing.active_children()
     for process in children:
         if isinstance(process, Program):
             process.kill()
     if not all(isinstance(process, Program) for process in children):
-        # a loader that an exception's traceback holds would be collected in some later test, which it halts for 10 s
-        for loader in [found for found in gc.get_objects() if type(found) is _MultiProcessingDataLoaderIter]:
+        # A loader in an exception's traceback is collected in a later test, which then waits 10 seconds.
+        for loader in [item for item in gc.get_objects() if type(item) is _MultiProcessingDataLoaderIter]:
             loader._shutdown_workers()
 
 
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, Any]:
-    """Figures measured on the reference implementation, by the name of their file."""
+    """Return the figures measured on the reference implementation by file name."""
     return {path.stem: json.loads(path.read_text()) for path in GOLDENS.glob("*.json")}
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes of digits, 6 to train on and 4 held out; read only."""
+    """Write 6 training and 4 validation scenes of digits. Tests must not change them."""
     root = tmp_path_factory.mktemp("scenes")
     write_scenes(root, size=128, train=6, val=4)
     return root

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, without the seconds that each would spend on importing."""
+"""Scripts in separate processes that skip the seconds of importing packages."""
 
 import multiprocessing
 import os
@@ -16,9 +16,9 @@ import torch
 
 
 class Program(multiprocessing.get_context("fork").Process):
-    """`python SCRIPT ARGS`, forked from the tests, which have imported what it needs.
+    """`python SCRIPT ARGS` in a fork of the test process, which has already imported the packages.
 
-    It leads a session of its own, where Ctrl-C is heard. `prepare` is called in it first.
+    The process leads a new session and handles Ctrl-C. It calls `prepare` before the script.
     """
 
     def __init__(self, script: Path, *args: str | Path, prepare: Callable[[], object] = lambda: None):
@@ -34,7 +34,7 @@ class Program(multiprocessing.get_context("fork").Process):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
-        torch.cuda.is_available = lambda: False  # what the tests' own process has begun there cannot be forked
+        torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         forget_runs()
         self.prepare()
         sys.argv = self.command
@@ -45,11 +45,11 @@ class Program(multiprocessing.get_context("fork").Process):
         return self.exitcode
 
     def printed(self) -> str:
-        """What it has printed so far, on both streams."""
+        """Return the output so far, stdout and stderr together."""
         return os.pread(self.file.fileno(), 2**24, 0).decode()
 
     def finish(self, *parts: str, status: int = 0) -> str:
-        """What it printed, once it has ended with that status."""
+        """Wait for the process, check its exit status and the `parts` of its output, and return the output."""
         self.join()
         printed = self.printed()
         assert self.exitcode == status, printed
@@ -58,7 +58,7 @@ class Program(multiprocessing.get_context("fork").Process):
 
 
 def forget_runs() -> None:
-    """Drops the visualizer, logger and the like of runs so far, which mmengine keeps for a whole process."""
+    """Drop the visualizers and loggers of earlier runs, which mmengine keeps until the process ends."""
     kinds = [sys.modules["mmengine.utils"].ManagerMixin] if "mmengine.utils" in sys.modules else []
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -66,19 +66,19 @@ def forget_runs() -> None:
 
 
 def start_pair(*commands: list[str | Path]) -> list[Program]:
-    """Two processes that train together, started as on two nodes."""
+    """Start two ranks of one training, as on two nodes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    return [Program(*args, prepare=partial(os.environ.update, place)) for args, place in zip(commands, places)]
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [Program(*args, prepare=partial(os.environ.update, rank)) for args, rank in zip(commands, ranks)]
 
 
 @pytest.fixture(scope="package", autouse=True)
 def single_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for threads than they gain, ten times over on a busy machine."""
+    """Use one thread: with more, small models are slower, by up to ten times on a busy machine."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The trainer on a GPU: every option alone and all together; what is not finite; waiting, resuming, NCCL."""
+"""The trainer on a GPU: options, non-finite values, synchronization, resuming and NCCL."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
 from tests.lit_backbone.small import small_lit
 
 Write = Callable[..., Path]
-SAME_EVERYWHERE = {"MODEL": {"DROP_PATH_RATE": 0.0}, "TRAIN": {"BASE_LR": 0.1}}  # a GPU draws other drop paths
+SAME_EVERYWHERE = {"MODEL": {"DROP_PATH_RATE": 0.0}, "TRAIN": {"BASE_LR": 0.1}}  # drop path is random and differs on a GPU
 OPTIONS = {
     "float32": {"RUNTIME": {"AMP_DTYPE": "off"}},
     "bf16": {"RUNTIME": {"AMP_DTYPE": "bf16"}},
@@ -42,12 +42,12 @@ OPTIONS = {
 
 
 def merge(first: Mapping, second: Mapping) -> dict:
-    """Two levels of settings; those of the second win."""
+    """Merge two nested dictionaries of settings. The second takes precedence."""
     return {key: {**first.get(key, {}), **second.get(key, {})} for key in {**first, **second}}
 
 
 def train_file(cfg: Path, *options: str) -> tuple[Path, list[float]]:
-    """The folder that a run leaves, and its losses by epoch."""
+    """Train and return the run directory and the loss of each epoch."""
     main.main(["--cfg", str(cfg), *(["--opts", *options] if options else [])])
     folder = cfg.parent / "output" / cfg.stem / "default"
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
@@ -56,7 +56,7 @@ def train_file(cfg: Path, *options: str) -> tuple[Path, list[float]]:
 
 @pytest.mark.parametrize("name", [*OPTIONS, "together"])
 def test_every_option_trains_as_a_cpu_does(name: str, tiny_cfg: Write) -> None:
-    """In float32, without accumulation where the option asks for none, and with the same random numbers."""
+    """The run on a CPU is in float32, with the same random numbers and the same accumulation."""
     together = [OPTIONS[name] for name in ("bf16", "average", "checkpointing", "compiled")]
     options = reduce(merge, together if name == "together" else [OPTIONS[name]], SAME_EVERYWHERE)
     batch = {"DATA": options.get("DATA", {}), "RUNTIME": {"DEVICE": "cpu"}}
@@ -88,7 +88,7 @@ def test_an_overflow_of_fp16_is_no_alarm(tiny_cfg: Write, monkeypatch: pytest.Mo
 def test_gradients_that_are_never_finite_stop_the_run(
     precision: str, tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch, image_folder: Path
 ) -> None:
-    """From the third update on; fp16 first lowers its scale from 4 to 1. Nothing after is applied."""
+    """Gradients are not finite from the third step on. fp16 first lowers its scale from 4 to 1."""
     before, run_update = {}, Trainer.run_update
 
     def break_from_the_third(trainer: Trainer, batches) -> None:
@@ -115,7 +115,7 @@ def test_gradients_that_are_never_finite_stop_the_run(
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_host_waits_only_where_it_prints(precision: str, tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first update, in which kernels are compiled and memory is allocated, may wait."""
+    """The first step may wait, because it compiles kernels and allocates memory."""
     run_update, watched = Trainer.run_update, []
 
     def watch(trainer: Trainer, batches) -> None:
@@ -134,7 +134,7 @@ def test_the_host_waits_only_where_it_prints(precision: str, tiny_cfg: Write, mo
 
 
 def test_an_interrupted_run_ends_the_same(tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, with deterministic algorithms; DTM, whose gradients have none on a GPU, is left out there."""
+    """Results are equal bit for bit with deterministic algorithms. On a GPU, DTM has none and is excluded."""
     model = {"LIT": TINY_LIT | {"merging": "conv"}} if ON_GPU else {}
     settings = merge(EVERYTHING, {"MODEL": model, "RUNTIME": {"DEVICE": DEVICE, "AMP_DTYPE": "off"}})
     torch.use_deterministic_algorithms(True)
@@ -149,7 +149,7 @@ def test_an_interrupted_run_ends_the_same(tiny_cfg: Write, monkeypatch: pytest.M
 
 
 def test_one_process_of_a_group(tmp_path: Path) -> None:
-    """Gradients through NCCL, where there is a GPU, are those of the model alone."""
+    """Gradients of DDP (NCCL on a GPU) equal those of the bare model."""
     alone = small_lit().to(DEVICE)
     images = torch.randn(4, 3, 64, 64, device=DEVICE)
     store = dist.FileStore(str(tmp_path / "store"), 1)
