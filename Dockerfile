@@ -1,13 +1,13 @@
-# All three tasks with the tools for tests, on a machine with NVIDIA GPUs and Docker's NVIDIA toolkit:
+# Image for all three tasks and the tests. It needs NVIDIA GPUs and the NVIDIA Container Toolkit:
 #
 #   docker build --tag lit .
 #   docker run --rm --gpus all --shm-size 16g lit make test
 #   docker run --rm --gpus all --shm-size 16g --volume /data:/data --volume "$PWD/output:/lit/output" \
 #       lit bash classification/scripts/lit-s.sh 8 --data-path /data/imagenet
 #
-# Not tried: no image has been built from this file. Of its commands, setup_env.sh was run in a fresh clone, without --mm.
+# No image has been built from this file yet. Of its commands, setup_env.sh was run in a fresh clone, without --mm.
 
-# the CUDA version of the constraints' torch, with the compiler that mmcv needs
+# CUDA version of torch in requirements/constraints.txt, with the compiler that mmcv needs
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ git libgl1 libglib2.0-0 make python3-dev \
@@ -16,7 +16,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ git libg
 WORKDIR /lit
 COPY . .
 
-# mmcv's CUDA operators, though no GPU is seen while building: for A100, and for H100 and later
+# Compile mmcv's CUDA operators for A100, H100 and later, although no GPU is visible during the build.
 ARG TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"
 RUN FORCE_CUDA=1 PIP_NO_CACHE_DIR=1 bash setup_env.sh --dev --mm
 ENV PATH=/lit/.venv/bin:$PATH

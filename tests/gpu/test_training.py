@@ -28,7 +28,7 @@ from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
 from tests.lit_backbone.small import small_lit
 
 Write = Callable[..., Path]
-SAME_EVERYWHERE = {"MODEL": {"DROP_PATH_RATE": 0.0}, "TRAIN": {"BASE_LR": 0.1}}  # drop path is random and differs on a GPU
+SAME_EVERYWHERE = {"MODEL": {"DROP_PATH_RATE": 0.0}, "TRAIN": {"BASE_LR": 0.1}}  # a GPU draws other random numbers
 OPTIONS = {
     "float32": {"RUNTIME": {"AMP_DTYPE": "off"}},
     "bf16": {"RUNTIME": {"AMP_DTYPE": "bf16"}},
