@@ -96,7 +96,7 @@ class LITBackbone(LIT):
         self.stages[: max(self.frozen_stages, 0)].eval()
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # pyrefly: ignore[bad-override]
         """Compute the feature maps. Raise DataError if the input is smaller than the largest stride."""
         height, width = x.shape[2:]
         minimum = self.feature_info[len(self.stages) - 1]["reduction"]

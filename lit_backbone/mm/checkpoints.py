@@ -104,7 +104,7 @@ def fit_weights(
         CheckpointError: the checkpoint, read from `path`, does not match the model.
     """
     state_dict = unwrap_state_dict(checkpoint)
-    convert_released_hook(model.backbone, state_dict, "backbone.")
+    convert_released_hook(model.get_submodule("backbone"), state_dict, "backbone.")
     if allow_new_head:
         model_head = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
         ckpt_head = {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
@@ -112,5 +112,5 @@ def fit_weights(
         if mismatched := [key for key in model_head | ckpt_head if key not in shared - set(reset_keys)]:
             print_log(f"{path}: {preview(mismatched)} do not match. They keep their initialization.", level=30)
         state_dict = model_head | {key: value for key, value in state_dict.items() if key not in mismatched}
-    name = f"{type(model).__name__} with {architecture(model.backbone)}"
+    name = f"{type(model).__name__} with {architecture(model.get_submodule('backbone'))}"
     return fit_state_dict(state_dict, model, path, name=name)

@@ -92,7 +92,7 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
         images = find_images(args.images)
         if args.html and len(images) > 1:
             raise DataError(f"--html {args.html}: {len(images)} images, but the viewer shows one. Pass a single image.")
-        model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
+        model: Any = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
         mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
         options = dict(grid=args.grid, html=args.html, at_most=args.at_most)
         for path, output in output_paths(images, args.out_dir, suffix=""):
