@@ -4,8 +4,9 @@ Attention is read while the model runs; the model itself is unchanged.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class QueryAttention(TorchFunctionMode):
         self.queries = iter(queries)  # index of the query token in each call
         self.rows: list[Tensor] = []  # (B, heads, N)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
@@ -61,14 +62,14 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
     attending = [
         (i, stage.cls_token is not None)
         for i, stage in enumerate(model.stages)
-        for block in stage.blocks
+        for block in stage.modules()
         if isinstance(block, AttentionBlock)
     ]
     fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
     set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
     try:
         with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
-            maps = model.forward_intermediates(images, intermediates_only=True)
+            maps = cast(list[Tensor], model.forward_intermediates(images, intermediates_only=True))
     finally:
         set_fused_attn(fused, experimental)
     stages: dict[int, list[Tensor]] = {}
@@ -117,7 +118,7 @@ def average_attention(model: LIT, loader: DataLoader, queries: list[int], device
             raise error
         for stage, maps in query_attention(model, torch.stack(images).to(device), queries).items():
             total[stage] = total.get(stage, 0) + maps.double().sum(dim=0)
-    return {stage: maps / len(loader.dataset) for stage, maps in total.items()}
+    return {stage: maps / len(cast(Sized, loader.dataset)) for stage, maps in total.items()}
 
 
 def draw_attention_maps(maps: Tensor, query: int, folder: Path) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,12 @@ def flex_attention_with_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, hei
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query_token: Tensor, key_token: Tensor) -> Tensor:
         return score + table[head, query[query_token] - key[key_token]]
 
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    attend: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     return attend(q, k, v, score_mod=add_bias)
 
 
 @lru_cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 

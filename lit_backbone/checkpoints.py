@@ -124,7 +124,7 @@ def load_checkpoint(
 
 def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Convert and check pretrained weights for timm, which may load them without being strict."""
-    cfg = getattr(model, "pretrained_cfg", {})
+    cfg: Any = getattr(model, "pretrained_cfg", {})
     source = next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "pretrained weights")
     return load_checkpoint(source, model, content=None if cfg.get("file") else content)  # timm checks no CRCs
 
@@ -157,7 +157,8 @@ def fit_state_dict(
     if bad := [key for key, value in state_dict.items() if not _is_finite(value)]:
         problem = f"{len(bad)} weights are not finite real numbers ({preview(bad)})"
         raise CheckpointError(f"{path}: {problem}. Use a checkpoint from before the training diverged.")
-    expected, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    expected = model.state_dict()
     first_convs, heads = (to_ntuple(1)(cfg.get(key) or default) for key, default in DEFAULT_NAMES.items())
     heads = tuple(f"{head}." for head in heads)
     state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), expected, first_convs, path)
@@ -212,7 +213,8 @@ def infer_img_size_and_num_classes(state_dict: dict[str, Tensor]) -> tuple[tuple
 
 def architecture(model: nn.Module) -> str:
     """Return the name of a model for messages."""
-    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    return cfg.get("architecture", type(model).__name__)
 
 
 def _length(tensor: Tensor | None) -> int:

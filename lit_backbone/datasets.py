@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torchvision
 from PIL import Image
@@ -150,7 +150,7 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
             if (name in places or name in links) and not member.isdir():
                 raise DataError(f"{path}: {name}: is in the archive twice. Pack it again.")
             if member.isfile() and name.endswith(".tar") and skip_reason(name) != "hidden":
-                inner = _index_tar(tar.extractfile(member), path, start + member.offset_data)
+                inner = _index_tar(cast(IO[bytes], tar.extractfile(member)), path, start + member.offset_data)
                 places |= {f"{name.removesuffix('.tar')}/{key}": place for key, place in inner.items()}
             elif member.isfile():
                 places[name] = start + member.offset_data, member.size
@@ -175,7 +175,8 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
 def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
     """Build a loader of lists of `(path, image (3, H, W) float32)`. A DataError stands for an unreadable image."""
     workers = min(len(paths) // PREDICT_BATCH, MAX_PREDICT_WORKERS, os.cpu_count() or 1)
-    return DataLoader(paths, PREDICT_BATCH, num_workers=workers, collate_fn=partial(_read_images, transform))
+    dataset, collate = cast(Dataset, paths), partial(_read_images, transform)
+    return DataLoader(dataset, PREDICT_BATCH, num_workers=workers, collate_fn=collate)
 
 
 def _read_images(transform: Callable[[Image.Image], Tensor], paths: list[str]) -> list[tuple[str, Tensor | DataError]]:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from .biased_attention import is_exporting
 from .dtm_kernels import portable_sample, sample_tokens, sampling_positions
 
+torch.fx.wrap("autocast_dtype")
+torch.fx.wrap("convolve_offsets")
+torch.fx.wrap("deformable_sample")
 TAPS = 4  # taps of a 2x2 kernel; each has an offset of two channels, (dy, dx)
 
 
-@torch.fx.wrap
 def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sample a feature map at learned positions, as the input of a 2x2 stride-2 convolution.
 
@@ -58,8 +60,7 @@ def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     return length, outside.float().mean()
 
 
-@torch.fx.wrap
-def convolve_offsets(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve_offsets(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a 2x2 stride-2 convolution in the dtype of the weight, also under autocast.
 
     bfloat16 rounds an offset of 10 pixels by up to 0.03 pixels. cuDNN may use TF32, whose 10-bit mantissa rounds each
@@ -80,7 +81,6 @@ class OffsetConv2d(nn.Conv2d):
         return convolve_offsets(x, self.weight, self.bias)
 
 
-@torch.fx.wrap
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that autocast gives to a convolution's input `x`."""
     device = x.device.type
@@ -107,8 +107,8 @@ class DeformableTokenMerging(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the offsets to zero."""
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge tokens `(B, H, W, C)` to `(B, H // 2, W // 2, C')` in the same dtype.
@@ -133,7 +133,7 @@ def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int,
     captured: list[tuple[Tensor, tuple[int, int]]] = []
 
     def capture(module: nn.Module, args: tuple[Tensor], offset: Tensor) -> None:
-        captured.append((offset.detach().float(), tuple(args[0].shape[2:])))
+        captured.append((offset.detach().float(), (args[0].shape[2], args[0].shape[3])))
 
     mergings = [module for module in model.modules() if isinstance(module, DeformableTokenMerging)]
     hooks = [merging.offset.register_forward_hook(capture) for merging in mergings]

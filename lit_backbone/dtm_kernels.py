@@ -8,6 +8,7 @@ feature map with atomic additions in float32.
 import warnings
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # not available on every platform; the kernels below are then plain functions that nobody calls
-    triton, tl = None, SimpleNamespace(constexpr=int)
+    triton: Any = None
+    tl: Any = SimpleNamespace(constexpr=int)
 jit = triton.jit if triton else lambda function: function
 
 TILE = 1024  # samples x channels per program; 4096 makes the backward pass 20 % slower (H100)

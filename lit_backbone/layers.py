@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from .biased_attention import biased_attention, is_exporting
 
 torch.fx.wrap("biased_attention")
-TABLE_MODES = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}  # interpolation of each kind of position table
+torch.fx.wrap("pad_to_multiple")
+torch.fx.wrap("resize_table")
+TableMode = Literal["bilinear", "bicubic"]  # interpolation of a position table
+TABLE_MODES: dict[str, TableMode] = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}
 
 
-@torch.fx.wrap
-def resize_table(table: Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic"]) -> Tensor:
+def resize_table(table: Tensor, height: int, width: int, mode: TableMode) -> Tensor:
     """Interpolate a position table to another size in float32.
 
     As in the reference, absolute embeddings use bilinear and relative biases bicubic interpolation, with
@@ -58,7 +60,6 @@ def require_size(x: Tensor, min_size: int) -> Tensor:
     return x
 
 
-@torch.fx.wrap
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a feature map `(B, C, H, W)` on the right and bottom until `multiple` divides H and W."""
     bottom = (multiple - x.shape[2] % multiple) % multiple

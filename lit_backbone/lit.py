@@ -7,9 +7,9 @@ others) and several blocks: pure MLP blocks in the early stages, blocks with glo
 Tokens have the shape `(B, H, W, C)`, or `(B, 1 + H*W, C)` with a class token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
 from .dtm import DeformableTokenMerging
-from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, require_size, resize_table
+from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, TableMode, require_size, resize_table
 from .released import convert_released_hook
 
 torch.fx.wrap("require_size")
@@ -74,7 +74,7 @@ class Stage(nn.Module):
             x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)  # -> (B, 1 + H'*W', C')
         # Merging is not recomputed, because DTM's BatchNorm would update its statistics twice.
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint_seq(self.blocks, x)
+            return checkpoint_seq(self.blocks, x)  # pyrefly: ignore[bad-return]
         return self.blocks(x)
 
 
@@ -148,36 +148,35 @@ class LIT(nn.Module):
         self._set_global_pool(global_pool)
         self.pad_input = pad_input
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         map_sizes = self.map_sizes(img_size, num_stages)
 
-        stages, in_chs = [], in_chans
-        for i, dim in enumerate(embed_dims):
-            block, extra = MlpBlock, {}
+        stages = []
+        for i, (in_chs, dim) in enumerate(zip((in_chans, *embed_dims), embed_dims)):
+            block: Callable[..., MlpBlock] = MlpBlock
             if attention[i]:
                 map_size = map_sizes[i] if pos_embed == "relative" else None
-                block, extra = AttentionBlock, dict(num_heads=num_heads[i], map_size=map_size)
-            extra |= dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
+                block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size)
+            keywords = dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
             if i == 0:
                 merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
             else:
                 merge = MERGINGS[merging](in_chs, dim, **dd)
             stage = Stage(
                 merge,
-                [block(dim, drop_path=rate, **extra) for rate in drop_paths[i]],
+                [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]],
                 dim,
                 pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
                 class_token=class_token and i == num_stages - 1,
                 **dd,
             )
             stages.append(stage)
-            in_chs = dim
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=PATCH_SIZE * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
         ]
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.norm = norm_layer(self.num_features, **dd)
+        self.norm: nn.Module = norm_layer(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.register_load_state_dict_pre_hook(convert_released_hook)
@@ -199,12 +198,12 @@ class LIT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the stored position tables for another input size in pixels."""
         for stage, (height, width) in zip(self.stages, self.map_sizes(img_size, len(self.stages)), strict=True):
-            if stage.pos_embed is not None:
-                stage.pos_embed = _resized_parameter(stage.pos_embed, height, width, "bilinear")
-            for block in stage.blocks:
-                if isinstance(block, AttentionBlock) and block.attn.rel_pos_bias is not None:
-                    bias = block.attn.rel_pos_bias
-                    block.attn.rel_pos_bias = _resized_parameter(bias, 2 * height - 1, 2 * width - 1, "bicubic")
+            for module in stage.modules():
+                if isinstance(module, Stage) and module.pos_embed is not None:
+                    module.pos_embed = _resized_parameter(module.pos_embed, height, width, "bilinear")
+                elif isinstance(module, AttentionBlock) and module.attn.rel_pos_bias is not None:
+                    bias = module.attn.rel_pos_bias
+                    module.attn.rel_pos_bias = _resized_parameter(bias, 2 * height - 1, 2 * width - 1, "bicubic")
 
     def no_weight_decay(self) -> set[str]:
         """Return parameters with two or more dimensions without weight decay; absolute embeddings are decayed."""
@@ -219,8 +218,9 @@ class LIT(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable activation checkpointing of the blocks."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def _set_global_pool(self, global_pool: str) -> None:
         if global_pool not in ("avg", "token", "") or (global_pool == "token" and not self.num_prefix_tokens):
@@ -242,7 +242,7 @@ class LIT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
@@ -265,10 +265,10 @@ class LIT(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        map_sizes = self.map_sizes(tuple(x.shape[2:]), len(self.stages))
+        map_sizes = self.map_sizes((x.shape[2], x.shape[3]), len(self.stages))
         intermediates = []
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+        for i, stage in enumerate(list(self.stages)[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take_indices:
                 y = self.norm(x) if norm and i == last else x
@@ -279,12 +279,12 @@ class LIT(nn.Module):
         return (self.norm(x) if i == last else x), intermediates
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages after the last of `indices` with final norm and head; returns the indices as a list."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        del self.stages[max_index + 1 :]
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.num_prefix_tokens, self.output_fmt = 0, "NHWC"
@@ -320,11 +320,11 @@ def _reset_parameters(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):  # convolutions, norms, position tables and offsets
-        module.reset_parameters()
+    elif callable(reset := getattr(module, "reset_parameters", None)):  # convolutions, norms, tables and offsets
+        reset()
 
 
-def _resized_parameter(table: nn.Parameter, height: int, width: int, mode: str) -> nn.Parameter:
+def _resized_parameter(table: nn.Parameter, height: int, width: int, mode: TableMode) -> nn.Parameter:
     resized = resize_table(table.detach(), height, width, mode=mode)
     return nn.Parameter(resized, requires_grad=table.requires_grad)
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,13 +123,13 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
 
 def draw_sheet(images: Iterable[Image.Image], count: int, columns: int, max_width: int = 2400) -> Image.Image:
     """Arrange `count` images of one size in rows, scaled down to at most `max_width` pixels in total."""
-    gap, sheet = 4, None
-    for i, image in enumerate(images):
-        if sheet is None:
-            scale = min(1.0, (max_width / columns - gap) / image.width)
-            width, height = round(scale * image.width), round(scale * image.height)
-            size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
-            sheet = Image.new("RGB", size, "white")
+    gap, images = 4, iter(images)
+    first = next(images)
+    scale = min(1.0, (max_width / columns - gap) / first.width)
+    width, height = round(scale * first.width), round(scale * first.height)
+    size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for i, image in enumerate(chain([first], images)):
         position = (i % columns * (width + gap), i // columns * (height + gap))
         sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), position)
     return sheet
@@ -193,7 +194,7 @@ def render_html(image: Image.Image, chains: SamplingChains, title: str) -> str:
         "cell": chains.cell,
         "levels": [points.double().flip(-1).round(decimals=1).tolist() for points in chains.points],  # [x, y], or NaNs
     }
-    template = files(__package__).joinpath("offsets.html").read_text(encoding="utf-8")
+    template = files("lit_backbone").joinpath("offsets.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/ null", json.dumps(data).replace("<", "\\u003c"))
 
 
