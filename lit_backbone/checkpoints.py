@@ -39,7 +39,7 @@ def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), content)
     weights = clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
     prefixes = {key.partition(".")[0] for key in weights}
-    if len(prefixes) == 1 and not prefixes & {"stages", "layers"}:  # "model." in files of PyTorch Lightning
+    if len(prefixes) == 1 and prefixes <= {"model", "net", "network", "backbone", "encoder"}:  # PyTorch Lightning
         weights = {key.partition(".")[2] or key: value for key, value in weights.items()}
     return weights
 

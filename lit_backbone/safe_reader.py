@@ -18,8 +18,8 @@ from safetensors import safe_open
 DOS_DIRECTORY = 0x10  # attribute of a zip archive's member
 
 
-class _Placeholder:
-    """Inert placeholder for pickled objects of NumPy and mmengine."""
+class Placeholder:
+    """Inert placeholder for pickled objects that nobody needs."""
 
     def __init__(self, *args: Any):
         self.args = args
@@ -28,7 +28,7 @@ class _Placeholder:
         self.state = state
 
 
-def _scalar(dtype: _Placeholder, data: bytes) -> bool | int | float:
+def _scalar(dtype: Placeholder, data: bytes) -> bool | int | float:
     """Convert a pickled NumPy number to a Python number."""
     kind, order = dtype.args[0], ">" if dtype.state[1] == ">" else "<"
     if not re.fullmatch("b1|[iu][1248]|f[248]", kind):
@@ -36,11 +36,9 @@ def _scalar(dtype: _Placeholder, data: bytes) -> bool | int | float:
     return np.frombuffer(data, order + kind)[0].item()
 
 
-# Objects beside the weights in many files. HistoryBuffer, of mmengine, pickles `getattr`.
-_NAMES = ("numpy.dtype", "numpy.ndarray", "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
-PLACEHOLDERS: list[Any] = [(_Placeholder, name) for name in _NAMES]
+NUMPY_OBJECTS: list[Any] = [(Placeholder, "numpy.dtype"), (Placeholder, "numpy.ndarray")]  # beside many weights
 for _module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # NumPy 2 and NumPy 1
-    PLACEHOLDERS += [(_scalar, f"{_module}.scalar"), (_Placeholder, f"{_module}._reconstruct")]
+    NUMPY_OBJECTS += [(_scalar, f"{_module}.scalar"), (Placeholder, f"{_module}._reconstruct")]
 
 # Released checkpoints pickle their training configuration, which is read as plain data: a dictionary replaces yacs's
 # CfgNode. The list is global because timm reads released files with its own call of torch.load. Namespace is
@@ -91,7 +89,7 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
         if is_safetensors:
             content = _read_safetensors(path, str(device))
         else:
-            with torch.serialization.safe_globals(PLACEHOLDERS):
+            with torch.serialization.safe_globals(NUMPY_OBJECTS):
                 content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # readers of corrupt files raise exceptions of many types
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):

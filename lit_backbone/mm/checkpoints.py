@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 from filelock import FileLock
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
@@ -26,8 +27,13 @@ from ..checkpoints import (
     unwrap_state_dict,
 )
 from ..released import convert_released_hook
+from ..safe_reader import Placeholder
 
 URL_PREFIXES = ("http://", "https://")
+# a HistoryBuffer pickles `getattr`
+MMENGINE_OBJECTS: list[Any] = [
+    (Placeholder, name) for name in ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
+]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
 
 
@@ -40,10 +46,15 @@ def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
         CheckpointError: the file is missing, corrupt, or contains unsafe objects.
     """
     path = _download(path) if path.startswith(URL_PREFIXES) else os.path.expanduser(path)
-    return _select_metadata(read_checkpoint(path, map_location or "cpu"))
+    return _select_metadata(_read(path, map_location or "cpu"))
 
 
 CheckpointLoader.register_scheme(("", *URL_PREFIXES), load_file, force=True)
+
+
+def _read(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
+    with torch.serialization.safe_globals(MMENGINE_OBJECTS):
+        return read_checkpoint(path, device)
 
 
 def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def _download(url: str) -> str:
             if not path.exists():
                 print_log(f"Downloading {url} to {path.parent}")
                 download_url_to_file(url, str(temporary), digest and digest[1])
-                read_checkpoint(temporary)  # raises an error if the download is truncated
+                _read(temporary)  # raises an error if the download is truncated
                 temporary.replace(path)
     except (OSError, HTTPException, RuntimeError) as error:
         advice = "Download it on a machine with network access and pass the file."
