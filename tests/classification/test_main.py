@@ -81,7 +81,7 @@ def test_run_directory(tiny_cfg, run_dir):
     assert console.count("\n") >= 9 and all(line in printed for line in console.splitlines())
     assert "global batch 8 = 4 images x 1 ranks x 2 accumulation steps, 4 steps per epoch" in console
     assert re.search(
-        r"epoch 2 \[4/4\] eta 0:00:00 lr \S+ loss \S+ \(\S+\) grad norm \S+ \S+ img/s mem \S+ GiB", console
+        r"epoch 2 \[4/4\] eta 0:00:00 lr \S+ loss \S+ \(\S+\) grad norm \S+ \S+ img/s", console
     )
 
     events = EventAccumulator(str(run_dir)).Reload()
@@ -187,13 +187,13 @@ def test_stored_config_replaces_the_file(tiny_cfg, run_dir, run):
 def test_stored_config_of_another_version(tiny_cfg, run_dir, run):
     """Unknown keys are ignored with one warning. Missing keys have their defaults."""
     run("--cfg", tiny_cfg(DATA={"INTERPOLATION": "bicubic"}))  # the default
-    expected = run("--eval", "--resume", run_dir / LATEST).splitlines()[1:]
+    expected = run("--eval", "--resume", run_dir / LATEST).splitlines()[-2:]
     content = read_checkpoint(run_dir / LATEST)
     content["config"]["AUG"]["FUTURE"] = content["config"]["FUTURE"] = {"A": [1, {"B": 2}]}
     del content["config"]["DATA"]["INTERPOLATION"], content["config"]["TEST"]
     torch.save(content, run_dir / "other.pth")
     out = run("--eval", "--resume", run_dir / "other.pth").splitlines()
-    assert [line[14:] for line in out[-len(expected) :]] == [line[14:] for line in expected]
+    assert out[-2:] == expected
     warnings = [line for line in out if "unknown key" in line]
     assert len(warnings) <= 1
     classifier = load_classifier(run_dir / "other.pth", CPU)
@@ -214,8 +214,8 @@ def test_released_weights_are_recognized(own_folder, run, tmp_path):
 
 
 def test_published_checkpoint_loads():
-    """The checkpoint in docs/paper stores the config of an earlier version."""
-    classifier = load_classifier(MAIN.parents[1] / "docs" / "paper" / "lit.pth", CPU)
+    """The checkpoint of the CIFAR-10 study stores the config of an earlier version."""
+    classifier = load_classifier(MAIN.parents[1] / "experiments/cifar10/lit.pth", CPU)
     side = classifier.config.DATA.IMG_SIZE
     assert classifier.model(torch.zeros(1, 3, *side)).shape == (1, len(classifier.classes))
     assert len(classifier.class_names) == len(classifier.classes)
@@ -235,8 +235,7 @@ def test_exported_classifier_is_the_same(own_folder, tiny_cfg, run_dir, run, tmp
     outputs = []
     for file in (run_dir / LATEST, exported):
         out = run("--cfg", cfg, "--eval", "--resume", file)
-        with pytest.raises(SystemExit, match="^0$"):
-            predict.main([str(own_folder / "val"), "--checkpoint", str(file)])
+        predict.main([str(own_folder / "val"), "--checkpoint", str(file)])
         lines = (out + capsys.readouterr().out).splitlines()
         outputs.append([line[15:] for line in lines if str(file) not in line])
     assert outputs[0] == outputs[1] and "tench" in "".join(outputs[1])
@@ -283,7 +282,7 @@ def test_class_order_is_logged_for_weights_without_names(tiny_cfg, image_folder,
     torch.save({"model": weights}, tmp_path / "bare.pth")
     torch.save({"model": weights, "classes": ["10", "11", "9"]}, tmp_path / "named.pth")
     assert run(*command, "--eval", "--resume", tmp_path / "bare.pth").count("9, 10, 11") == 1
-    assert_fails([*command, "--eval", "--resume", tmp_path / "named.pth"], "classes", "10, 11, 9", "9, 10, 11")
+    assert_fails([*command, "--eval", "--resume", tmp_path / "named.pth"], "class names differ", "10 / 9, 11 / 10, 9 / 11")
 
 
 def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, run_dir, run, image_folder, tmp_path):
@@ -291,7 +290,7 @@ def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, run_dir, run, 
     two = link_classes(image_folder, tmp_path / "two", ant="ant", cat="cat")
     cfg = tiny_cfg("fine", DATA={"IMG_SIZE": [64, 96], "DATA_PATH": str(two)}, MODEL={"NUM_CLASSES": 2})
     out = run("--cfg", cfg, "--pretrained", run_dir / LATEST, "--opts", "TRAIN.BASE_LR", "1e-9")
-    assert re.search(f"{run_dir / LATEST}: .*classes .* 3 with bee, cat against 2 with cat.* head", out)
+    assert re.search(f"{run_dir / LATEST}: class names differ: 3 / 2 in .*The head is initialized", out)
     before, after = (read_checkpoint(path / LATEST)["model"] for path in (run_dir, tmp_path / "output/fine/default"))
     assert after["head.weight"].shape == (2, 32) and after["stages.2.blocks.0.attn.rel_pos_bias"].shape == (1, 3, 7, 11)
     weight = "stages.2.blocks.0.mlp.fc1.weight"
@@ -303,7 +302,7 @@ def test_renamed_classes(tiny_cfg, run_dir, run, image_folder, tmp_path):
     run("--cfg", tiny_cfg(TRAIN={"EPOCHS": 2}))
     renamed = link_classes(image_folder, tmp_path / "renamed", ant="ant", cow="bee", wasp="cat")
     other, latest = ["--cfg", tiny_cfg(), "--data-path", renamed], run_dir / LATEST
-    mismatch, before = "3 with bee, cat against 3 with cow, wasp", latest.read_bytes()
+    mismatch, before = "(bee / cow, cat / wasp)", latest.read_bytes()
     assert_fails([*other, "--eval", "--resume", latest], f"{latest}: ", mismatch)
     assert_fails([*other, "--opts", "TRAIN.EPOCHS", "3"], f"{latest}: ", mismatch, "TRAIN.RESUME_CHANGED true")
     assert latest.read_bytes() == before
