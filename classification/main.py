@@ -174,13 +174,15 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     path = args.resume or (config and config.MODEL.RESUME)
     if not path:
         raise ConfigError("--eval: needs a checkpoint; name it with --resume FILE")
+    if config and config.DATA.DATA_PATH:
+        shortcuts["data_path"] = config.DATA.DATA_PATH  # the place of the data is not a property of the checkpoint
     content = read_checkpoint(path)
     stored = config_from_checkpoint(content, path, args.opts, **shortcuts)
     config = stored or config or find_config(content, path, args.opts, **shortcuts)
     ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
     setup_logging(ranks.rank)
     if stored and args.cfg:
-        _logger.info(f"{path} stores its config, which replaces that of {args.cfg}; --opts overrides it")
+        _logger.info(f"{path} stores its config, which replaces {args.cfg} except for DATA_PATH; --opts overrides it")
     images = data.build_dataset(config, is_training=False)
     data.check_classes(config, images)
     model = load_model(content, path, config, ranks.device, images.classes)

@@ -108,7 +108,8 @@ def check_offset_tool(tool: Path, config: Path, checkpoint: Path, folder: Path) 
     command = [folder / "image.png", "--config", config, "--checkpoint", folder / "offsets.pth", "--out-dir", folder]
     output = output_of(tool, *command, "--at-most", "2")
     assert 0 < kept < 768
-    assert f"image: 3 x 4 tokens, {kept} sampling points, {768 - kept} dropped outside the map; 4 tokens" in output
+    counts = f"{kept} sampling points, {768 - kept} dropped outside the feature map"
+    assert f"image: 3 x 4 tokens, {counts}; 4 tokens" in output
     drawn = {path.name: np.array(Image.open(path)) for path in (folder / "image").iterdir()}
     assert drawn.keys() == {f"{row}-{column}.png" for row in (0, 2) for column in (1, 3)}
     for y, x in chains.of(2, 1).tolist():

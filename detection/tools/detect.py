@@ -8,10 +8,11 @@ from mmengine.structures import InstanceData
 from torchvision.ops import nms
 from tqdm import tqdm
 
-from lit_backbone.images import enlargement, find_images, open_rgb
+from lit_backbone.images import find_images, open_rgb
 from lit_backbone.mm.cli import one_line_errors
 from lit_backbone.mm.inference import build_parser, load_model, output_paths
 from lit_backbone.safe_reader import printable
+from lit_backbone.visualize import enlargement
 
 
 def main(argv: list[str] | None = None) -> None:

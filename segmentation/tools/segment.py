@@ -5,10 +5,11 @@ from mmseg.apis import inference_model
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from lit_backbone.images import DataError, enlargement, find_images, open_rgb
+from lit_backbone.images import DataError, find_images, open_rgb
 from lit_backbone.mm.cli import one_line_errors
 from lit_backbone.mm.inference import build_parser, load_model, output_paths
 from lit_backbone.safe_reader import printable
+from lit_backbone.visualize import enlargement
 
 FONT_SIZE = 0.02  # size of the legend, relative to the shorter side of the image; at least 14 pixels
 MIN_AREA = 0.001  # minimum share of the image for a class to appear in the legend

@@ -1,8 +1,9 @@
-"""Whoever reads a run's checkpoint gets the same weights: the moving average, where the run kept one."""
+"""All readers of a run's checkpoint get the same weights: the EMA if the run kept one."""
 
 import json
 import re
 import shutil
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -10,9 +11,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from lit_classification.config_file import load_config
-from lit_classification.loaders import build_val_loader
-from lit_classification.resume import LATEST, TrainState, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -24,34 +22,34 @@ import predict
 import visualize_attention
 import visualize_offset
 from lit_backbone import load_checkpoint, read_checkpoint
-from lit_classification.distributed import Processes
-from lit_classification.model import build_model, load_classifier, load_model
+from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
+from lit_classification.config_reader import load_config
+from lit_classification.data import build_dataset
+from lit_classification.distributed import Ranks
+from lit_classification.model import build_model, load_classifier
 from lit_classification.optim import build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
-from tools import export
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 KEYWORDS = TINY_LIT | {"num_classes": len(CLASSES), "img_size": 32}
-URL = timm.get_pretrained_cfg("lit_s").url
 
 
 @pytest.fixture
 def run(tiny_cfg, tmp_path, monkeypatch) -> tuple[Path, Path, nn.Module, nn.Module]:
-    """Configuration and file of a run, its raw weights and their average, which have nothing in common."""
+    """Return the config and checkpoint of a run, its raw weights, and EMA weights that differ in every tensor."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg = tiny_cfg(TEST={"CROP": False}, TRAIN={"EMA": 0.9, "EPOCHS": 2})
+    cfg = tiny_cfg(TEST={"CROP": False}, TRAIN={"EMA": 0.9})
     config = load_config(cfg)
-    models = [build_model(config, CPU).eval() for _ in range(2)]
-    for seed, model in enumerate(models):
+    raw, average = (build_model(config, CPU).eval() for _ in range(2))
+    for seed, model in enumerate((raw, average)):
         generator = torch.Generator().manual_seed(seed)
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.add_(0.2 * torch.rand(value.shape, generator=generator))
-    raw, average = models
-    ema = ModelEmaV3(average, decay=0.9)
-    state = TrainState(raw, build_optimizer(raw, config), GradScaler(enabled=False), ema, 4, list(CLASSES))
-    save_checkpoint(tmp_path / "run.pth", state, config)
+    optimizer, ema = build_optimizer(raw, config), ModelEmaV3(average, decay=0.9)
+    state = TrainState(raw, optimizer, GradScaler(enabled=False), ema, 4, tmp_path, list(CLASSES))
+    save_checkpoint("run.pth", state, config, Ranks(0, 1, CPU))
     return cfg, tmp_path / "run.pth", raw, average
 
 
@@ -61,98 +59,101 @@ def output_of(program, *args: str | Path) -> str:
     return out.getvalue()
 
 
-def photos(cfg: Path) -> Path:
-    return Path(load_config(cfg).DATA.DATA_PATH, "val")
+def photo(cfg: Path) -> Path:
+    return Path(load_config(cfg).DATA.DATA_PATH, "val", "bee", "0.jpg")
 
 
-def into_a_model(cfg: Path, file: Path) -> nn.Module:
+def load_into_a_model(cfg: Path, file: Path) -> nn.Module:
     model = timm.create_model("lit_s", **KEYWORDS)
     model.load_state_dict(load_checkpoint(file, model))
     return model
 
 
-def pretrained_from_the_hub_cache(cfg: Path, file: Path) -> nn.Module:
+def load_pretrained(cfg: Path, file: Path) -> nn.Module:
     cache = file.parent / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    shutil.copy(file, cache / URL.rpartition("/")[2])
+    shutil.copy(file, cache / Path(timm.get_pretrained_cfg("lit_s").url).name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(file.parent))
         overlay = dict(num_classes=len(CLASSES))
         return timm.create_model("lit_s", **KEYWORDS, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-def fine_tuning(cfg: Path, file: Path) -> dict[str, Tensor]:
-    """Trains so little that nothing but BatchNorm's statistics, which are no parameters, can be told from the start."""
-    still = ["TRAIN.BASE_LR", "1e-12", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0", "TRAIN.EMA", "0"]
-    output_of(main, "--cfg", cfg, "--pretrained", file, "--opts", *still)
+def fine_tune(cfg: Path, file: Path) -> dict[str, Tensor]:
+    """Train at a learning rate so low that parameters stay; BatchNorm's statistics change and are left out."""
+    options = ["TRAIN.BASE_LR", "1e-12", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0", "TRAIN.EMA", "0"]
+    output_of(main, "--cfg", cfg, "--pretrained", file, "--opts", *options)
     state = read_checkpoint(file.parent / "output" / "tiny" / "default" / LATEST)["model"]
     return {key: value for key, value in state.items() if not re.search("running|tracked", key)}
 
 
-def dense_backbone(cfg: Path, file: Path) -> nn.Module:
+def load_dense_backbone(cfg: Path, file: Path) -> nn.Module:
     LITBackbone = pytest.importorskip("lit_backbone.mm").LITBackbone
     model = LITBackbone(TINY_LIT, img_size=32, init_cfg=dict(type="Pretrained", checkpoint=str(file)))
     model.init_weights()
     return model
 
 
-def exported(cfg: Path, file: Path) -> dict[str, Tensor]:
+def export_safetensors(cfg: Path, file: Path) -> dict[str, Tensor]:
+    from tools import export
+
     output_of(export, file, "--format", "safetensors")
     return load_file(file.with_suffix(".safetensors"))
 
 
-def visualizer(program, *args: str):
-    def door(cfg: Path, file: Path) -> nn.Module:
-        return load_model(program.parse_args(["--resume", str(file), *args]), CPU).model
-
-    return door
-
-
-def evaluation_loss(cfg: Path, file: Path) -> float:
-    return float(re.search(r"loss (\S+)", output_of(main, "--cfg", cfg, "--eval", "--resume", file))[1])
+def visualize(program, option: str, cfg: Path, file: Path) -> nn.Module:
+    """Return the model that a visualizer loads."""
+    models, load = [], program.load_classifier
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(program, "load_classifier", lambda *args: models.append(load(*args).model) or sys.exit())
+        program.main(["--resume", str(file), option, str(photo(cfg))])
+    return models[0]
 
 
-def predictions(cfg: Path, file: Path) -> dict[str, float]:
-    line = json.loads(output_of(predict, photos(cfg) / "bee" / "0.jpg", "--checkpoint", file, "--json"))
+def evaluate(cfg: Path, file: Path) -> float:
+    return float(re.search(r"loss (\S+)", output_of(main, "--eval", "--resume", file))[1])
+
+
+def classify(cfg: Path, file: Path) -> dict[str, float]:
+    line = json.loads(output_of(predict, photo(cfg), "--checkpoint", file, "--json"))
     return {entry["class"]: entry["probability"] for entry in line["predictions"]}
 
 
-DOORS = {
-    "load_checkpoint": into_a_model,
+READERS = {
+    "load_checkpoint": load_into_a_model,
     "checkpoint_path": lambda cfg, file: timm.create_model("lit_s", **KEYWORDS, checkpoint_path=str(file)),
-    "pretrained": pretrained_from_the_hub_cache,
+    "pretrained": load_pretrained,
     "torch.hub": lambda cfg, file: torch.hub.load(str(ROOT), "lit_s", source="local", checkpoint=file, **KEYWORDS),
-    "init_cfg": dense_backbone,
+    "init_cfg": load_dense_backbone,
     "load_classifier": lambda cfg, file: load_classifier(file, CPU).model,
-    "visualize_offset": visualizer(visualize_offset, "--vis_image", "x"),
-    "visualize_attention": visualizer(visualize_attention, "--data-path", "x"),
-    "export": exported,
-    "--pretrained": fine_tuning,
-    "--eval": evaluation_loss,
-    "predict": predictions,
+    "visualize_offset": lambda cfg, file: visualize(visualize_offset, "--vis_image", cfg, file),
+    "visualize_attention": lambda cfg, file: visualize(visualize_attention, "--data-path", cfg, file),
+    "export": export_safetensors,
+    "--pretrained": fine_tune,
+    "--eval": evaluate,
+    "predict": classify,
 }
 
 
 @torch.no_grad()
-def by_hand(model: nn.Module, cfg: Path, found: nn.Module | dict | float) -> dict | float:
-    """What a door has to give for the weights of `model`, in the form of `found`."""
-    images = build_val_loader(load_config(cfg), Processes(0, 1, CPU)).dataset.dataset
-    if isinstance(found, float):
+def expected_result(model: nn.Module, cfg: Path, actual: dict | float) -> dict | float:
+    """Compute what a reader returns for the weights of `model`, in the form of `actual`."""
+    images = build_dataset(load_config(cfg), is_training=False)
+    if isinstance(actual, float):
         logits = torch.stack([model(images[i][0][None])[0] for i in range(len(images))])
         return nn.functional.cross_entropy(logits, torch.tensor([images[i][1] for i in range(len(images))])).item()
-    if set(found) == set(CLASSES):
-        with Image.open(photos(cfg) / "bee" / "0.jpg") as image:
+    if set(actual) == set(CLASSES):
+        with Image.open(photo(cfg)) as image:
             return dict(zip(CLASSES, model(images.transform(image)[None]).softmax(-1)[0].tolist()))
-    return {key: value for key, value in model.state_dict().items() if key in found}
+    return {key: value for key, value in model.state_dict().items() if key in actual}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_average_comes_through_every_door(door, run):
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_gets_the_ema_weights(reader, run):
     cfg, file, raw, average = run
-    found = DOORS[door](cfg, file)
-    found = dict(found.state_dict()) if isinstance(found, nn.Module) else found
-    expected, other = (by_hand(model, cfg, found) for model in (average, raw))
-    close = dict(rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found, expected, **close)
+    actual = READERS[reader](cfg, file)
+    actual = dict(actual.state_dict()) if isinstance(actual, nn.Module) else actual
+    expected, other = (expected_result(model, cfg, actual) for model in (average, raw))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(found, other, **close)
+        torch.testing.assert_close(actual, other, rtol=1e-3, atol=1e-3)

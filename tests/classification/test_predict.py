@@ -1,11 +1,15 @@
+"""Classification of images with checkpoints of the trainer and released ones."""
+
 import json
+import subprocess
+import sys
+from pathlib import Path
 from traceback import clear_frames
 
 import numpy as np
 import pytest
 import timm
 import torch
-from lit_classification.resume import TrainState, save_checkpoint
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -14,15 +18,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import predict
-from lit_backbone.released import convert_released
-from lit_classification import loaders
+from lit_backbone import datasets
+from lit_classification.checkpointing import TrainState, save_checkpoint
 from lit_classification.config import Config
-from lit_classification.model import build_model, recognize, usual_classes
+from lit_classification.distributed import Ranks
+from lit_classification.model import build_model, default_classes, find_config
+from tests.classification.conftest import TINY_LIT
 from tests.goldens.fill import fill
 
 VARIANTS = ("lit_ti", "lit_s", "lit_m", "lit_b", "pvt_small_full_msa")
-TINY = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4])
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +38,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Five images, of several modes and sizes, among other files."""
+    """Write five images of several modes and sizes, and a text file."""
     root = tmp_path_factory.mktemp("photos")
     noise = np.random.default_rng(0)
     for name, mode, size in (
@@ -42,56 +48,49 @@ def photos(tmp_path_factory):
         ("a/1.png", "RGBA", (64, 64)),
         ("a/b/0.png", "P", (300, 280)),
     ):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert(mode).save(path)
+        Image.fromarray(pixels).convert(mode).save(root / name)
     (root / "notes.txt").write_text("no image")
     return root
 
 
 @pytest.fixture
 def trained(tmp_path):
-    """Writes what the trainer writes, for a tiny LIT with three classes; returns file, weights and their average."""
+    """Return a function that writes a checkpoint of the trainer for a tiny LIT, and returns it with its two models."""
 
     def save(classes=("cat", "dog", "owl"), **sections):
-        tree = {
-            "DATA": {"IMG_SIZE": [32, 64]},
-            "MODEL": {"NAME": "lit_s", "NUM_CLASSES": len(classes), "LIT": TINY, "PRETRAINED": "gone.pth"},
-            "TEST": {"CROP": False},
-            **sections,
-        }
+        model = {"NUM_CLASSES": len(classes), "LIT": TINY_LIT, "PRETRAINED": "gone.pth"}
+        tree = {"DATA": {"IMG_SIZE": [32, 64]}, "MODEL": model, "TEST": {"CROP": False}, **sections}
         config = Config.model_validate(tree)
-        start = Config.model_validate(tree | {"MODEL": tree["MODEL"] | {"PRETRAINED": ""}, "RUNTIME": {}})
-        model, average = (randomized(build_model(start, torch.device("cpu")), seed) for seed in (1, 2))
+        raw, average = (randomize(build_model(Config.model_validate(tree | {"RUNTIME": {}}), CPU), i) for i in (1, 2))
         ema = ModelEmaV3(average, decay=0.9) if config.TRAIN.EMA else None
-        optimizer = torch.optim.AdamW(model.parameters())
-        state = TrainState(model, optimizer, GradScaler(enabled=False), ema, 1, list(classes))
-        path = tmp_path / "latest.pth"
-        save_checkpoint(path, state, config)
-        return path, model, average
+        optimizer = torch.optim.AdamW(raw.parameters())
+        state = TrainState(raw, optimizer, GradScaler(enabled=False), ema, 1, tmp_path, list(classes))
+        save_checkpoint("latest.pth", state, config, Ranks(0, 1, CPU))
+        return tmp_path / "latest.pth", raw, average
 
     return save
 
 
-def randomized(model: nn.Module, seed: int) -> nn.Module:
-    """The model with weights that set it apart from any other and tell images apart."""
+def randomize(model: nn.Module, seed: int) -> nn.Module:
+    """Change the weights so that outputs depend on model and image."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.001 if ".offset." in name else 0.3  # long offsets would blow rounding up, which differs by CPU
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        for name, param in model.named_parameters():
+            scale = 0.001 if ".offset." in name else 0.3  # long offsets amplify rounding, which differs by CPU
+            param.add_(scale * torch.randn(param.shape, generator=generator))
     return model.eval()
 
 
 @torch.no_grad()
 def probabilities(model: nn.Module, image: Image.Image) -> list[float]:
-    """A forward pass by hand on an image of the right size."""
+    """Classify an image of the model's input size."""
     pixels = torch.from_numpy(np.array(image)).float() / 255
     return model(((pixels - MEAN) / STD).permute(2, 0, 1)[None]).softmax(-1)[0].tolist()
 
 
-def squashed(path, height, width):
+def squash(path: Path, height: int, width: int) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
@@ -101,28 +100,26 @@ def run_json(capsys, *argv) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def complaint(*argv) -> str:
+def error(*argv) -> str:
     with pytest.raises(SystemExit) as info:
         predict.main([str(arg) for arg in argv])
-    clear_frames(info.value.__context__.__traceback__)  # lets go of loader processes, which are slow to end in a cycle
+    clear_frames(info.value.__context__.__traceback__)  # frees workers, which end slowly in a reference cycle
     message = info.value.code
     assert message.startswith("error: ") and "\n" not in message
     return message.removeprefix("error: ")
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_own_checkpoint_classifies_with_the_weights_it_is_judged_by(ema, trained, photos, capsys):
-    path, model, average = trained(TRAIN={"EMA": ema})
-    expected = probabilities(average if ema else model, squashed(photos / "a/1.png", 32, 64))
-    other = probabilities(model if ema else average, squashed(photos / "a/1.png", 32, 64))
-    assert expected != pytest.approx(other, abs=1e-2)
+def test_checkpoint_of_the_trainer(ema, trained, photos, capsys):
+    path, raw, average = trained(TRAIN={"EMA": ema})
+    expected = probabilities(average if ema else raw, squash(photos / "a/1.png", 32, 64))
     [line] = run_json(capsys, photos / "a/1.png", "--checkpoint", path)
     assert line["image"] == str(photos / "a/1.png")
-    found = {entry["class"]: entry["probability"] for entry in line["predictions"]}
-    assert found == pytest.approx(dict(zip(("cat", "dog", "owl"), expected)), abs=1e-5)
+    actual = {entry["class"]: entry["probability"] for entry in line["predictions"]}
+    assert actual == pytest.approx(dict(zip(("cat", "dog", "owl"), expected)), abs=1e-5)
 
 
-def test_configuration_in_a_checkpoint_decides_crop_and_interpolation(trained, photos, capsys):
+def test_stored_config_sets_crop_and_interpolation(trained, photos, capsys):
     data = {"IMG_SIZE": 64, "INTERPOLATION": "bilinear"}
     path, model, _ = trained(DATA=data, TEST={"CROP": True}, RUNTIME={"COMPILE": True, "DEVICE": "cuda"})
     with Image.open(photos / "2.JPG") as image:
@@ -132,65 +129,58 @@ def test_configuration_in_a_checkpoint_decides_crop_and_interpolation(trained, p
     assert [entry["probability"] for entry in line["predictions"]] == pytest.approx(sorted(expected)[::-1], abs=1e-5)
 
 
-def test_released_checkpoint_classifies_into_imagenet(goldens, photos, tmp_path, capsys):
+def test_released_checkpoint_has_the_classes_of_imagenet(goldens, photos, tmp_path, capsys):
     weights = fill(goldens["state_dicts"]["lit_ti"]["keys"])
     torch.save({"model": weights, "epoch": 299}, tmp_path / "lit_ti.pth")
     model = timm.create_model("lit_ti").eval()
-    model.load_state_dict(weights, strict=False)  # fill leaves out num_batches_tracked
+    model.load_state_dict(weights, strict=False)  # num_batches_tracked is missing
     with Image.open(photos / "10.png") as image:
         resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
     expected = torch.tensor(probabilities(model, TF.center_crop(resized, 224)))
     [line] = run_json(capsys, photos / "10.png", "--checkpoint", tmp_path / "lit_ti.pth", "--topk", 3)
     names = timm.data.ImageNetInfo().label_descriptions()
     assert [entry["class"] for entry in line["predictions"]] == [names[i] for i in expected.topk(3).indices]
-    found = [entry["probability"] for entry in line["predictions"]]
-    assert found == pytest.approx(expected.topk(3).values.tolist(), rel=1e-3)
+    actual = [entry["probability"] for entry in line["predictions"]]
+    assert actual == pytest.approx(expected.topk(3).values.tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_released_layout_is_recognized(name, goldens):
+def test_released_layouts_are_recognized(name, goldens):
     keys = goldens["state_dicts"][name]["keys"]
-    config = recognize(convert_released({k: torch.empty(s, device="meta") for k, s in keys.items()}), "x.pth")
+    config = find_config({"model": {key: torch.empty(shape) for key, shape in keys.items()}}, "x.pth")
     assert (config.MODEL.NAME, config.MODEL.NUM_CLASSES, config.DATA.IMG_SIZE) == (name, 1000, (224, 224))
 
 
 @pytest.mark.parametrize("name", ["lit_m", "pvt_small_full_msa"])
-def test_input_size_and_class_count_are_recognized(name):
+def test_input_size_and_number_of_classes_are_recognized(name):
     model = timm.create_model(name, img_size=(160, 256), num_classes=7, device="meta")
-    config = recognize(model.state_dict(), "x.pth")
+    config = find_config({key: torch.empty(value.shape) for key, value in model.state_dict().items()}, "x.pth")
     assert (config.MODEL.NAME, config.MODEL.NUM_CLASSES, config.DATA.IMG_SIZE) == (name, 7, (160, 256))
 
 
-def test_classes_are_imagenets_or_numbers_where_a_file_names_none():
-    assert usual_classes(1000)[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
-    assert usual_classes(3) == ["0", "1", "2"]
+def test_class_names_default_to_those_of_imagenet_or_numbers():
+    assert default_classes(1000)[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert default_classes(3) == ["0", "1", "2"]
 
 
-def test_folders_of_imagenet_are_named_in_words(trained, photos, capsys):
+def test_folder_names_of_imagenet_become_descriptions(trained, photos, capsys):
     path, *_ = trained(classes=["n01440764", "n01443537", "robot"])
     [line] = run_json(capsys, photos / "2.JPG", "--checkpoint", path)
-    found = {entry["class"] for entry in line["predictions"]}
-    assert found == {"tench, Tinca tinca", "goldfish, Carassius auratus", "robot"}
+    names = {entry["class"] for entry in line["predictions"]}
+    assert names == {"tench, Tinca tinca", "goldfish, Carassius auratus", "robot"}
 
 
-@pytest.mark.parametrize("batch_size", [2, 32])  # with loader processes and without
-def test_folder_comes_in_natural_order(batch_size, trained, photos, capsys, monkeypatch):
-    monkeypatch.setattr(loaders, "FILES_BATCH", batch_size)
+@pytest.mark.parametrize("batch_size", [2, 32])  # with and without workers
+def test_folder_is_read_in_natural_order(batch_size, trained, photos, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "PREDICT_BATCH", batch_size)
     path, model, _ = trained()
-    lines = run_json(capsys, photos, "--checkpoint", path, "--topk", "1")
+    lines = run_json(capsys, photos, "--checkpoint", path, "--topk", "2")
     order = ("2.JPG", "9.jpeg", "10.png", "a/1.png", "a/b/0.png")
     assert [line["image"] for line in lines] == [str(photos / name) for name in order]
-    likeliest = [max(probabilities(model, squashed(photos / name, 32, 64))) for name in order]
-    assert [line["predictions"][0]["probability"] for line in lines] == pytest.approx(likeliest, abs=1e-5)
-
-
-def test_json_holds_nothing_but_images_and_their_likeliest_classes(trained, photos, capsys):
-    path, *_ = trained()
-    for line in run_json(capsys, photos, "--checkpoint", path, "--topk", "2"):
-        assert set(line) == {"image", "predictions"}
-        assert [set(entry) for entry in line["predictions"]] == [{"class", "probability"}] * 2
-        first, second = (entry["probability"] for entry in line["predictions"])
-        assert 1 > first > second > 0
+    for line, name in zip(lines, order):
+        expected = sorted(probabilities(model, squash(photos / name, 32, 64)))[:-3:-1]
+        assert [entry["probability"] for entry in line["predictions"]] == pytest.approx(expected, abs=1e-5)
+        assert set(line) == {"image", "predictions"} and set(line["predictions"][0]) == {"class", "probability"}
 
 
 def test_text_is_aligned(trained, photos, capsys):
@@ -204,23 +194,18 @@ def test_text_is_aligned(trained, photos, capsys):
     assert {row.index("%") for row in rows} == {7}
 
 
-def test_missing_image(trained):
+def test_missing_images(trained, tmp_path):
     path, *_ = trained()
-    assert complaint("gone.png", "--checkpoint", path) == "gone.png: no such file or folder"
-
-
-def test_folder_without_images(trained, tmp_path):
-    path, *_ = trained()
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert complaint(folder, "--checkpoint", path).startswith(f"{folder}: holds no images (.jpg")
+    assert error("gone.png", "--checkpoint", path) == "gone.png: no such file or directory."
+    (tmp_path / "empty").mkdir()
+    assert error(tmp_path / "empty", "--checkpoint", path).startswith(
+        f"{tmp_path}/empty: no images. Supported file names end in .jpg"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_unreadable_images_are_named_and_the_others_classified(
-    batch_size, trained, photos, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(loaders, "FILES_BATCH", batch_size)
+def test_unreadable_images_are_reported_and_skipped(batch_size, trained, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "PREDICT_BATCH", batch_size)
     path, *_ = trained()
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes((photos / "10.png").read_bytes()[:2000])
@@ -229,32 +214,56 @@ def test_unreadable_images_are_named_and_the_others_classified(
     out, err = capsys.readouterr()
     assert [json.loads(line)["image"] for line in out.splitlines()] == [str(photos / "10.png"), str(photos / "9.jpeg")]
     assert info.value.code == 1 and err.count("\n") == 1
-    assert err.startswith(f"error: {damaged}: no readable image (")
+    assert err.startswith(f"error: {damaged}: unreadable image (")
 
 
 def test_unusable_checkpoints(photos, tmp_path):
     path = tmp_path / "weights.pth"
-    photo = photos / "10.png"
-    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: no such file")
+    command = (photos / "10.png", "--checkpoint", path)
+    assert error(*command).startswith(f"{path}: no such file")
     path.write_bytes(b"no checkpoint")
-    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: damaged, unreadable or truncated")
-    torch.save({"classes": ["cat"], "config": {"MODEL": {"NAME": 5}}, "model": {}}, path)
-    assert complaint(photo, "--checkpoint", path).startswith(f"{path}: its configuration: MODEL.NAME: expected a valid")
+    assert error(*command).startswith(f"{path}: corrupt, truncated or unreadable")
+    torch.save({"classes": ["cat"], "config": {"DATA": {"IMG_SIZE": "5"}}, "model": {}}, path)
+    assert error(*command).startswith(f"{path}: config: DATA.IMG_SIZE: expected a valid tuple, got '5'")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "lit_ti_det"])
-def test_checkpoint_of_no_known_variant(name, goldens, photos, tmp_path):
+def test_number_of_class_names_must_be_that_of_the_head(trained, photos):
+    path, *_ = trained()
+    torch.save(torch.load(path) | {"classes": ["cat", "dog"]}, path)
+    assert error(photos / "10.png", "--checkpoint", path) == f"{path}: has 2 classes for 3 outputs."
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "lit_ti_det"])
+def test_checkpoint_of_another_model_is_refused(name, goldens, photos, tmp_path):
     if name in goldens["state_dicts"]:
         weights = {key: torch.zeros(shape) for key, shape in goldens["state_dicts"][name]["keys"].items()}
     else:
         weights = timm.create_model(name).state_dict()
-    torch.save(weights, tmp_path / "other.pth")
-    message = complaint(photos / "10.png", "--checkpoint", tmp_path / "other.pth")
-    assert message.startswith(f"{tmp_path / 'other.pth'}: weights of no known classifier; expected those of ")
-    assert all(variant in message for variant in VARIANTS)
+    path = tmp_path / "other.pth"
+    torch.save(weights, path)
+    message = error(photos / "10.png", "--checkpoint", path)
+    assert message.startswith(
+        f"{path}: holds weights of no known LIT (lit_b, lit_m, lit_s, lit_ti, pvt_small_full_msa)"
+    )
 
 
 def test_topk_below_one_is_refused(photos, capsys):
     with pytest.raises(SystemExit):
         predict.main([str(photos), "--checkpoint", "x.pth", "--topk", "0"])
     assert "argument --topk: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+IMPORTS = """
+import sys
+sys.modules.update(dict.fromkeys(["fcntl", "resource", "termios"]))  # None: as on a system that lacks them
+import predict, visualize_attention, visualize_offset
+print(*sys.modules)
+"""
+
+
+def test_inference_needs_no_training_code_and_no_posix():
+    folder = Path(predict.__file__).parent
+    modules = subprocess.check_output([sys.executable, "-c", IMPORTS], cwd=folder, text=True).split()
+    names = {name.rpartition(".")[2] for name in modules if name.startswith("lit_classification.")}
+    assert "model" in names and not names & {"engine", "optim", "checkpointing", "logs"}
+    assert "main" not in modules

@@ -89,7 +89,7 @@ def uninterrupted() -> dict:
 
 @pytest.fixture
 def reference(uninterrupted, tiny_cfg) -> dict:
-    """Final checkpoint of the uninterrupted run, trained by the first test that needs it."""
+    """Return the final checkpoint of the uninterrupted run, trained by the first test that needs it."""
     if not uninterrupted:
         uninterrupted.update(train(tiny_cfg("whole", **EVERYTHING)))
         assert uninterrupted["update"] == STEPS

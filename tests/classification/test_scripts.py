@@ -37,7 +37,7 @@ def shell(*args, **variables) -> subprocess.CompletedProcess:
 
 
 def run(script, *args, cwd) -> str:
-    """The standard output of a script that must succeed."""
+    """Return the standard output of a script that must succeed."""
     done = shell(["bash", SCRIPTS / script, *args], cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -45,7 +45,7 @@ def run(script, *args, cwd) -> str:
 
 @pytest.fixture(scope="module")
 def workplace(image_folder, tmp_path_factory) -> Path:
-    """A folder far from the repository that holds `data/`, its validation images one short, and what trains there."""
+    """Create a folder outside of the repository with `data/`, which lacks one validation image."""
     root = tmp_path_factory.mktemp("workplace")
     shutil.copytree(image_folder, root / "data")
     next((root / "data" / "val").rglob("*.jpg")).unlink()
@@ -54,7 +54,7 @@ def workplace(image_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(workplace):
-    """What training with one process says; it leaves output/lit-s/default/."""
+    """Return what training with one process prints. It writes output/lit-s/default/."""
     return run("lit-s.sh", "1", *TINY, *ONE_EPOCH, cwd=workplace)
 
 
@@ -156,8 +156,9 @@ def test_scripts_are_sound(script):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Stand-ins for Slurm's commands: this host twice for two nodes, and an `srun` that runs its command on each and
-    hands SIGTERM on; starts the script.
+    """Start the Slurm script with stand-ins for Slurm's commands.
+
+    Both nodes are this host. `srun` runs its command once per node and forwards SIGTERM.
     """
     (tmp_path / "scontrol").write_text(
         '#!/bin/sh\nif [ "$1" = show ]; then echo localhost; echo localhost; else echo "scontrol $*"; fi\n'

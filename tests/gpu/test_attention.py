@@ -23,7 +23,7 @@ def with_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, wid
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_flex_attention_is_used(dtype: torch.dtype) -> None:
-    """FlexAttention is also used if the first call is under activation checkpointing, as in the detection recipes."""
+    """Make the first call within a checkpoint, as the recipes of detection do."""
     _has_flex_attention.cache_clear()
     inputs = torch.randn(3, 1, 3, 46 * 46, 32, dtype=dtype, device=DEVICE, requires_grad=True)
     table = torch.randn(1, 3, 91, 91, device=DEVICE, requires_grad=True)
@@ -40,19 +40,19 @@ def test_flex_attention_is_used(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("map_size", [(14, 14), (46, 46), (50, 84)])
 def test_output_and_gradients(map_size: tuple[int, int], dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
-    """The smallest feature map uses the bias tensor."""
+    """Compare with the bias tensor, which the smallest feature map uses."""
     tokens, heads = map_size[0] * map_size[1], 3
     with torch.device(DEVICE):
         inputs = [torch.randn(2, heads, tokens, 32, dtype=dtype) for _ in range(3)]
         table = torch.randn(1, heads, 2 * map_size[0] - 1, 2 * map_size[1] - 1)
         expected = output_and_gradients(with_tensor, *map_size, *(tensor.double() for tensor in (*inputs, table)))
         attend = torch.compile(biased_attention) if compiled and ON_GPU else biased_attention
-        output_and_gradients(attend, *map_size, *inputs, table)  # warm-up, compiles
+        output_and_gradients(attend, *map_size, *inputs, table)  # compiles
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-            allocated = torch.cuda.memory_allocated()
+            held = torch.cuda.memory_allocated()
         actual = output_and_gradients(attend, *map_size, *inputs, table)
-    if ON_GPU and tokens >= LARGE_MAP_ON_GPU:  # no tensor has the size of the bias
-        assert torch.cuda.max_memory_allocated() - allocated < heads * tokens**2 * dtype.itemsize
+    if ON_GPU and tokens >= LARGE_MAP_ON_GPU:  # no tensor of the bias's size
+        assert torch.cuda.max_memory_allocated() - held < heads * tokens**2 * dtype.itemsize
     for result, reference, name in zip(actual, expected, ["output", "q", "k", "v", "table"], strict=True):
         assert relative_error(result, reference) < tolerance, name

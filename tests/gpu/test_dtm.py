@@ -13,7 +13,7 @@ from tests.lit_backbone.test_dtm import oracle, output_and_gradients, random_inp
 
 
 def inputs_on_device(*shape: int, reach: float) -> list[Tensor]:
-    """Return a feature map, offsets of up to `reach` pixels, weight and bias in float64. Offsets are zero for 0."""
+    """Create a feature map, offsets of at most `reach` pixels, weight and bias, in float64."""
     x, offset, weight, bias = random_inputs(2, *shape, reach=reach)
     offset = offset if reach else torch.zeros_like(offset)
     return [tensor.double().to(DEVICE) for tensor in (x, offset, weight, bias)]
@@ -26,7 +26,7 @@ def assert_agrees_with_torchvision(merge: Callable[..., Tensor], inputs: list[Te
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("reach", [0.0, 0.5, 3.0, 60.0])  # 60 pixels reach far outside the map
+@pytest.mark.parametrize("reach", [0.0, 0.5, 3.0, 60.0])  # the last is far outside
 @pytest.mark.parametrize("shape", [(1, 2, 2), (3, 33, 21), (96, 56, 56), (130, 7, 12)])
 def test_agrees_with_torchvision(
     shape: tuple[int, int, int], reach: float, dtype: torch.dtype, tolerance: float
@@ -59,7 +59,6 @@ def test_kernels_are_used(dtype: torch.dtype) -> None:
 
 @needs_gpu
 def test_out_of_memory_does_not_disable_the_kernels(recwarn: pytest.WarningsRecorder) -> None:
-    """The error is raised, and later calls still use the kernels."""
     dtm_kernels._has_kernels.cache_clear()
     x = torch.zeros(64, 96, 112, 112, dtype=torch.bfloat16, device=DEVICE)
     offset = torch.zeros(64, 8, 56, 56, device=DEVICE)

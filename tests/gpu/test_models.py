@@ -1,4 +1,4 @@
-"""Complete models on a GPU: golden figures, torch.compile, mixed precision and export."""
+"""Whole models: figures of the reference, compilation, mixed precision and export."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_logits(name: str, dtype: torch.dtype, tolerance: float, goldens: dict[s
 def test_training_step(
     name: str, start: str, dtype: torch.dtype, loss: float, tolerance: float, goldens: dict[str, Any]
 ) -> None:
-    """Compare the loss and gradient norms. bfloat16 changes the norms of LIT-S by 5 % on a CPU and 8 % on an H100."""
+    """Compare loss and gradient norms. bfloat16 changes the norms of LIT-S by 5 % on a CPU, by 8 % on an H100."""
     model, state = released(name, goldens)
     figures = goldens[start][name]
     if "offset_grads" in figures:
@@ -52,11 +52,11 @@ def test_training_step(
         assert training_step(model, state) == pytest.approx(figures["loss"], rel=loss)
     gradients = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     expected = {converted_name(key): norm for key, norm in norms.items()}
-    # The gradient of a bias before BatchNorm is zero up to rounding. The last table of lit_ti is two parameters here.
+    # a bias before BatchNorm has no gradient up to rounding, and lit_ti's last table is two parameters here
     excluded = {f"stages.{i}.merge.proj.bias" for i in (1, 2, 3)} | {"stages.3.pos_embed"}
     keys = sorted(expected.keys() - excluded)
     assert relative_error(*(torch.tensor([norms[key] for key in keys]) for norms in (gradients, expected))) < tolerance
-    for key in keys if dtype == torch.float32 else ():  # in half precision, gradients that nearly cancel differ more
+    for key in keys if dtype == torch.float32 else ():  # in half precision, gradients that nearly cancel are far off
         assert gradients[key] == pytest.approx(expected[key], rel=3 * tolerance), key
 
 
@@ -81,7 +81,7 @@ def test_compiled(kind: str, dynamic: bool) -> None:
 
 @needs_gpu
 def test_compiled_training_step_in_mixed_precision(goldens: dict[str, Any]) -> None:
-    """Train LIT-S. Its compiled backward pass once failed with the bias of 14 x 14 tokens."""
+    """Compare LIT-S with its eager step. Its compiled backward pass once failed on the bias of 14 x 14 tokens."""
     model, state = released("lit_s", goldens)
     with autocast(torch.bfloat16):
         eager = training_step(model, state)
@@ -111,13 +111,13 @@ def test_dense_backbone_trains_in_mixed_precision(with_cp: bool, dtype: torch.dt
 
 
 @torch.no_grad()
-def test_onnx_on_a_cpu_agrees_with_the_gpu(tmp_path: Path) -> None:
+def test_onnx_on_a_cpu_gives_the_outputs_of_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from tests.tools.test_export import build, run_onnx
 
     model = build("lit_s")
-    dynamic = {0: "batch", 2: "height", 3: "width"}
-    program = torch.onnx.export(model, (torch.zeros(2, 3, 128, 96),), input_names=["images"], dynamic_shapes=(dynamic,))
+    free = {0: "batch", 2: "height", 3: "width"}
+    program = torch.onnx.export(model, (torch.zeros(2, 3, 128, 96),), input_names=["images"], dynamic_shapes=(free,))
     program.save(tmp_path / "model.onnx")
     x = torch.randn(3, 3, 75, 130)
     expected = model.to(DEVICE)(x.to(DEVICE)).cpu()

@@ -400,11 +400,14 @@ def test_class_mismatch() -> None:
 
 
 def test_order_of_unnamed_classes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     path, model = tmp_path / "weights.pth", small_lit(num_classes=3)
     torch.save(model.state_dict(), path)
-    caplog.set_level("INFO")
+    load_checkpoint(path, model)
+    assert caplog.records == []
     load_checkpoint(path, model, classes=["9", "10", "11"])
-    assert f"{path}: has no class names. Its labels are taken in the order of the data: 9, 10, 11." in caplog.text
+    message = f"{path}: has no class names. Its labels are taken in the order of the data: 9, 10, 11."
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("INFO", message)]
 
 
 UNUSABLE = {

@@ -1,5 +1,4 @@
 import errno
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +6,9 @@ import pytest
 from PIL import Image
 
 from lit_backbone.images import DataError, find_images, natural_key, open_rgb, wrap_decode_errors
+from tests.images import GRAY, RGB, UNREADABLE
 
-Y, X = np.mgrid[:40, :48]
-GRAY = (4 * Y + X).astype(np.uint8)  # (40, 48)
-RGB = np.stack((GRAY, 255 - GRAY, GRAY // 2), axis=2)
 DEEP = (GRAY.astype(np.uint16) << 8) + 7
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\n%%EndComments\n(%s) run\nshowpage\n"
 
 READABLE = {  # name: image, format, options, expected pixels
     "16-bit.png": (Image.fromarray(DEEP), "PNG", {}, GRAY),
@@ -33,19 +29,9 @@ def test_formats_and_modes(name: str, tmp_path: Path) -> None:
     assert np.array_equal(open_rgb(tmp_path / name), expected)
 
 
-def write_truncated(path: Path) -> None:
-    Image.fromarray(RGB).save(path)
-    path.write_bytes(path.read_bytes()[:500])
-
-
-UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "eps.jpg": (lambda path: path.write_bytes(EPS), "none of BMP, "),  # Pillow would start Ghostscript
-    "truncated.jpg": (write_truncated, "[Tt]runcated"),
-    "empty.png": (Path.touch, "none of"),
-    "float.png": (lambda path: Image.fromarray(RGB[..., 0] / 255).convert("F").save(path, "TIFF"), "32 bits"),
-    "huge.png": (lambda path: path.write_bytes(b"P6 20000 20000 255\n"), "decompression bomb"),
-    "dangling.jpg": (lambda path: path.symlink_to("nowhere"), "No such file"),
-}
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    Image.fromarray(RGB).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(np.asarray(open_rgb(tmp_path / "cmyk.jpg")).astype(int) - RGB).max() <= 10
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -83,6 +69,8 @@ def test_find_images_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / "1" / "loop").symlink_to(tmp_path)  # links to parent directories are skipped
     expected = [str(tmp_path / name) for name in names]
     assert find_images([str(tmp_path)]) == expected
+    (tmp_path / "3").symlink_to(tmp_path / "10")
+    assert find_images([str(tmp_path)]) == [*expected[:3], str(tmp_path / "3" / "b.webp"), expected[3]]
     assert find_images([tmp_path / "notes.txt", tmp_path / "2"]) == [str(tmp_path / "notes.txt"), expected[2]]
     assert sorted(["b", "B", "a10", "A9"], key=natural_key) == ["A9", "a10", "B", "b"]
 

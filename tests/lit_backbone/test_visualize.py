@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import re
 import shutil
@@ -11,27 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lit_backbone.images import DataError
-from lit_backbone.layers import AttentionBlock
 from lit_backbone.visualize import (
     CELL_COLOR,
     POINT_COLOR,
     SamplingChains,
-    draw_attention,
     draw_points,
     draw_sheet,
     evenly_spaced,
     follow_offsets,
-    query_attention,
     render_html,
     sampling_chains,
 )
-from tests.lit_backbone.small import KINDS, small_lit
+from tests.lit_backbone.small import small_lit
 
 # ---- sampling points
 
@@ -264,70 +258,3 @@ def test_lines_grid_and_levels_can_be_hidden(chains: SamplingChains, tmp_path: P
             tab.locator(box).uncheck()
         assert tab.locator("#lines line").count() == tab.locator("#grid circle").count() == 0
         assert tab.locator("#points circle").count() == len(chains.of(1, 1))
-
-
-# ---- attention
-
-
-def attention_matrix(block: AttentionBlock, x: Tensor) -> Tensor:
-    """Compute all attention probabilities `(B, heads, N, N)` of a block by their formula."""
-    attn = block.attn
-    height, width = x.shape[1:3]
-    tokens = block.norm1(x).reshape(len(x), -1, x.shape[-1])
-    q, k, _ = attn.qkv(tokens).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
-    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(q.shape[-1])
-    if attn.rel_pos_bias is not None:
-        size = (2 * height - 1, 2 * width - 1)
-        table = F.interpolate(attn.rel_pos_bias, size, mode="bicubic", align_corners=False)[0]
-        y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
-        scores = scores + table[:, y[:, None] - y + height - 1, x[:, None] - x + width - 1]
-    return scores.softmax(-1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_is_that_of_the_model(kind: str) -> None:
-    model = small_lit(kind)
-    images = torch.randn(2, 3, 64, 96)
-    inputs: dict[tuple[int, int], Tensor] = {}
-    for i, stage in enumerate(model.stages):
-        for j, block in enumerate(stage.blocks):
-            block.register_forward_pre_hook(lambda _, args, key=(i, j): inputs.__setitem__(key, args[0]))
-    expected = model(images)
-    queries = [100, 13, 7, 3]
-    result = query_attention(model, images, queries)
-    torch.testing.assert_close(model(images), expected)
-    assert list(result) == ([0, 1, 2, 3] if kind == "conv_merging" else [2, 3])
-    for i, maps in result.items():
-        size = (16 // 2**i, 24 // 2**i)
-        assert maps.shape == (2, len(model.stages[i].blocks), model.stages[i].blocks[0].attn.num_heads, *size)
-        prefix = int(model.stages[i].cls_token is not None)
-        for j, block in enumerate(model.stages[i].blocks):
-            rows = attention_matrix(block, inputs[i, j])[:, :, queries[i] + prefix, prefix:]
-            torch.testing.assert_close(maps[:, j].flatten(-2), rows)
-        assert (maps.sum((-1, -2)) < 1 - 1e-4).all() if prefix else torch.allclose(maps.sum((-1, -2)), torch.ones(()))
-
-
-class CountCalls(TorchFunctionMode):
-    calls = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls += func is F.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
-
-
-def test_recording_keeps_the_fused_call() -> None:
-    with CountCalls() as counter:
-        query_attention(small_lit(), torch.randn(1, 3, 64, 64), [0] * 4)
-    assert counter.calls == 3
-
-
-def test_heat_map_is_brightest_at_its_maximum() -> None:
-    heat = torch.zeros(7, 7)
-    heat[5, 1] = 0.25
-    drawing = draw_attention(heat, query=16, caption="block 1")
-    side = drawing.width // 7
-    assert drawing.height - drawing.width == 20  # the caption
-    lightness = np.array(drawing.convert("L"), dtype=int)[20:]
-    cells = lightness.reshape(7, side, 7, side)[:, side // 2, :, side // 2]
-    assert np.unravel_index(cells.argmax(), cells.shape) == (5, 1)
-    assert drawing.getpixel((2 * side + 2, 20 + 2 * side - 1)) == CELL_COLOR  # token (2, 2)

@@ -230,7 +230,7 @@ def test_errors(checkpoint: tuple[Path, nn.Module], tmp_path: Path, capsys: pyte
     assert "is the checkpoint itself" in export(path, "--format", "onnx", "--output", path)
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx")
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
-    assert "other.pth: weights of no known classifier" in export(tmp_path / "other.pth", "--format", "onnx")
+    assert "other.pth: holds weights of no known LIT" in export(tmp_path / "other.pth", "--format", "onnx")
     (tmp_path / "file").touch()
     message = export(path, "--format", "safetensors", "--output", tmp_path / "file" / "a.safetensors")
     assert "a.safetensors: not written" in message and "\n" not in message
