@@ -122,5 +122,5 @@ RUNS: dict[str, tuple[Change, str]] = {
     "text moment": (moments(exp_avg="text"), "exp_avg "),
     "nan moment": (moments(exp_avg_sq=torch.full((8, 3, 4, 4), torch.nan)), "exp_avg_sq is not finite"),
     "step": (moments(step=torch.ones(7)), "step (7,)"),
-    "no moments": (lambda content: content["optimizer"]["state"].update({0: {"step": 1.0}}), "exp_avg, exp_avg_sq mis"),
+    "no moments": (lambda content: content["optimizer"]["state"].update({0: {"step": 1.0}}), "exp_avg, exp_avg_sq"),
 }

@@ -64,7 +64,7 @@ def read_log(run_dir: Path, tag: str) -> list[float]:
     return [json.loads(line)[tag] for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-# ---- what a run writes
+# ---- run directory
 
 
 def test_run_directory(tiny_cfg, run_dir):
@@ -173,7 +173,7 @@ def test_stored_config_replaces_the_file(tiny_cfg, run_dir, run):
     run("--cfg", tiny_cfg(DATA={"IMG_SIZE": [96, 160], "INTERPOLATION": "bilinear"}, TEST={"CROP": False}))
     acc1, loss = (read_log(run_dir, f"val/{name}")[-1] for name in ("acc1", "loss"))
     other = {"DATA": {"IMG_SIZE": 224}, "MODEL": {"NUM_CLASSES": 9, "LIT": {"merging": "conv"}}}
-    cfg = tiny_cfg("other", **other, TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # which could not train
+    cfg = tiny_cfg("other", **other, TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # invalid in training
     for options in ([], ["--cfg", cfg]):
         out = run("--eval", "--resume", run_dir / LATEST, *options)
         assert f" * Acc@1 {acc1:.3f} " in out and f"loss {loss:.3f}\n" in out
@@ -254,7 +254,7 @@ def test_another_timm_model_takes_its_keywords_from_yaml(tiny_cfg, run_dir, run,
 
 
 def test_throughput_needs_no_data(tiny_cfg, run):
-    cfg = tiny_cfg(TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # which could not train
+    cfg = tiny_cfg(TRAIN={"WARMUP_EPOCHS": 5, "GLOBAL_BATCH": 7})  # invalid in training
     out = run("--cfg", cfg, "--throughput", "--data-path", "/no/such/place")
     assert re.search(r"lit_s: [1-9][0-9.]* images/s per rank at batch size 4", out)
 

@@ -104,7 +104,7 @@ def test_evaluation_prints_the_published_lines_whatever_the_number_of_processes(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_scripts_name_their_model(model, tmp_path):
-    """With a `python` that prints what it is told to run."""
+    """Run the scripts with a `python` that prints its arguments."""
     fake = tmp_path / "bin" / "python"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\n[ "$1" = -I ] || echo "$@"\n')
@@ -135,7 +135,7 @@ def test_evaluation_without_a_checkpoint_is_refused(args, tmp_path):
     assert done.stderr == f"error: CHECKPOINT: missing. Run bash {SCRIPTS}/lit-b-eval.sh [GPUS] CHECKPOINT.\n"
 
 
-def test_without_an_environment_the_remedy_is_named(tmp_path):
+def test_missing_environment_names_the_setup_command(tmp_path):
     shutil.copytree(SCRIPTS, tmp_path / "classification" / "scripts")
     (tmp_path / "tools").mkdir()
     shutil.copy(SCRIPTS.parents[1] / "tools" / "launch.sh", tmp_path / "tools")
