@@ -290,8 +290,8 @@ def test_invalid_stored_config_is_a_checkpoint_error(caplog):
 
 LIT_S = """
 BASE: []
-DATA: {BATCH_SIZE: 128, DATA_PATH: '', DATASET: '', IMG_SIZE: [224, 224], INTERPOLATION: bicubic, PIN_MEMORY: true,
-  NUM_WORKERS: 8}
+DATA: {BATCH_SIZE: 128, DATA_PATH: '', DATASET: '', TRAIN_SPLIT: train, VAL_SPLIT: val, IMG_SIZE: [224, 224],
+  INTERPOLATION: bicubic, PIN_MEMORY: true, NUM_WORKERS: 8}
 MODEL: {NAME: lit_s, RESUME: '', PRETRAINED: '', NUM_CLASSES: 1000, DROP_RATE: 0, DROP_PATH_RATE: 0.2,
   LABEL_SMOOTHING: 0.1, OFFSET_LR_MULTI: 0.01, KEYWORDS: {},
   LIT: {embed_dims: null, depths: null, num_heads: null, mlp_ratios: null, attention: null, merging: null,
@@ -389,7 +389,7 @@ def test_result_settings_leave_out_what_affects_no_results():
     settings, expected = result_settings(Config()), flatten(yaml.safe_load(LIT_S))
     assert settings["TRAIN.OPTIMIZER.BETAS"] == "[0.9, 0.999]" and settings["RUNTIME.AMP_DTYPE"] == '"bf16"'
     runtime = "BASE DATA.DATA_PATH DATA.PIN_MEMORY DATA.NUM_WORKERS MODEL.RESUME MODEL.PRETRAINED TRAIN.AUTO_RESUME "
-    runtime += "TRAIN.RESUME_CHANGED TRAIN.USE_CHECKPOINT TRAIN.SAVE_STEPS RUNTIME.DEVICE RUNTIME.COMPILE "
+    runtime += "TRAIN.RESUME_CHANGED TRAIN.USE_CHECKPOINT TRAIN.SAVE_STEPS RUNTIME.DEVICE "
     runtime += "RUNTIME.CHANNELS_LAST RUNTIME.TIMEOUT OUTPUT TAG SAVE_FREQ PRINT_FREQ"
     assert expected.keys() - settings.keys() == set(runtime.split())
 

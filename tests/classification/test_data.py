@@ -272,9 +272,8 @@ def test_archive_equals_its_folder(name, layout, tmp_path):
 def test_skipped_files_are_counted_in_a_warning(tmp_path, caplog):
     tree = TREES["hidden"](tmp_path / "tree")
     ImageFolder(tree), ImageTar(pack(tree, tmp_path / "tree.tar"))
-    for record, place in zip(caplog.records, (tree, tmp_path / "tree.tar"), strict=True):
-        message = f"{place}: skipped 4 hidden files and folders, such as .ipynb_checkpoints"
-        assert record.levelname == "WARNING" and record.getMessage().startswith(message)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"{place}: skipped 4 files and folders: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
 
 
 def write_ilsvrc(tree: Path, path: Path) -> Path:
@@ -339,15 +338,15 @@ def test_folders_and_archives_without_class_folders_are_refused(names, tmp_path)
     tree = write_tree(tmp_path / "tree", *names)
     tree.mkdir(exist_ok=True)
     path = pack(tree, tmp_path / "val.tar")
-    with pytest.raises(DataError, match=rf"^{path}: has no images in class folders \(.jpg "):
+    with pytest.raises(DataError, match=rf"^{path}: no (images in )?class folders.* Expected CLASS/IMAGE \(.jpg "):
         ImageTar(path)
-    with pytest.raises(DataError, match=rf"^{tree}: .* Expected CLASS/IMAGE \(.jpg "):
+    with pytest.raises(DataError, match=rf"^{tree}: no (images in )?class folders.* Expected CLASS/IMAGE \(.jpg "):
         ImageFolder(tree)
 
 
 def test_empty_class_folder_is_named(own_folder):
     write_tree(own_folder / "train", "asp/notes.txt")
-    with pytest.raises(DataError, match="train: Found no valid file for the classes asp. +Expected CLASS/IMAGE"):
+    with pytest.raises(DataError, match="train: no images in class folders asp. Expected CLASS/IMAGE"):
         ImageFolder(own_folder / "train")
 
 
