@@ -37,7 +37,7 @@ demo: env ## train a small LIT on scanned digits, evaluate it, visualize DTM's o
 
 demo-detection: env-mm ## train a small RetinaNet on scenes of digits, evaluate it, draw its detections
 	"$(PYTHON)" -m demo.digit_scenes
-	cd detection && "$(PYTHON)" tools/train.py configs/demo/$(DETECTOR).py
+	cd detection && "$(PYTHON)" tools/train.py configs/demo/$(DETECTOR).py --overwrite
 	cd detection && "$(PYTHON)" tools/test.py configs/demo/$(DETECTOR).py $$(cat work_dirs/$(DETECTOR)/last_checkpoint)
 	cd detection && "$(PYTHON)" tools/detect.py ../data/digit_scenes/images/val --config configs/demo/$(DETECTOR).py \
 	    --checkpoint $$(cat work_dirs/$(DETECTOR)/last_checkpoint) --out-dir outputs/$(DETECTOR)
@@ -45,7 +45,7 @@ demo-detection: env-mm ## train a small RetinaNet on scenes of digits, evaluate 
 
 demo-segmentation: env-mm ## train a small Semantic FPN on the same scenes, evaluate it, draw its masks
 	"$(PYTHON)" -m demo.digit_scenes
-	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py
+	cd segmentation && "$(PYTHON)" tools/train.py configs/demo/$(SEGMENTOR).py --overwrite
 	cd segmentation && "$(PYTHON)" tools/test.py configs/demo/$(SEGMENTOR).py $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint)
 	cd segmentation && "$(PYTHON)" tools/segment.py ../data/digit_scenes/images/val --config configs/demo/$(SEGMENTOR).py \
 	    --checkpoint $$(cat work_dirs/$(SEGMENTOR)/last_checkpoint) --out-dir outputs/$(SEGMENTOR)

@@ -43,11 +43,11 @@ for seed in $seeds; do
     for start in pretrained scratch; do
         if [[ $tasks == *detection* ]]; then
             dense detection retinanet_lit_digit_scenes "$start" "$seed" \
-                train_cfg.max_epochs=1 train_cfg.val_interval=1 param_scheduler.1.T_max=1
+                train_cfg.max_epochs=1 train_cfg.val_interval=1
         fi
         if [[ $tasks == *segmentation* ]]; then
             dense segmentation fpn_lit_digit_scenes "$start" "$seed" \
-                train_cfg.max_iters=1000 train_cfg.val_interval=1000 param_scheduler.1.end=1000
+                train_cfg.max_iters=1000 train_cfg.val_interval=1000
         fi
     done
 done

@@ -10,8 +10,8 @@ except ImportError as error:
 from ..images import DataError
 from .backbone import LITBackbone
 from .checkpoints import load_file
-from .hooks import AverageBuffersHook, CheckDataHook
+from .hooks import AverageBuffersHook, CheckDataHook, OffsetHook
 
-__all__ = ["AverageBuffersHook", "CheckDataHook", "DataError", "LITBackbone", "load_file"]
+__all__ = ["AverageBuffersHook", "CheckDataHook", "DataError", "LITBackbone", "OffsetHook", "load_file"]
 
 MODULE2PACKAGE["mmseg"] = "mmseg"  # config inheritance in mmengine looks up the former package name, mmsegmentation

@@ -78,8 +78,11 @@ class LITBackbone(LIT):
         kind, path, prefix = cfg.pop("type", None), cfg.pop("checkpoint", None), cfg.pop("prefix", "")
         if kind != "Pretrained" or path is None or cfg:
             raise ValueError(f'init_cfg={self.init_cfg}: invalid. Use dict(type="Pretrained", checkpoint=FILE).')
-        weights = unwrap_state_dict(load_file(str(path)))
-        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        content = load_file(str(path))
+        weights = unwrap_state_dict(content)  # without a prefix that all keys share
+        keys = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+        if any(key.startswith(prefix) for key in weights) or not any(str(key).startswith(prefix) for key in keys):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if not weights:
             missing = f"no key starts with init_cfg.prefix={prefix!r}" if prefix else "no weights"
             raise CheckpointError(f"{path}: {missing}. Use a checkpoint of {self.pretrained_cfg['architecture']}.")

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed
+from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoints import CheckpointError
 from ..images import DataError
+from ..safe_reader import preview
 from .data import unwrap_datasets
 from .runner import StrictRunner
+
+RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
 
 
 def train(description: str, argv: list[str] | None = None) -> None:
@@ -27,6 +31,8 @@ def train(description: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch size")
     help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
     parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help=help)
+    help = "start a new run although the work directory holds checkpoints of another run"
+    parser.add_argument("--overwrite", action="store_true", help=help)
     args = parser.parse_args(argv)
     with one_line_errors():
         cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper")
@@ -38,20 +44,40 @@ def train(description: str, argv: list[str] | None = None) -> None:
                     f"{args.config}: auto_scale_lr is missing. Add auto_scale_lr=dict(base_batch_size=...)."
                 )
             cfg.auto_scale_lr.enable = True
-        if args.resume == "auto":
-            args.resume = _find_latest(cfg.work_dir)
-        if args.resume:
-            cfg.resume, cfg.load_from = True, args.resume
-        runner = build_runner(cfg)
-        runner.allow_new_head = not cfg.get("resume")
-        runner.train()
+        with run_lock(cfg.work_dir, args.launcher):
+            if args.resume == "auto":
+                args.resume = _find_latest(cfg.work_dir)
+            if not args.resume and not cfg.get("resume"):
+                _start_new(cfg.work_dir, args.overwrite)
+            if args.resume:
+                cfg.resume, cfg.load_from = True, args.resume
+            runner = build_runner(cfg)
+            runner.allow_new_head = not cfg.get("resume")
+            runner.train()
+
+
+@contextmanager
+def run_lock(work_dir: str, launcher: str) -> Iterator[None]:
+    """Create the work directory and lock it on rank 0, or raise DataError if another training has locked it."""
+    lock = FileLock(Path(work_dir, "run.lock"), timeout=0)
+    if int(os.environ.get(RANK_VARIABLES.get(launcher, ""), 0)) == 0:  # other ranks end with rank 0
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            advice = "Wait until it has ended, or choose another --work-dir."
+            raise DataError(f"{work_dir}: another training runs there. {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate a checkpoint and return the metrics."""
     parser = _build_parser(description)
     parser.add_argument("checkpoint", help="checkpoint file, trained here or released by the authors")
-    parser.add_argument("--out", metavar="PATH", help="write the predictions to a file or directory")
+    parser.add_argument("--out", metavar="PATH", help="write the predictions to a .pkl file, or masks to a directory")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", metavar="DIR", help="save images with the predictions")
     parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
@@ -129,6 +155,17 @@ def build_runner(cfg: Config) -> StrictRunner:
     return StrictRunner.from_cfg(cfg)
 
 
+def _start_new(work_dir: str, overwrite: bool) -> None:
+    """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`."""
+    old = sorted(
+        path.name for path in Path(work_dir).glob("*.pth") if path.name.startswith(("best_", "epoch_", "iter_"))
+    )
+    if old and not overwrite:
+        advice = "Add --resume to continue that run, --work-dir for another directory, or --overwrite."
+        raise DataError(f"{work_dir}: holds checkpoints of another run ({preview(old)}). {advice}")
+    Path(work_dir, "last_checkpoint").unlink(missing_ok=True)  # --resume must not find it if this run is killed early
+
+
 def _find_latest(work_dir: str) -> str | None:
     """Find the latest checkpoint. The path stored by mmengine is outdated if the directory was moved or copied."""
     latest = find_latest_checkpoint(work_dir)
@@ -141,14 +178,17 @@ def _configure_outputs(cfg: Config, args: argparse.Namespace) -> None:
     is_detection = cfg.get("default_scope") == "mmdet"
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="DrawingHook")]
     if args.show_dir and is_detection:
         cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)  # else below the work directory
     elif args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
-    if args.out and is_detection:
-        if not args.out.endswith((".pkl", ".pickle")):
-            raise DataError(f"--out {args.out}: unknown file type. Use a name that ends in .pkl.")
-        cfg.test_evaluator = [cfg.test_evaluator, dict(type="DumpDetResults", out_file_path=args.out)]
+    if args.out and args.out.endswith((".pkl", ".pickle")):
+        metric = dict(type="DumpDetResults" if is_detection else "DumpMasks", out_file_path=args.out)
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*evaluators, metric]
+    elif args.out and is_detection:
+        raise DataError(f"--out {args.out}: unknown file type. Use a name that ends in .pkl.")
     elif args.out:
         cfg.test_evaluator.output_dir = args.out
 

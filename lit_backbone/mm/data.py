@@ -3,7 +3,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import Compose, LoadAnnotations, LoadImageFromFile
 from mmengine.fileio import load
+from mmengine.logging import print_log
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from ..images import DataError
 from ..safe_reader import preview, printable
+from ..visualize import evenly_spaced
+from .coco import CocoFile, check_instances
+
+MAX_MASKS = 3000  # masks that are read before the first step; more if a class does not occur in them
 
 
 def unwrap_datasets(dataset: Any) -> list[Any]:
@@ -64,7 +70,8 @@ def _check_categories(dataset: Any) -> None:
     if classes == list(dataset.METAINFO.get("classes") or ()):  # a public dataset, whose large file is not read again
         if type(dataset).__name__ != "CocoDataset" or (len(ids), ids[-1:]) == (80, [90]):  # the last id in COCO is 90
             return
-    categories = load(file)["categories"]
+    coco: CocoFile | None = getattr(dataset, "coco_file", None)
+    categories = coco.categories if coco else load(file)["categories"]
     names, by_id = [category["name"] for category in categories], {c["id"]: c["name"] for c in categories}
     if duplicates := preview([name for name in classes if names.count(name) > 1]):
         raise DataError(f"{file}: several categories are named {duplicates}. Give each category a unique name.")
@@ -77,25 +84,39 @@ def _check_categories(dataset: Any) -> None:
 # ---- files
 
 
-def check_dataset(dataset: Any) -> None:
-    """Raise DataError if a category or file is missing or the dataset is empty. No image is opened."""
+def check_dataset(dataset: Any, required: bool = True) -> None:
+    """Raise DataError if a category or file is missing or the dataset is empty. No image is opened.
+
+    Args:
+        dataset: a dataset of mmdetection or mmsegmentation.
+        required: raise DataError if a COCO file has no usable instance; else only log a warning.
+    """
     source = getattr(dataset, "ann_file", "") or dataset.data_root
     if getattr(dataset, "cat_ids", None) is not None:
         _check_categories(dataset)
     if getattr(dataset, "img_suffix", "") and not dataset.ann_file:
         _check_suffixes(dataset)
+    coco = None if getattr(dataset, "_indices", None) else getattr(dataset, "coco_file", None)
+    if coco and not len(dataset):
+        check_instances(coco, Counter(), required=required)
     if not len(dataset):
         raise DataError(f"{source}: no image with annotations. Check data_root and data_prefix of the dataset.")
+    classes = dataset.metainfo.get("classes") or ()
+    kept = Counter(dict.fromkeys(classes, 0))
     list_folder = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     missing = []
     for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
         info = dataset.get_data_info(i)
+        if coco:
+            kept.update(classes[x["bbox_label"]] for x in info["instances"] if not x["ignore_flag"])
         for path in filter(None, (info.get("img_path"), info.get("seg_map_path"))):
             folder, name = os.path.split(path)
             if "://" not in path and name not in list_folder(folder):
                 missing.append(path)
     if missing:
         raise DataError(f"{missing[0]}: no such file. {source} refers to {len(missing)} missing files.")
+    if coco:
+        check_instances(coco, kept, required=required)
 
 
 def _check_suffixes(dataset: Any) -> None:
@@ -187,3 +208,66 @@ def check_loaded_files(pipeline: Compose, dataset: Any) -> None:
             check_loaded_files(branch, dataset)
         if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
             pipeline.transforms[i] = CheckedStep(step, dataset)
+
+
+# ---- pixels per class
+
+
+def check_masks(dataset: Any, *, required: bool) -> None:
+    """Count the pixels of each class in the masks of a dataset, which must be checked by :class:`CheckedStep`.
+
+    Args:
+        dataset: a dataset of mmsegmentation.
+        required: raise DataError if a class does not occur; else only log a warning.
+
+    Raises:
+        DataError: an image or mask is invalid, or there are no classes to tell apart.
+    """
+    steps = [step for step in dataset.pipeline.transforms if isinstance(step, CheckedStep)]
+    if not any(step.num_classes and isinstance(step.step, LoadAnnotations) for step in steps):
+        return
+    classes, source = dataset.metainfo["classes"], dataset.ann_file or dataset.data_prefix["seg_map_path"]
+    if len(classes) == 1:
+        raise DataError(f"metainfo.classes={classes}: one class cannot be told apart. Add a class, as background.")
+    pixels, num_masks = np.zeros(len(classes) + 1, np.int64), 0  # the last entry counts ignored pixels
+    for counts in _count_pixels(dataset, steps):
+        pixels, num_masks = pixels + counts, num_masks + 1
+        if num_masks >= MAX_MASKS and pixels[:-1].all():
+            break
+    if num_masks < len(dataset):
+        print_log(f"{source}: counted the classes in {num_masks} of {len(dataset)} masks.", "current")
+    if absent := [name for name, count in zip(classes, pixels) if not count]:
+        advice = "Add masks with it, or remove the class."
+        if required:
+            advice = "Add masks with it, remove the class, or set allow_absent_classes=True in the config."
+        if dataset.reduce_zero_label:
+            advice = "reduce_zero_label=True ignores 0 and reads 1 as the first class. Set it to False if 0 is a class."
+        elif pixels[-1] and dataset.ignore_index == 255 and len(classes) == 2:
+            advice = "255 is ignored. Write 1 instead of 255."
+        problem = f"class {preview(absent)} occurs in none of {num_masks} masks"
+        if not pixels[:-1].any():
+            required, problem = True, f"all pixels of {num_masks} masks are ignored"
+        if required:
+            raise DataError(printable(f"{source}: {problem}. {advice}"))
+        print_log(printable(f"{source}: {problem}. {advice}"), "current", 30)
+
+
+def _count_pixels(dataset: Any, steps: Sequence[CheckedStep]) -> Iterator[np.ndarray]:
+    """Yield the number of pixels per class, and of ignored ones, of each mask: an evenly spaced sample first."""
+    num_classes = len(dataset.metainfo["classes"])
+
+    def count(i: int) -> np.ndarray:
+        results = dataset.get_data_info(i)
+        for step in steps:
+            results = step(results)
+        labels = results["gt_seg_map"]
+        labels = np.where(labels == dataset.ignore_index, num_classes, labels)
+        return np.bincount(labels.ravel(), minlength=num_classes + 1)
+
+    sample = evenly_spaced(len(dataset), MAX_MASKS)
+    order = [*sample, *sorted(set(range(len(dataset))) - set(sample))]
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    try:
+        yield from tqdm(pool.map(count, order), "counting classes", len(sample), delay=2, disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,17 +1,23 @@
-"""Hooks: average BatchNorm statistics over ranks, and check the data before the first step."""
+"""Hooks: average BatchNorm statistics, check the data before the first step, watch DTM, and name output files."""
 
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import DumpResults, Evaluator
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import Runner
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
+from ..dtm import captured_offsets, offset_statistics
 from . import data
+from .coco import repair_ground_truth
+from .labels import ascii_labels, matplotlib_labels
 
 
 @HOOKS.register_module()
@@ -49,7 +55,7 @@ class CheckDataHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check the training and validation data."""
         data.check_num_classes(runner.model, runner.train_dataloader.dataset.metainfo.get("classes"))
-        self._check(runner.train_dataloader)
+        self._check(runner.train_dataloader, all_classes=not runner.cfg.get("allow_absent_classes", False))
         if runner.val_loop is not None:
             self._check(runner.val_dataloader, runner.val_evaluator)
             data.check_equal_classes(
@@ -58,13 +64,99 @@ class CheckDataHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
-        self._check(runner.test_dataloader, runner.test_evaluator)
+        self._check(runner.test_dataloader, runner.test_evaluator, required=False)
 
-    def _check(self, loader: DataLoader, evaluator: Evaluator | None = None) -> None:
+    def _check(
+        self,
+        loader: DataLoader,
+        evaluator: Evaluator | None = None,
+        *,
+        required: bool = True,
+        all_classes: bool = False,
+    ) -> None:
+        """Check datasets. See `required` of `check_dataset` and, for `all_classes`, of `check_masks`."""
         datasets = data.unwrap_datasets(loader)
+        for metric in evaluator.metrics if evaluator else ():
+            if coco := getattr(metric, "_coco_api", None):
+                repair_ground_truth(coco)
         for dataset in datasets:
             if is_main_process():
-                data.check_dataset(dataset)
-                for metric in evaluator.metrics if evaluator and len(datasets) == 1 else ():
+                is_single = len(datasets) == 1
+                coco = getattr(dataset, "coco_file", None)  # one of several files may have images without boxes only
+                data.check_dataset(dataset, required and (is_single or bool(coco and coco.count)))
+                for metric in evaluator.metrics if evaluator and is_single else ():
                     data.check_metric(dataset, metric)
             data.check_loaded_files(dataset.pipeline, dataset)
+            if is_main_process():
+                data.check_masks(dataset, required=all_classes and is_single)
+
+
+@HOOKS.register_module()
+class DrawingHook(Hook):
+    """Draw readable labels in a test, into the folders of the images so that equal file names do not collide."""
+
+    def before_test(self, runner: Runner) -> None:
+        """Change the labels and the output paths of the visualizer."""
+        visualizer, dataset = runner.visualizer, runner.test_dataloader.dataset
+        classes = visualizer.dataset_meta.get("classes") or ()
+        is_detection = runner.cfg.get("default_scope") == "mmdet"  # mmsegmentation numbers its files, and draws ASCII
+        labels = (matplotlib_labels if is_detection else ascii_labels)(classes)
+        visualizer.dataset_meta = dict(visualizer.dataset_meta, classes=labels)
+        draw, folders = visualizer.add_datasample, {os.path.dirname(path) for path in _image_paths(dataset)}
+
+        def draw_in_folder(*args: Any, data_sample: Any, out_file: str | None = None, **kwargs: Any) -> None:
+            if out_file:
+                path = os.path.relpath(data_sample.img_path, os.path.commonpath(folders))
+                out_file = os.path.join(os.path.dirname(out_file), path)
+            draw(*args, data_sample=data_sample, out_file=out_file, **kwargs)
+
+        visualizer.add_datasample = draw_in_folder
+
+
+def _image_paths(dataset: Any) -> list[str]:
+    return [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
+
+
+@METRICS.register_module()
+class DumpMasks(DumpResults):
+    """Write the path and the predicted classes `(1, H, W)` of each image to a pickle file."""
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        """Keep the predictions on the CPU."""
+        self.results += [
+            dict(img_path=sample["img_path"], pred_sem_seg=sample["pred_sem_seg"]["data"].cpu())
+            for sample in data_samples
+        ]
+
+
+@HOOKS.register_module()
+class OffsetHook(Hook):
+    """Log the largest share of DTM's samples outside the feature map, and warn once if it exceeds a half.
+
+    Args:
+        interval: number of steps between measurements.
+    """
+
+    def __init__(self, interval: int = 50):
+        self.interval, self.has_warned = interval, False
+        self.stack = ExitStack()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Capture the offsets of this step."""
+        if self.every_n_train_iters(runner, self.interval):
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            self.captured = self.stack.enter_context(captured_offsets(model))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Log the share."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        self.stack.close()
+        if self.captured:
+            share = max(offset_statistics(offset, size)[1].item() for offset, size in self.captured)
+            runner.message_hub.update_scalar("train/dtm_outside", share)
+            if share > 0.5 and not self.has_warned:
+                self.has_warned = True
+                problem = f"{share:.0%} of the samples of a DTM are outside the feature map"
+                advice = "Set optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult=0.01, or lower the learning rate."
+                runner.logger.warning(f"{problem}. {advice}")

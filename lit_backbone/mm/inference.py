@@ -2,10 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.model.utils import revert_sync_batchnorm
@@ -83,6 +85,27 @@ def output_paths(images: list[str], folder: Path, suffix: str = ".png") -> Itera
         yield image, output
 
 
+def process_images(images: list[str], folder: Path, process: Callable[[str, Path], str], suffix: str = ".png") -> None:
+    """Process each image and print a message. Skip and report unusable images, and exit with status 1 at the end.
+
+    Args:
+        images: image files.
+        folder: output directory.
+        process: function of the image and its output path that returns the message.
+        suffix: suffix of the output paths.
+    """
+    num_errors = 0
+    for path, output in output_paths(images, folder, suffix):
+        try:
+            tqdm.write(printable(process(path, output)))
+        except (DataError, cv2.error) as error:
+            num_errors += 1
+            text = str(error) if str(error).startswith(path) else f"{path}: {error}"
+            tqdm.write(f"error: {printable(text)}", file=sys.stderr)
+    if num_errors:
+        sys.exit(1)
+
+
 def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     """Draw the sampling positions of the DTM layers of a backbone, at the size of each image."""
     parser = build_parser(description)
@@ -95,11 +118,10 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
         model: Any = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
         mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
         options = dict(grid=args.grid, html=args.html, at_most=args.at_most)
-        for path, output in output_paths(images, args.out_dir, suffix=""):
+
+        def visualize(path: str, output: Path) -> str:
             image = np.array(open_rgb(path, upright=True))  # (H, W, 3)
             x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
-            try:
-                summary = write_offsets(model.backbone, x, Image.fromarray(image), output, **options)
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from error
-            tqdm.write(printable(summary))
+            return write_offsets(model.backbone, x, Image.fromarray(image), output, **options)
+
+        process_images(images, args.out_dir, visualize, suffix="")

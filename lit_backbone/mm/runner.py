@@ -16,8 +16,10 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import CheckpointError, check_optimizer_state, class_mismatch, unwrap_state_dict
+from ..checkpoints import CheckpointError, check_optimizer_state, class_mismatch
+from ..images import DataError
 from .checkpoints import fit_weights, load_file
+from .coco import is_coco, read_coco
 from .data import check_dataset, check_metainfo, unwrap_datasets
 
 HALF = (torch.float16, torch.bfloat16)
@@ -40,13 +42,25 @@ class StrictRunner(Runner):
         """Build a dataloader. Raise DataError if the classes are invalid or the dataset is empty."""
         configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
         check_metainfo(configs)
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            types = [registry.get(x) if isinstance(x := config.get("type"), str) else x for config in configs]
+        files = [
+            read_coco(DATASETS.build(dict(config, lazy_init=True))) if is_coco(cls) else None
+            for config, cls in zip(configs, types)
+        ]
         try:
-            return Runner.build_dataloader(dataloader, *args, **kwargs)
+            loader = Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
             if "need at least one array" in str(error):  # NumPy's error for an empty dataset
-                for config in configs:
-                    check_dataset(DATASETS.build(dict(config, serialize_data=False)))
+                for config, file in zip(configs, files):
+                    dataset = DATASETS.build(dict(config, serialize_data=False))
+                    dataset.coco_file = file
+                    check_dataset(dataset)
             raise
+        if configs:
+            for dataset, file in zip(unwrap_datasets(loader), files):
+                dataset.coco_file = file
+        return loader
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
@@ -58,8 +72,6 @@ class StrictRunner(Runner):
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
         """Load the weights of a checkpoint. Raise CheckpointError if model, classes or optimizer do not match."""
         checkpoint = load_file(filename, map_location)
-        checkpoint.setdefault("state_dict", unwrap_state_dict(checkpoint))  # EMAHook reads this key
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model, reset_keys = self.model, ()
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
@@ -69,7 +81,14 @@ class StrictRunner(Runner):
                 raise CheckpointError(f"{filename}: {mismatch}. Set metainfo.classes to those of the checkpoint.")
             reset_keys = class_dependent_keys(self.cfg.model, model)
             self.logger.warning(f"{filename}: {mismatch}. Weights that depend on the classes are reinitialized.")
-        weights = fit_weights(checkpoint, model, filename, allow_new_head=self.allow_new_head, reset_keys=reset_keys)
+        fit = partial(fit_weights, allow_new_head=self.allow_new_head, reset_keys=reset_keys)
+        # EMAHook reads these keys, and exchanges them if the run is resumed
+        checkpoint["state_dict"] = fit(checkpoint, model, filename)
+        if self._resume and isinstance(ema := checkpoint.get("ema_state_dict"), dict):
+            averages = {key.removeprefix("module."): x for key, x in ema.items() if key.startswith("module.")}
+            averages = {f"module.{key}": x for key, x in fit({"state_dict": averages}, model, filename).items()}
+            checkpoint["ema_state_dict"] = {**ema, **averages}
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         if self._resume:
             if "optimizer" not in checkpoint:
                 raise CheckpointError(f"{filename}: no optimizer state to resume from. Instead, {FROM_WEIGHTS}.")
@@ -79,10 +98,28 @@ class StrictRunner(Runner):
                 self.logger.warning(f"{filename}: {problem}. To use those of the config, {FROM_WEIGHTS}.")
             # mmengine compares the metainfo; the classes are compared above, other fields are not read
             checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
         self.logger.info(f"Loaded checkpoint {filename}")
         return checkpoint
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """Build the schedulers. Warn if one does not end with the training, raise DataError if it cannot begin."""
+        for i, config in enumerate(scheduler if isinstance(scheduler, list) else [scheduler]):
+            if not isinstance(config, dict) or "type" not in config:
+                continue
+            key, length = "max_epochs", self.max_epochs
+            if not config.get("by_epoch", True):
+                key, length = "max_iters", self.max_iters
+            begin, end = config.get("begin", 0), config.get("end", length)
+            if begin >= end:
+                raise DataError(f"param_scheduler.{i}.begin={begin}: is not before its end ({end}). Lower it.")
+            end = max(config.get("milestones", [begin + config["T_max"] if config.get("T_max") else end]))
+            decays_to_end = str(config["type"]).endswith(("CosineAnnealingLR", "PolyLR"))
+            if end > length or (decays_to_end and max(end, config.get("end", 0)) < length):
+                advice = "Change its milestones, T_max or end. Without T_max and end, it ends with the training."
+                self.logger.warning(f"param_scheduler.{i}: ends at {end}, but {key} is {length}. {advice}")
+        return super().build_param_scheduler(scheduler)
 
     def overridden_settings(self, checkpoint: dict[str, Any]) -> list[str]:
         """List the optimizer and schedule settings of the config that the checkpoint overrides on resume."""

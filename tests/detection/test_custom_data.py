@@ -134,13 +134,14 @@ def test_palette_has_too_few_colors() -> None:
 
 
 COCO = [dict(id=i, name=name) for i, name in enumerate(sorted(CocoDataset.METAINFO["classes"]))]
+DISCS = [dict(id=3, name="disc"), dict(id=7, name="disc")]
 SWAPPED = [dict(id=3, name="square"), dict(id=7, name="disc")]
 
 
 @pytest.mark.parametrize(
     "message, split, name, entries",
     [
-        ("train.json: several categories are named disc. Give", "train", "categories", [dict(id=3, name="disc")] * 2),
+        ("train.json: several categories are named disc. Give", "train", "categories", DISCS),
         (
             "metainfo.classes: datasets have different classes, .*disc.*square.*square.*disc",
             "val",

@@ -38,4 +38,5 @@ def imported() -> None:
 @pytest.fixture
 def options(scenes: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Return a function that builds the options of a run in a subdirectory of `tmp_path`."""
-    return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **changes)
+    changes_of_demo = dict(param_scheduler__1__begin=0)  # after 100 iterations in the config
+    return lambda work_dir="run", **changes: build_options(scenes, tmp_path / work_dir, **(changes_of_demo | changes))

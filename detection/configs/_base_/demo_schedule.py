@@ -1,12 +1,12 @@
 # Schedule for minutes on two CPU cores: AdamW, a short warm-up and cosine decay. Results are those of the last
-# checkpoint. To change the number of epochs with --cfg-options, set train_cfg.max_epochs and param_scheduler.1.T_max.
+# checkpoint. The schedule ends with the training: T_max is train_cfg.max_epochs if it is not set.
 max_epochs = 4
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", by_epoch=True, T_max=max_epochs, eta_min=0, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, eta_min=0, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
     type="OptimWrapper",

@@ -13,6 +13,7 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+# no filter_cfg: training keeps images without boxes, which the COCO configs drop
 dataset = dict(type="CocoDataset", data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
     batch_size=8,

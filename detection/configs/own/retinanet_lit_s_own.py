@@ -21,11 +21,15 @@ keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [load, annotations, resize, dict(type="RandomFlip", prob=0.5), dict(type="PackDetInputs")]
 test_pipeline = [load, resize, annotations, dict(type="PackDetInputs", meta_keys=keys)]
 dataset = dict(data_root=data_root, data_prefix=images, metainfo=metainfo)
+# as on COCO, training drops images without boxes; to keep them, add filter_cfg=dict(filter_empty_gt=False)
 train_dataloader = dict(batch_size=2, dataset=dict(ann_file=train_file, pipeline=train_pipeline, **dataset))
 val_dataloader = dict(dataset=dict(ann_file=val_file, pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator = dict(ann_file=data_root + val_file)
-optim_wrapper = dict(optimizer=dict(lr=1.25e-5))  # for 1 GPU x 2 images; the recipe uses 1e-4 for 8 x 2
+optim_wrapper = dict(
+    optimizer=dict(lr=1.25e-5),  # for 1 GPU x 2 images; the recipe uses 1e-4 for 8 x 2
+    paramwise_cfg=dict(custom_keys={"offset": dict(lr_mult=0.01)}),  # keeps DTM's samples inside the feature map
+)
 auto_scale_lr = dict(base_batch_size=2)  # batch size of the learning rate above, used by --auto-scale-lr
 train_cfg = dict(max_epochs=12)
 param_scheduler = [

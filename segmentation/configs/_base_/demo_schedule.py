@@ -1,12 +1,12 @@
 # Schedule for minutes on two CPU cores: AdamW, a short warm-up and polynomial decay to zero. Results are those of the
-# last checkpoint. To change the length with --cfg-options, set train_cfg.max_iters and param_scheduler.1.end.
+# last checkpoint. The schedule ends with the training: end is train_cfg.max_iters if it is not set.
 max_iters = 2000
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="PolyLR", power=0.9, eta_min=0.0, by_epoch=False, begin=100, end=max_iters),
+    dict(type="PolyLR", power=0.9, eta_min=0.0, by_epoch=False, begin=100),
 ]
 optim_wrapper = dict(
     type="OptimWrapper",

@@ -28,13 +28,17 @@ masks, pack = dict(type="LoadAnnotations"), dict(type="PackSegInputs")
 rescale = dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True)
 cut = dict(type="RandomCrop", crop_size=crop, cat_max_ratio=0.75, ignore_index=ignore)
 augment = [rescale, cut, dict(type="RandomFlip", prob=0.5), dict(type="PhotoMetricDistortion")]
+allow_absent_classes = False  # True: train although no training mask contains some class
 training = dict(data_prefix=train_folders, pipeline=[load, masks, *augment, pack], **dataset)
 train_dataloader = dict(batch_size=2, dataset=dict(_delete_=True, **training))
 validation = dict(data_prefix=val_folders, pipeline=[load, resize, masks, pack], **dataset)
 val_dataloader = dict(dataset=dict(_delete_=True, **validation))
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator = dict(ignore_index=ignore)
-optim_wrapper = dict(optimizer=dict(lr=1.25e-5))  # for 1 GPU x 2 images; the recipe uses 1e-4 for 8 x 2
+optim_wrapper = dict(
+    optimizer=dict(lr=1.25e-5),  # for 1 GPU x 2 images; the recipe uses 1e-4 for 8 x 2
+    paramwise_cfg=dict(custom_keys={"offset": dict(lr_mult=0.01)}),  # keeps DTM's samples inside the feature map
+)
 auto_scale_lr = dict(base_batch_size=2)  # batch size of the learning rate above, used by --auto-scale-lr
 train_cfg = dict(max_iters=80000)
-param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=0, end=80000, by_epoch=False)]  # end: max_iters
+param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=0, by_epoch=False)]  # ends at max_iters
