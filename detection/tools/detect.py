@@ -1,40 +1,56 @@
 """Draw detections: `python tools/detect.py street.jpg --config CONFIG --checkpoint retina_lit_s.pth`."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 from mmdet.apis import inference_detector
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from torchvision.ops import nms
-from tqdm import tqdm
 
 from lit_backbone.images import find_images, open_rgb
 from lit_backbone.mm.cli import one_line_errors
-from lit_backbone.mm.inference import build_parser, load_model, output_paths
-from lit_backbone.safe_reader import printable
+from lit_backbone.mm.inference import build_parser, load_model, process_images
+from lit_backbone.mm.labels import matplotlib_labels
 from lit_backbone.visualize import enlargement
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--score-thr", type=float, default=0.3, metavar="P", help="minimum score (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="also write the boxes next to each drawing")
     args = parser.parse_args(argv)
     with one_line_errors():
         images = find_images(args.images)
         model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
+        classes = model.dataset_meta["classes"]
         test_cfg = model.test_cfg.get("rcnn", model.test_cfg)
         iou_threshold = test_cfg.get("nms", {}).get("iou_threshold", 0.5)
         visualizer = DetLocalVisualizer()
-        visualizer.dataset_meta = model.dataset_meta
-        for path, output in output_paths(images, args.out_dir):
+        visualizer.dataset_meta = dict(model.dataset_meta, classes=matplotlib_labels(classes))
+
+        def detect(path: str, output: Path) -> str:
             image = np.array(open_rgb(path, upright=True))  # (H, W, 3)
             result = inference_detector(model, image[..., ::-1]).cpu()  # RGB -> BGR
             instances = result.pred_instances[result.pred_instances.scores >= args.score_thr]
             instances = class_agnostic_nms(instances, iou_threshold)
+            if args.json:
+                output.with_suffix(".json").write_text(describe(path, instances, classes), encoding="utf-8")
             image, instances = enlarge(image, instances, factor=enlargement(*image.shape[:2]))
             sample = DetDataSample(pred_instances=instances)
             visualizer.add_datasample(path, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
-            tqdm.write(printable(f"{path}: {len(instances)} detections, drawn in {output}"))
+            return f"{path}: {len(instances)} detections, drawn in {output}"
+
+        process_images(images, args.out_dir, detect)
+
+
+def describe(path: str, instances: InstanceData, classes: list[str]) -> str:
+    """Return the detections of an image as JSON, the highest score first. A box is [x1, y1, x2, y2] in pixels."""
+    rows = zip(instances.labels.tolist(), instances.scores.tolist(), instances.bboxes.tolist())
+    detections = [{"class": classes[label], "score": score, "box": box} for label, score, box in rows]
+    return json.dumps({"image": path, "detections": detections[::-1]}, ensure_ascii=False) + "\n"
 
 
 def class_agnostic_nms(instances: InstanceData, iou_threshold: float) -> InstanceData:

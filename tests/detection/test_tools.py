@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demo.digit_scenes import write_scenes
 from lit_backbone.images import find_images
-from lit_backbone.mm import DataError, cli, load_file
+from lit_backbone.mm import DataError, cli, labels, load_file
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits
 from tests.programs import Program, start_pair
@@ -209,22 +209,78 @@ def test_resume_from_invalid_checkpoints(trained: Path, options: Any, tmp_path: 
 
 def test_resume_warns_of_overridden_settings(trained: Path, options: Any) -> None:
     arguments = options(
-        train_cfg__max_epochs=2, optim_wrapper__optimizer__weight_decay=0.5, param_scheduler__1__T_max=2
+        train_cfg__max_epochs=2, optim_wrapper__optimizer__weight_decay=0.5, param_scheduler__1__T_max=1
     )
     output = train(CONFIG, *arguments, "--resume", trained / "epoch_1.pth")
-    assert "the checkpoint overrides settings of the config: T_max=12 (config: 6)" in output
+    assert "the checkpoint overrides settings of the config: T_max=6 (config: 3)" in output
     assert "weight_decay=0.05 (config: 0.5)" in output
 
 
-def test_detect_names_unreadable_images(trained: Path, tmp_path: Path) -> None:
+def test_detect_names_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, message in [("none.jpg", "no such file"), ("empty", "no images")]:
         with pytest.raises(DataError, match=f"{name}: .*{message}"):
             find_images([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("tool", ["detect.py", "visualize_offset.py"])
+def test_bad_images_are_skipped(tool: str, trained: Path, fixed_config: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
-    flags = ["--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn"]
-    printed = Program(TOOLS / "detect.py", tmp_path / "text.jpg", *flags).finish(status=1)
-    assert "Traceback" not in printed and "text.jpg: " in printed.splitlines()[-1]
+    Image.new("RGB", (4000, 1)).save(tmp_path / "flat.png")
+    images = [tmp_path / "text.jpg", tmp_path / "flat.png", scenes / "images" / "val" / "00000.jpg"]
+    flags = ["--config", fixed_config, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn"]
+    flags += ["--json", "--score-thr", "0"] if tool == "detect.py" else ["--grid"]
+    printed = Program(TOOLS / tool, *images, *flags).finish(status=1)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in printed and len(errors) == 2
+    assert all(f"error: {path}: " in error for path, error in zip(images, errors))
+    assert f"{tmp_path}/drawn/00000" in printed
+    if tool == "detect.py":
+        content = json.loads((tmp_path / "drawn" / "00000.json").read_text())
+        assert content["image"] == str(images[2]) and len(content["detections"]) > 0
+        scores = [detection["score"] for detection in content["detections"]]
+        assert scores == sorted(scores, reverse=True) and scores[-1] >= 0
+
+
+def test_show_dir_keeps_folders(trained: Path, scenes: Path, options: Any, tmp_path: Path) -> None:
+    """Draw two images with the same name. One class name is no valid formula of Matplotlib, one is in Chinese."""
+    coco = json.loads((scenes / "annotations" / "val.json").read_text())
+    for image, name in zip(coco["images"], ("a/1.jpg", "b/1.jpg", "b/c/1.jpg", "2.jpg")):
+        path = tmp_path / "images" / "val" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes / "images" / "val" / image["file_name"], path)
+        image["file_name"] = name
+    classes = (r"$\frac{$", "猫", *"23456789")
+    for category, name in zip(coco["categories"], classes):
+        category["name"] = name
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    content = torch.load(trained / "epoch_2.pth", weights_only=False)
+    content["meta"]["dataset_meta"]["classes"] = classes
+    torch.save(content, tmp_path / "named.pth")
+    config = derive(tmp_path / "named.py", CONFIG, classes_of_all_splits(classes))
+    changes = {"test_dataloader__dataset__data_root": f"{tmp_path}/", "test_evaluator__ann_file": tmp_path / "val.json"}
+    changes |= dict(test_dataloader__dataset__ann_file="val.json", model__test_cfg__score_thr=0.0)
+    changes |= dict(default_hooks__visualization__score_thr=0.0)
+    output_of(TOOLS / "test.py", config, tmp_path / "named.pth", *options(**changes), "--show-dir", tmp_path / "drawn")
+    drawn = {str(path.relative_to(tmp_path / "drawn")) for path in (tmp_path / "drawn").rglob("*.jpg")}
+    assert drawn == {"a/1.jpg", "b/1.jpg", "b/c/1.jpg", "2.jpg"}
+    command = [tmp_path / "images", "--config", config, "--checkpoint", tmp_path / "named.pth", "--score-thr", "0"]
+    output_of(TOOLS / "detect.py", *command, "--out-dir", tmp_path / "detected", "--json")
+    names = {
+        x["class"]
+        for path in (tmp_path / "detected").glob("*.json")
+        for x in json.loads(path.read_text())["detections"]
+    }
+    assert len(list((tmp_path / "detected").glob("*.png"))) == 4 and names <= set(classes)
+
+
+def test_labels_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert labels.drawable_labels(["cat", "naïve"]).names == ["cat", "naïve"]
+    monkeypatch.setattr(
+        labels.fontManager, "ttflist", [x for x in labels.fontManager.ttflist if x.name == "DejaVu Sans"]
+    )
+    assert labels.drawable_labels(["cat", "猫"]).names == ["cat", "class 1"]
+    assert labels.matplotlib_labels(["$", "a\nb"]) == [r"\$", r"a\nb"]
 
 
 @pytest.mark.slow
@@ -232,7 +288,7 @@ def test_detect_names_unreadable_images(trained: Path, tmp_path: Path) -> None:
 def test_demo_learns(tmp_path: Path) -> None:
     """Check the mask AP50 of Mask R-CNN on the validation scenes after one epoch."""
     write_scenes(tmp_path / "scenes", train=2400)
-    changes = dict(train_dataloader__batch_size=8, param_scheduler__1__T_max=1, randomness__seed=0)
+    changes = dict(train_dataloader__batch_size=8, randomness__seed=0)
     arguments = build_options(tmp_path / "scenes", tmp_path / "run", **changes)
     output = train(DEMO / "mask_rcnn_lit_digit_scenes.py", *arguments)
     assert float(re.findall(r"coco/segm_mAP_50: (\S+)", output)[-1]) > 0.8

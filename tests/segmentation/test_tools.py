@@ -1,6 +1,7 @@
 """Tools for training, resuming, testing and drawing, also with two processes, and their error messages."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,7 @@ def fixed_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, fixed_config: Path, scenes: Path) -> Path:
     """Work directory of a run of four iterations."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(fixed_config, *build_options(scenes, folder, train_cfg__max_iters=4))
+    train(fixed_config, *build_options(scenes, folder, train_cfg__max_iters=4, param_scheduler__1__begin=0))
     return folder
 
 
@@ -165,12 +166,26 @@ def test_wrong_number_of_classes(options: Any) -> None:
     )
 
 
-def test_segment_names_small_image(trained: Path, tmp_path: Path) -> None:
+def test_bad_images_are_skipped(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    """Skip a small and an unreadable image, and write the class indices of the others."""
     Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
-    command = [tmp_path / "small.png", "--config", CONFIG, "--checkpoint", trained / "iter_4.pth"]
+    (tmp_path / "text.png").write_text("not an image")
+    images = [tmp_path / "small.png", tmp_path / "text.png", scenes / "images" / "val" / "00000.jpg"]
+    command = [*images, "--config", CONFIG, "--checkpoint", trained / "iter_4.pth", "--masks"]
     printed = Program(TOOLS / "segment.py", *command, "--out-dir", tmp_path / "drawn").finish(status=1)
-    assert "Traceback" not in printed
-    assert "small.png: input of 20 x 40 pixels is smaller than 32 x 32" in printed.splitlines()[-1]
+    assert "Traceback" not in printed and "00000.png" in printed
+    assert f"error: {tmp_path}/small.png: input of 20 x 40 pixels is smaller than 32 x 32" in printed
+    assert f"error: {tmp_path}/text.png: unreadable image" in printed
+    mask = np.array(Image.open(tmp_path / "drawn" / "masks" / "00000.png"))
+    result = inference_model(load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu"), str(images[2]))
+    assert np.mean(mask == result.pred_sem_seg.data[0].numpy()) > 0.99
+
+
+def test_predictions_in_a_file(trained: Path, options: Any, tmp_path: Path) -> None:
+    arguments = [trained / "iter_4.pth", *options(), "--out", tmp_path / "results.pkl"]
+    output_of(TOOLS / "test.py", CONFIG, *arguments)
+    results = pickle.loads((tmp_path / "results.pkl").read_bytes())
+    assert len(results) == 4 and results[0]["pred_sem_seg"].shape == (1, 128, 128)
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
@@ -225,7 +240,7 @@ def test_mismatched_checkpoints(trained: Path, options: Any, tmp_path: Path) -> 
 def test_demo_learns(tmp_path: Path) -> None:
     """Check the mIoU on the validation scenes after half of the demo's iterations."""
     write_scenes(tmp_path / "scenes")
-    changes = dict(train_cfg__max_iters=1000, train_cfg__val_interval=1000, param_scheduler__1__end=1000)
+    changes = dict(train_cfg__max_iters=1000, train_cfg__val_interval=1000)
     changes |= dict(default_hooks__checkpoint__interval=1000, default_hooks__logger__interval=50)
     changes |= dict(train_dataloader__batch_size=8, randomness__seed=0)
     output = train(CONFIG, *build_options(tmp_path / "scenes", tmp_path / "run", **changes))
