@@ -141,14 +141,6 @@ print(lit_backbone.__file__, timm.create_model("lit_s", num_classes=0)(torch.zer
     assert run.stdout == f"{target / 'lit_backbone/__init__.py'} torch.Size([1, 768])\n", run.stderr
 
 
-@pytest.mark.parametrize("program", ["main.py", "predict.py"])
-def test_programs_without_the_trainers_packages(program: str) -> None:
-    source = f"import runpy; runpy.run_path({program!r}, run_name='__main__')"
-    run = run_without_the_trainers_packages(source, ROOT / "classification")
-    assert run.returncode == 1
-    assert re.fullmatch(".* pydantic .*: run `bash setup_env.sh` and activate its environment\n", run.stderr)
-
-
 def test_the_version_is_one() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lit_backbone.__version__
     assert f"\n## {lit_backbone.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -40,7 +40,7 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the S
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint from a file or URL without executing code in it.
 
-    A download is cached in the hub directory of PyTorch (`TORCH_HOME`). Metadata is reduced to what a run needs.
+    A download is cached in the hub directory of PyTorch (`TORCH_HOME`). Metadata that no run needs is dropped.
 
     Raises:
         CheckpointError: the file is missing, corrupt, or contains unsafe objects.
@@ -69,12 +69,8 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
             result["meta"]["dataset_meta"] = dict(classes=tuple(classes))
     hub = content.get("message_hub")
     if isinstance(hub, dict) and isinstance(info := hub.get("runtime_info"), dict):
-        prefixes = {
-            float: "best_score",
-            int: "best_score",
-            str: "best_ckpt",
-            list: "keep_ckpt_ids",
-        }  # of CheckpointHook
+        # CheckpointHook stores these.
+        prefixes = {float: "best_score", int: "best_score", str: "best_ckpt", list: "keep_ckpt_ids"}
         info = {key: x for key, x in info.items() if str(key).startswith(prefixes.get(type(x), "-"))}
         result["message_hub"] = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
     return result

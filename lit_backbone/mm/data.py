@@ -167,6 +167,7 @@ class CheckedStep:
         self.first_class = int(getattr(dataset, "reduce_zero_label", 0))  # in the file
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Run the step on `results` and check what it loaded."""
         path = isinstance(self.step, LoadAnnotations) and results.get("seg_map_path") or results["img_path"]
         annotated_size = results.get("height"), results.get("width")
         try:
@@ -204,7 +205,7 @@ class CheckedStep:
 def check_loaded_files(pipeline: Compose, dataset: Any) -> None:
     """Wrap the loading steps of a dataset's pipeline in :class:`CheckedStep`, in place."""
     for i, step in enumerate(pipeline.transforms):
-        for branch in getattr(step, "subroutines", ()):  # of TestTimeAug
+        for branch in getattr(step, "subroutines", ()):  # TestTimeAug has one pipeline per augmentation
             check_loaded_files(branch, dataset)
         if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
             pipeline.transforms[i] = CheckedStep(step, dataset)
@@ -257,9 +258,11 @@ def _count_pixels(dataset: Any, steps: Sequence[CheckedStep]) -> Iterator[np.nda
     num_classes = len(dataset.metainfo["classes"])
 
     def count(i: int) -> np.ndarray:
-        results = dataset.get_data_info(i)
+        results: dict[str, Any] | None = dataset.get_data_info(i)
         for step in steps:
-            results = step(results)
+            results = results and step(results)
+        if not results:
+            return np.zeros(num_classes + 1, int)
         labels = results["gt_seg_map"]
         labels = np.where(labels == dataset.ignore_index, num_classes, labels)
         return np.bincount(labels.ravel(), minlength=num_classes + 1)

@@ -79,9 +79,9 @@ class CheckDataHook(Hook):
         for metric in evaluator.metrics if evaluator else ():
             if coco := getattr(metric, "_coco_api", None):
                 repair_ground_truth(coco)
+        is_single = len(datasets) == 1
         for dataset in datasets:
             if is_main_process():
-                is_single = len(datasets) == 1
                 coco = getattr(dataset, "coco_file", None)  # one of several files may have images without boxes only
                 data.check_dataset(dataset, required and (is_single or bool(coco and coco.count)))
                 for metric in evaluator.metrics if evaluator and is_single else ():

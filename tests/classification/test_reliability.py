@@ -392,21 +392,24 @@ def test_fp16_overflow_is_not_an_error(tiny_cfg, output, monkeypatch):
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {STEPS - skipped}
 
 
-def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, output, monkeypatch):
-    """The loss is finite, and its gradient is not from the third step on, at which the loss scale is 1."""
+def break_gradients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make the gradient NaN and the loss zero from the third step on, and return a list that will hold all steps."""
     steps, set_rates, build_criterion = [], Schedule.set, engine.build_criterion
 
-    def record(schedule: Schedule, step: int) -> None:
-        steps.append(step)
-        set_rates(schedule, step)
-
-    def broken_criterion(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    def build_broken_criterion(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
         criterion = build_criterion(config)
-        broken = lambda logits, _: (logits - logits.detach()).square().sum().sqrt()  # noqa: E731
-        return lambda *args: (broken if steps[-1] >= 2 else criterion)(*args)
+        return lambda logits, targets: (
+            criterion(logits, targets) if steps[-1] < 2 else (logits - logits.detach()).square().sum().sqrt()
+        )
 
-    monkeypatch.setattr(Schedule, "set", record)
-    monkeypatch.setattr(engine, "build_criterion", broken_criterion)
+    monkeypatch.setattr(Schedule, "set", lambda schedule, step: (steps.append(step), set_rates(schedule, step)))
+    monkeypatch.setattr(engine, "build_criterion", build_broken_criterion)
+    return steps
+
+
+def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, output, monkeypatch):
+    """The loss scale is 1, so it cannot be the reason."""
+    break_gradients(monkeypatch)
     monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
     with pytest.raises(SystemExit, match="^error: loss 0.0, gradient norm nan in epoch 0, step 2, "):
         main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "4"])

@@ -21,7 +21,7 @@ keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [load, annotations, resize, dict(type="RandomFlip", prob=0.5), dict(type="PackDetInputs")]
 test_pipeline = [load, resize, annotations, dict(type="PackDetInputs", meta_keys=keys)]
 dataset = dict(data_root=data_root, data_prefix=images, metainfo=metainfo)
-# as on COCO, training drops images without boxes; to keep them, add filter_cfg=dict(filter_empty_gt=False)
+# Training drops images without boxes, as on COCO. To keep them, add filter_cfg=dict(filter_empty_gt=False)
 train_dataloader = dict(batch_size=2, dataset=dict(ann_file=train_file, pipeline=train_pipeline, **dataset))
 val_dataloader = dict(dataset=dict(ann_file=val_file, pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
