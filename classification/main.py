@@ -7,6 +7,7 @@ import math
 import platform
 import shlex
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
     run_dir = Path(config.OUTPUT, name, config.TAG)
     with checkpointing.run_lock(run_dir, ranks), catch_stop_signals(ranks.stop_signals):
         setup_logging(ranks.rank, run_dir)
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm() if ranks.is_main else nullcontext():  # it logs to the console
             train(config, ranks, run_dir)
 
 
