@@ -319,7 +319,8 @@ def _reset_parameters(module: nn.Module) -> None:
     """Initialize a module as in the reference; `Module.apply` visits children first, so DTM zeroes its offsets last."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):  # convolutions, norms, tables and offsets
         reset()
 

@@ -231,6 +231,8 @@ def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
+    if is_lit(config.MODEL.NAME) and config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32):
+        yield ["DATA.BATCH_SIZE"], "BatchNorm needs several values, and the last feature map has one pixel; use 2"
     if aug.mixing and train.GLOBAL_BATCH % 2:
         problem = f"mixup and cutmix pair images, but {train.GLOBAL_BATCH} is odd; use {train.GLOBAL_BATCH + 1}"
         yield ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"], problem

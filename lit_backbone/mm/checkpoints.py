@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Collection
 from hashlib import sha256
 from http.client import HTTPException
@@ -34,6 +35,7 @@ URL_PREFIXES = ("http://", "https://")
 MMENGINE_OBJECTS: list[Any] = [
     (Placeholder, name) for name in ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
 ]
+DOWNLOAD_TIMEOUT = 60  # seconds without data
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
 
 
@@ -81,6 +83,8 @@ def _download(url: str) -> str:
     name = Path(urlparse(url).path).name
     path = Path(get_cache_dir(), f"{sha256(url.encode()).hexdigest()[:8]}-{name}")  # many URLs end in latest.pth
     temporary, digest = path.with_name(f"new-{path.name}"), HASH_IN_NAME.search(name)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
     try:
         with FileLock(f"{path}.lock"):  # one process downloads while the others wait
             if not path.exists():
@@ -91,6 +95,8 @@ def _download(url: str) -> str:
     except (OSError, HTTPException, RuntimeError) as error:
         advice = "Download it on a machine with network access and pass the file."
         raise CheckpointError(f"{url}: download failed ({error}). {advice}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     return str(path)
 
 

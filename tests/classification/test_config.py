@@ -92,6 +92,7 @@ MISTAKES = [  # key, value, beginning of the message after the place
     # Combinations
     ("TRAIN.EPOCHS", "20", "TRAIN.WARMUP_EPOCHS: 20 must be less than TRAIN.EPOCHS, which is 20"),
     ("TRAIN.GLOBAL_BATCH", "999", "TRAIN.GLOBAL_BATCH: mixup and cutmix pair images, but 999 is odd; use 1000"),
+    ("DATA", "{BATCH_SIZE: 1, IMG_SIZE: 32}", "DATA.BATCH_SIZE: BatchNorm needs several values"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT: makes no model: num_heads=7: does not divide 384 channels."),
     ("MODEL.LIT.class_token", "true", "MODEL.LIT: makes no model: class_token=True: "),
 ]

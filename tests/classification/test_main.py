@@ -445,6 +445,11 @@ def test_bad_input_is_one_clear_line(tiny_cfg, args, parts):
     assert_fails(["--cfg", tiny_cfg(), *args], *parts)
 
 
+def test_world_size_without_rank_is_one_clear_line(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert_fails(["--cfg", tiny_cfg()], "WORLD_SIZE is 4, but RANK is not set. Start with torchrun")
+
+
 def test_checkpoint_of_another_model(tiny_cfg, run_dir, run):
     run("--cfg", tiny_cfg())
     other = ["--opts", "MODEL.LIT.depths", "[1, 1, 1, 2]"]

@@ -122,15 +122,12 @@ def test_checkpoints_at_epoch_ends_are_enough(reference, tiny_cfg):
     assert_same(without_config(train(cfg, "TRAIN.SAVE_STEPS", "0")), reference)
 
 
-def test_seed_changes_the_run(reference, tiny_cfg):
+def test_seed_and_ema_change_the_weights(reference, tiny_cfg):
     other = train(tiny_cfg(**EVERYTHING), "SEED", "1")
-    assert not torch.equal(other["model"]["head.weight"], reference["model"]["head.weight"])
-
-
-def test_ema_copies_integer_buffers(reference):
+    weights = [state["head.weight"] for state in (other["model"], reference["model"], reference["model_ema"])]
+    assert not any(torch.equal(weights[i], weights[i - 1]) for i in range(3))
     counts = {key: value for key, value in reference["model_ema"].items() if key.endswith("num_batches_tracked")}
     assert counts and all(value == STEPS * 2 for value in counts.values())  # two micro-batches per step
-    assert not torch.equal(reference["model_ema"]["head.weight"], reference["model"]["head.weight"])
 
 
 def test_best_checkpoint_has_the_highest_accuracy(tiny_cfg, run_dir):
@@ -164,17 +161,6 @@ def test_log_has_one_line_per_epoch(tiny_cfg, run_dir):
     train(cfg, "TRAIN.EPOCHS", "5")
     lines = (run_dir / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
-
-
-def test_log_is_replaced_atomically(tmp_path, monkeypatch):
-    log, lines = tmp_path / "log.jsonl", '{"epoch": 0}\n{"epoch": 1}\n'
-    log.write_text(lines)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(Interrupted))
-        RunLog(tmp_path, epoch=1)
-    assert log.read_text() == lines
-    RunLog(tmp_path, epoch=1)
-    assert log.read_text() == '{"epoch": 0}\n'
 
 
 def test_tensorboard_shows_the_last_value_of_each_step(tmp_path, monkeypatch):
@@ -214,22 +200,18 @@ def test_latest_checkpoint_exists_at_every_instant(tmp_path, instant):
     assert [read_checkpoint(path)["update"] for path in (latest, previous)] == [4, 2]
 
 
-def fail(*_) -> None:
-    raise OSError(28, "No space left on device")
+def test_full_disk_and_no_hard_links(tmp_path, monkeypatch):
+    """Without hard links, `previous.pth` is a copy. A full disk keeps both files."""
 
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
 
-def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    atomic_save({"update": 1}, tmp_path / LATEST, tmp_path / PREVIOUS)
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        atomic_save({"update": 2}, tmp_path / LATEST, tmp_path / PREVIOUS)
-    assert read_checkpoint(tmp_path / LATEST) == {"update": 1} and not (tmp_path / PREVIOUS).exists()
-
-
-def test_previous_checkpoint_is_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", fail)
     for step in (1, 2, 3):
         atomic_save({"update": step}, tmp_path / LATEST, tmp_path / PREVIOUS)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_save({"update": 4}, tmp_path / LATEST, tmp_path / PREVIOUS)
     assert [read_checkpoint(tmp_path / name)["update"] for name in (LATEST, PREVIOUS)] == [3, 2]
 
 
@@ -249,13 +231,13 @@ def content(tiny_cfg) -> dict:
     return train(tiny_cfg())
 
 
-def drop_group(content: dict) -> None:
-    content["optimizer"]["param_groups"].pop()
+def keep(_) -> None:
+    pass
 
 
 def flatten_moment(content: dict) -> None:
-    moments = next(state for state in content["optimizer"]["state"].values() if state["exp_avg"].dim() > 1)
-    moments["exp_avg"] = moments["exp_avg"].flatten()
+    state = content["optimizer"]["state"][0]
+    state["exp_avg"] = state["exp_avg"].flatten()
 
 
 def become_sgd(content: dict) -> None:
@@ -271,12 +253,12 @@ def become_sgd(content: dict) -> None:
     [
         (lambda content: content.pop("optimizer"), [], "holds weights, not a run .* --pretrained"),
         (lambda content: content.update(updates_per_epoch=8), [], "have 8 steps, those of this run 4. .*GLOBAL_BATCH"),
-        (drop_group, [], "optimi[sz]er"),
+        (lambda content: content["optimizer"]["param_groups"].pop(), [], "optimi[sz]er"),
         (flatten_moment, [], "optimi[sz]er"),
         (become_sgd, [], "optimi[sz]er"),
-        (lambda content: None, ["MODEL.LIT.depths", "[1, 1, 2, 1]"], r"stages\.2\.blocks\.1\."),
-        (lambda content: None, ["MODEL.NUM_CLASSES", "5"], "3 classes.* 5"),
-        (lambda content: None, ["DATA.IMG_SIZE", "64"], "start a new run"),
+        (keep, ["MODEL.LIT.depths", "[1, 1, 2, 1]"], r"stages\.2\.blocks\.1\."),
+        (keep, ["MODEL.NUM_CLASSES", "5"], "3 classes.* 5"),
+        (keep, ["DATA.IMG_SIZE", "64"], "start a new run"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(content, tiny_cfg, change, options, problem):
@@ -301,10 +283,6 @@ def test_loss_scale_is_restored(content, tiny_cfg, scaled_before):
     state = build_state(config, after)
     restore_checkpoint("x.pth", content | {"scaler": before.state_dict()}, state, config)
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
-
-
-def keep(folder: Path) -> None:
-    pass
 
 
 def remove_image(folder: Path) -> None:
@@ -344,6 +322,5 @@ def test_changed_run_resumes_only_on_demand(own_folder, tiny_cfg, run_dir, tmp_p
     assert [group["weight_decay"] for group in groups] == [decay, 0.0, decay]  # the new values are in force
     assert groups[0]["initial_lr"] == (0.05 if "TRAIN.BASE_LR" in options else 0.5) / 512 * 8
     if change is not rename_class:
-        for part in problem.split("), "):
-            assert re.search(part.removesuffix("\\"), (run_dir / "log_rank0.txt").read_text())
+        assert re.search(problem.split(", ")[0], (run_dir / "log_rank0.txt").read_text())
     train(cfg, *free, *options)  # the run that was resumed has these settings now

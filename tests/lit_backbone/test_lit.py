@@ -132,7 +132,7 @@ def assert_initialized(model: LIT) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
-            assert module.bias.count_nonzero() == 0, name
+            assert module.bias is None or module.bias.count_nonzero() == 0, name
         elif name.endswith("merge.offset"):
             assert module.weight.count_nonzero() == module.bias.count_nonzero() == 0, name
         elif isinstance(module, nn.Conv2d):
@@ -159,6 +159,7 @@ def test_initialization(kind: str) -> None:
     model = LIT(**(SMALL | KINDS[kind] | arguments), device="meta").to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(77)  # init_weights must overwrite every value
+    model.extra = nn.Linear(64, 64, bias=False)  # a user's layer
     model.init_weights()
     assert_initialized(model)
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from lit_backbone.lit import ARCHS
 from lit_classification.model import load_classifier
@@ -187,6 +188,20 @@ def test_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
     assert torch.equal(transform(photo()), load_classifier(path, torch.device("cpu")).transform(photo()))
     assert {mode(file) for file in folder.iterdir()} == {0o640}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
+def test_transformers_loads_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
+    path, model = checkpoint
+    export(path, "--format", "hf")
+    folder, x = str(path.with_name("digits-hf")), torch.randn(SHAPES[0])
+    torch.testing.assert_close(AutoModelForImageClassification.from_pretrained(folder)(pixel_values=x).logits, model(x))
+    features = AutoModel.from_pretrained(folder)(pixel_values=x).pooler_output
+    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+    scores = model(load_classifier(path, torch.device("cpu")).transform(photo())[None])[0].softmax(0)
+    result = {row["label"]: row["score"] for row in pipeline("image-classification", model=folder)(photo())}
+    assert result == pytest.approx(dict(zip(CLASSES, scores.tolist())), abs=1e-5)
 
 
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)

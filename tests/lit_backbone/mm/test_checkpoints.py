@@ -21,7 +21,7 @@ from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.checkpoints import stored_classes
-from lit_backbone.mm import load_file
+from lit_backbone.mm import checkpoints, load_file
 from tests.damage import damaged
 
 
@@ -163,6 +163,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Server of a folder. It sends at most `limit` bytes of a file but announces the full length."""
 
     limit: int | None = None
+    resume: threading.Event | None = None  # a file is not sent before this event
 
     def __init__(self, folder: Path):
         self.requests: list[str] = []
@@ -177,6 +178,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.server.requests.append(self.path)
 
     def copyfile(self, source: Any, target: Any) -> None:
+        if self.server.resume:
+            self.server.resume.wait(60)
         target.write(source.read()[: self.server.limit])
 
 
@@ -200,6 +203,14 @@ def test_url_is_downloaded_once(server: Server) -> None:
     with pytest.raises(CheckpointError, match="absent.pth: download failed .*pass the file"):
         load_file(f"{server.url}/absent.pth")
     assert server.requests.count("/w.pth") == 1
+
+
+def test_stalled_download_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.resume = threading.Event()
+    monkeypatch.setattr(checkpoints, "DOWNLOAD_TIMEOUT", 0.2)
+    with pytest.raises(CheckpointError, match="w.pth: download failed .*timed out"):
+        load_file(f"{server.url}/w.pth")
+    server.resume.set()
 
 
 def test_truncated_download_is_not_kept(server: Server) -> None:
