@@ -33,10 +33,10 @@ def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     as `module.`, and one that all names share, are removed. Entries other than dense tensors of real numbers are left
     out.
     """
-    names = ["state_dict_ema", "model", "state_dict", "model_ema"]
+    names, default = ["state_dict_ema", "model", "state_dict", "model_ema"], content
     if "updates_per_epoch" in content:  # written by this package's trainer
-        names.insert(0, "model_ema")
-    wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), content)
+        names, default = ["model_ema", *names], {}
+    wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), default)
     weights = clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
     prefixes = {key.partition(".")[0] for key in weights}
     if len(prefixes) == 1 and prefixes <= {"model", "net", "network", "backbone", "encoder"}:  # PyTorch Lightning
