@@ -177,7 +177,7 @@ def test_stored_config_replaces_the_file(tiny_cfg, run_dir, run):
     for options in ([], ["--cfg", cfg]):
         out = run("--eval", "--resume", run_dir / LATEST, *options)
         assert f" * Acc@1 {acc1:.3f} " in out and f"loss {loss:.3f}\n" in out
-        assert (f"{run_dir / LATEST} stores its config, which replaces that of {cfg}" in out) == bool(options)
+        assert (f"{run_dir / LATEST} stores its config, which replaces {cfg} except for" in out) == bool(options)
     out = run("--eval", "--resume", run_dir / LATEST, "--opts", "DATA.IMG_SIZE", "64")
     assert "Acc@1" in out and f"loss {loss:.3f}\n" not in out
 
