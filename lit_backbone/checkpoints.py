@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from itertools import zip_longest
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str,
     """Convert and check pretrained weights for timm, which may load them without being strict."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
     source = next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "pretrained weights")
-    return load_checkpoint(source, model, content=None if cfg.get("file") else content)  # timm checks no CRCs
+    is_file = Path(cfg.get("file") or "").is_file()  # for local-dir:, it is a folder
+    return load_checkpoint(source, model, content=None if is_file else content)  # timm checks no CRCs
 
 
 def fit_state_dict(
