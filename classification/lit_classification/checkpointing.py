@@ -73,13 +73,15 @@ class TrainState:
 def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Create the run directory and lock it on rank 0, or raise ConfigError if another training has locked it."""
     lock = FileLock(run_dir / "run.lock", timeout=0)
+    problem = ""
     if ranks.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
-            raise ConfigError(f"{run_dir}: another training runs there; wait, or choose another --tag") from None
-    ranks.gather(None)  # other ranks wait for the directory
+            problem = f"{run_dir}: another training runs there; wait, or choose another --tag"
+    if problem := ranks.gather(problem)[0]:  # other ranks wait for the directory
+        raise ConfigError(problem)
     try:
         yield
     finally:

@@ -177,8 +177,9 @@ def test_two_trainings_in_one_directory_are_refused(tiny_cfg, output):
     os.kill(run.pid, signal.SIGSTOP)
     before = files()
     for others in ([start("--cfg", cfg)], start_pair(*2 * [[MAIN, "--cfg", cfg]])):
-        first, *_ = (other.finish(status=1) for other in others)
-        assert first.startswith(f"error: {output / 'default'}: another training runs there") and first.count("\n") == 1
+        for error in [other.finish(status=1) for other in others]:
+            assert error.startswith(f"error: {output / 'default'}: another training runs there")
+            assert error.count("\n") == 1
     main.main(["--eval", "--resume", str(output / "default" / BEST)])
     main.main(["--cfg", str(cfg), "--tag", "other", "--opts", "TRAIN.EPOCHS", "2"])
     assert files() == before
