@@ -4,8 +4,10 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import platform
 import shlex
+import signal
 import sys
 from contextlib import nullcontext
 from datetime import datetime
@@ -222,8 +224,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         fixes = [fix for words, fix in LOADER_FAILURES.items() if words in str(error)]
-        sys.exit(f"error: {fixes[0]}") if fixes else None
-        raise
+        if not fixes:
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for a killed worker
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would keep this process from exiting
+        sys.exit(f"error: {fixes[0]}")
     if dist.is_initialized():
         dist.destroy_process_group()  # not after an error, when other ranks may still wait in a collective
 
