@@ -16,23 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb
+from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb, skip_reason
 
 _logger = logging.getLogger(__name__)
 
 PREDICT_BATCH, MAX_PREDICT_WORKERS = 32, 8
 MAX_LINKS = 40  # links that lead to each other, as in Linux
-
-
-def skip_reason(name: str) -> str:
-    """Return why the file of a relative path is no image: "hidden" or its suffix; empty for images.
-
-    Hidden are files and folders of systems and notebooks: `._0.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`.
-    """
-    if any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
-        return "hidden"
-    suffix = posixpath.splitext(name)[1].lower()
-    return "" if suffix in IMG_EXTENSIONS else suffix or "without suffix"
 
 
 def sort_classes(names: Collection[str]) -> list[str]:

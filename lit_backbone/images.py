@@ -2,6 +2,7 @@
 
 import errno
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,21 @@ def natural_key(name: str) -> tuple[list[int | str], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
+def skip_reason(name: str) -> str:
+    """Return why the file of a relative path is no image: "hidden" or its suffix; empty for images.
+
+    Hidden are files and folders of systems and notebooks: `._0.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`.
+    """
+    if any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
+        return "hidden"
+    suffix = posixpath.splitext(name)[1].lower()
+    return "" if suffix in IMG_EXTENSIONS else suffix or "without suffix"
+
+
 def find_images(paths: Sequence[str | Path]) -> list[str]:
     """List the given files, and the images in and below the given directories in natural order.
+
+    Hidden files and directories are skipped, see :func:`skip_reason`.
 
     Raises:
         DataError: a path does not exist, or a directory is unreadable or has no images.
@@ -51,7 +65,8 @@ def find_images(paths: Sequence[str | Path]) -> list[str]:
         for parent, directories, names in os.walk(path, onerror=refuse, followlinks=True):
             real = Path(os.path.realpath(parent))  # a link to a parent directory would loop
             directories[:] = [d for d in directories if not real.is_relative_to(os.path.realpath(f"{parent}/{d}"))]
-            files += [os.path.join(parent, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+            directories[:] = [d for d in directories if skip_reason(d) != "hidden"]
+            files += [os.path.join(parent, name) for name in names if not skip_reason(name)]
         if not files:
             raise DataError(f"{path}: no images. Supported file names end in {', '.join(IMG_EXTENSIONS)}.")
         images += sorted(files, key=natural_key)

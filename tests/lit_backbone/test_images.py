@@ -61,6 +61,14 @@ def test_exif_orientation_is_optional(tmp_path: Path) -> None:
     assert np.array_equal(open_rgb(tmp_path / "rotated.png", upright=True), RGB[::-1].transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize("name", ["._1.png", ".ipynb_checkpoints/1.png", "a/@eaDir/1.png", "__MACOSX/a/1.png"])
+def test_find_images_skips_hidden_files(name: str, tmp_path: Path) -> None:
+    for path in (tmp_path / "a" / "1.png", tmp_path / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert find_images([tmp_path]) == [str(tmp_path / "a" / "1.png")]
+
+
 def test_find_images_in_natural_order(tmp_path: Path) -> None:
     names = ["1/9.png", "1/10.PNG", "2/a.jpeg", "10/b.webp"]
     for name in [*names[::-1], "notes.txt"]:
