@@ -1,5 +1,6 @@
 """Scripts in separate processes that skip the seconds of importing packages."""
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -36,6 +37,7 @@ class Program(multiprocessing.get_context("fork").Process):
         torch.set_num_threads(1)
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         forget_runs()
+        forget_log_handlers()
         self.prepare()
         sys.argv = self.command
         sys.path.insert(0, str(Path(self.command[0]).parent))
@@ -63,6 +65,13 @@ def forget_runs() -> None:
     for kind in kinds:
         kinds += kind.__subclasses__()
         kind._instance_dict.clear()
+
+
+def forget_log_handlers() -> None:
+    """Drop handlers that write to pytest's captured streams, which may be closed by now."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger):
+            logger.handlers.clear()
 
 
 def start_pair(*commands: list[str | Path]) -> list[Program]:
