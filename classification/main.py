@@ -22,6 +22,7 @@ from torch.amp import GradScaler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
+from lit_backbone.checkpoints import stored_classes
 from lit_backbone.dtm import dtm_statistics
 from lit_backbone.images import DataError
 from lit_classification import checkpointing, data, distributed
@@ -30,8 +31,16 @@ from lit_classification.config import Config, ConfigError, result_settings
 from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
 from lit_classification.engine import NonFiniteError, epoch_averages, evaluate, measure_throughput, train_one_epoch
-from lit_classification.logs import RunLog, setup_logging
-from lit_classification.model import build_model, find_config, load_model
+from lit_classification.logs import RunLog, confusion_matrix, setup_logging, worst_classes, write_evaluation
+from lit_classification.model import (
+    adopt_keywords,
+    build_model,
+    find_config,
+    freeze,
+    load_model,
+    load_partial,
+    load_teacher,
+)
 from lit_classification.optim import Schedule, build_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -75,6 +84,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     probe = torch.stack([val_set[i][0] for i in range(0, len(val_set), len(val_set) // 32 + 1)]).to(ranks.device)
 
     model = build_model(config, ranks.device)
+    frozen = freeze(model, config)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     ema = ModelEmaV3(model, decay=config.TRAIN.EMA) if config.TRAIN.EMA else None
@@ -87,6 +97,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     schedule = Schedule(optimizer, config, steps_per_epoch)
     settings = result_settings(config) | {"train images": str(len(train_set)), "val images": str(len(val_set))}
     state = TrainState(model, optimizer, scaler, ema, steps_per_epoch, run_dir, train_set.classes, settings)
+    state.frozen, state.teacher = frozen, load_teacher(config, ranks.device, train_set.classes)
     load_weights(state, config, ranks)
     checkpointing.check_ranks_agree(settings | {"classes": str(state.classes), "step": str(state.step)}, ranks)
     if state.evaluated >= config.TRAIN.EPOCHS:
@@ -104,10 +115,11 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
             if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
                 save_checkpoint(LATEST, state, config, ranks)
         checkpointing.sync_batchnorm(state, ranks)
-        stats = evaluate(state.eval_model, val_loader, config, ranks)
+        stats, predictions = evaluate(state.eval_model, val_loader, config, ranks)
         is_best, state.best = stats["acc1"] > state.best, max(stats["acc1"], state.best)
         results = epoch_averages(state, ranks) | {f"val/{name}": value for name, value in stats.items()}
-        log.epoch(epoch, results | dtm_statistics(state.eval_model, probe), state.step)
+        worst = worst_classes(confusion_matrix(predictions, len(state.classes)), state.classes)
+        log.epoch(epoch, results | dtm_statistics(state.eval_model, probe), state.step, worst)
         state.evaluated += 1
         if is_best:
             save_checkpoint(BEST, state, config, ranks)
@@ -132,7 +144,10 @@ def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
             state.best = -math.inf  # its best.pth is elsewhere
         _logger.info(f"resuming {path} at epoch {state.epoch}, step {state.step % state.steps_per_epoch}")
     elif config.MODEL.PRETRAINED:
-        weights = load_checkpoint(config.MODEL.PRETRAINED, state.model, classes=state.classes)
+        if config.MODEL.PRETRAINED_PARTIAL:
+            weights = load_partial(config.MODEL.PRETRAINED, state.model)
+        else:
+            weights = load_checkpoint(config.MODEL.PRETRAINED, state.model, classes=state.classes)
         state.load_weights(weights)
         _logger.info(f"starting from {config.MODEL.PRETRAINED}: {len(weights)} tensors")
 
@@ -147,12 +162,10 @@ def save_and_exit(state: TrainState, config: Config, ranks: Ranks) -> NoReturn:
 def log_start(config: Config, ranks: Ranks, state: TrainState) -> None:
     """Write config.yaml and starts.jsonl, and log what the config amounts to on these ranks."""
     if ranks.is_main:
-        start = {
-            **{"command": shlex.join(sys.argv), "started": datetime.now().isoformat(timespec="seconds")},
-            **{"update": state.step, "processes": ranks.world_size, "python": platform.python_version()},
-            "torch": torch.__version__,
-            "versions": {name: version(name) for name in ("torchvision", "timm", "lit-backbone")},
-        }
+        start = {"command": shlex.join(sys.argv), "started": datetime.now().isoformat(timespec="seconds")}
+        start |= {"step": state.step, "ranks": ranks.world_size, "python": platform.python_version()}
+        start |= {name: version(name) for name in ("torchvision", "timm", "lit-backbone")}
+        start |= {"torch": torch.__version__, "git": checkpointing.git_commit()}
         (state.run_dir / "config.yaml").write_text(dump_config(config))
         with open(state.run_dir / "starts.jsonl", "a") as file:
             file.write(json.dumps(start) + "\n")
@@ -187,11 +200,20 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     if stored and args.cfg:
         _logger.info(f"{path} stores its config, which replaces {args.cfg} except for DATA_PATH; --opts overrides it")
     images = data.build_dataset(config, is_training=False)
-    data.check_classes(config, images)
-    model = load_model(content, path, config, ranks.device, images.classes)
+    names, columns = stored_classes(content), None
+    if set(images.classes) < set(names):
+        columns = [names.index(name) for name in images.classes]
+        _logger.info(f"{path}: evaluating the logits of the {len(columns)} of its {len(names)} classes in the data")
+    else:
+        data.check_classes(config, images)
+    model = load_model(content, path, config, ranks.device, () if columns else images.classes)
     _logger.info(f"evaluating {path} in {distributed.describe_precision(config.TEST.AMP_DTYPE, ranks.device)}")
-    stats = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks)
+    stats, predictions = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks, columns)
     if ranks.is_main:
+        is_run = Path(path).with_name("starts.jsonl").exists()
+        folder = Path(path).parent if is_run else Path(config.OUTPUT, Path(path).stem)
+        write_evaluation(folder, {"checkpoint": str(path)} | stats, predictions, images)
+        _logger.info(f"{folder}: wrote eval.json, predictions.csv and confusion.png")
         _logger.info(f"loss {stats['loss']:.3f}")
         print(f" * Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}", flush=True)
         print(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.1f}%", flush=True)
@@ -214,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     with checkpointing.run_lock(run_dir, ranks), catch_stop_signals(ranks.stop_signals):
         setup_logging(ranks.rank, run_dir)
         with logging_redirect_tqdm() if ranks.is_main else nullcontext():  # it logs to the console
-            train(config, ranks, run_dir)
+            train(adopt_keywords(config, run_dir), ranks, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,6 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # optimizer state with the shape of the parameter
 DEFAULT_NAMES = {"first_conv": (), "classifier": "head"}  # for models without a pretrained_cfg
 
 
@@ -224,16 +223,35 @@ def _length(tensor: Tensor | None) -> int:
 
 
 def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str | PathLike[str]) -> None:
-    """Raise CheckpointError unless a saved optimizer state has the groups and moments of `optimizer`."""
-    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    layout = [(len(group["params"]), "betas" in group) for group in optimizer.param_groups]
+    """Raise CheckpointError unless a saved state has the groups, entries and shapes that `optimizer` creates.
+
+    To know them for any optimizer, take a step with zero gradients and learning rate 0, which changes no parameter.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    expected = optimizer.state_dict()
+    optimizer.state.clear()
+    for group, before in zip(optimizer.param_groups, groups):
+        group.clear()  # some optimizers count steps there
+        group.update(before)
     try:
-        matches = layout == [(len(group["params"]), "betas" in group) for group in state["param_groups"]]
+        numbers = {key for key, value in optimizer.defaults.items() if isinstance(value, (float, tuple))}
+        pairs = zip(state["param_groups"], expected["param_groups"], strict=True)  # PyTorch adds missing switches
+        matches = all(len(a["params"]) == len(b["params"]) and numbers <= a.keys() for a, b in pairs)
         for i, entry in state["state"].items():
-            moments = [entry[name] for name in MOMENTS if entry.get(name) is not None]
-            matches &= all(_is_finite(moment) and moment.shape == params[i].shape for moment in moments)
-    except (AttributeError, IndexError, KeyError, TypeError):  # not an optimizer state dict
+            matches &= _shapes(entry) == _shapes(expected["state"][i])
+            matches &= all(_is_finite(value) for value in entry.values() if isinstance(value, Tensor))
+    except (AttributeError, KeyError, TypeError, ValueError):  # not an optimizer state dict
         matches = False
     if not matches:
         problem = "the optimizer state does not fit the optimizer and parameters of this run"
         raise CheckpointError(f"{path}: {problem}. Start a new run from its weights instead.")
+
+
+def _shapes(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.shape if isinstance(value, Tensor) else type(value) for name, value in entry.items()}

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class TrainState:
     fingerprint: dict[str, str] = field(default_factory=dict)  # settings that affect results, number of images
     step: int = 0  # steps done over the whole run
     evaluated: int = 0  # epochs evaluated; a checkpoint is saved before its epoch is evaluated
+    frozen: list[nn.Module] = field(default_factory=list)  # modules in evaluation mode also in training
+    teacher: nn.Module | None = None
     history: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of each step of the last epoch
     best: float = -math.inf  # highest validation accuracy so far, in percent
 
@@ -67,6 +70,17 @@ class TrainState:
         self.model.load_state_dict(weights)
         if self.ema:
             self.ema.module.load_state_dict(ema or weights)
+
+
+def git_commit() -> str:
+    """Return the commit of this code, with `-dirty` if files were changed; empty outside a Git repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @contextmanager
@@ -106,6 +120,7 @@ def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) 
             "config": config.model_dump(mode="json"),
             "classes": state.classes,
             "recipe": state.fingerprint,
+            "git": git_commit(),
         }
         atomic_save(content, state.run_dir / name, state.run_dir / PREVIOUS if name == LATEST else None)
     ranks.gather(None)  # torchrun kills all ranks when one exits, so wait until rank 0 has saved
@@ -140,19 +155,15 @@ def find_resumable(run_dir: Path) -> tuple[str, dict[str, Any]] | None:
 
     A damaged `latest.pth` is renamed, so that it never becomes `previous.pth`. Call this on rank 0.
     """
-    errors: list[CheckpointError] = []
-    for path in filter(Path.exists, (run_dir / LATEST, run_dir / PREVIOUS)):
+    paths = [path for path in (run_dir / LATEST, run_dir / PREVIOUS) if path.exists()]
+    for path in paths:
         try:
-            content = read_checkpoint(path)
+            return str(path), read_checkpoint(path)
         except CheckpointError as error:
-            errors.append(error)
-            continue
-        if errors:
-            os.replace(run_dir / LATEST, run_dir / DAMAGED)
-            _logger.warning(f"{errors[0]}. Renamed to {DAMAGED}; resuming {path}.")
-        return str(path), content
-    if errors:
-        raise CheckpointError(f"{errors[0]}. Remove {LATEST} and {PREVIOUS} to start from the beginning.")
+            if path == paths[-1]:
+                raise CheckpointError(f"{error}. Remove it to start from the beginning.") from error
+            os.replace(path, run_dir / DAMAGED)
+            _logger.warning(f"{error}. Renamed to {DAMAGED}; resuming {PREVIOUS}.")
     return None
 
 
@@ -181,7 +192,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     changed = check_unchanged(path, content["recipe"], state.fingerprint, config.TRAIN.RESUME_CHANGED)
     state.load_weights(weights, ema)
     pairs = zip(state.optimizer.param_groups, content["optimizer"]["param_groups"], strict=True)
-    groups = [group | {"params": stored["params"]} for group, stored in pairs]
+    groups = [stored | group | {"params": stored["params"]} for group, stored in pairs]
     state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     if content["scaler"].keys() == state.scaler.state_dict().keys():  # else one run does not scale its loss
         state.scaler.load_state_dict(content["scaler"])
@@ -197,8 +208,8 @@ def check_ranks_agree(values: dict[str, str], ranks: Ranks) -> None:
     first, *others = ranks.gather(values)
     for rank, other in enumerate(others, 1):
         for key in (key for key in first if first[key] != other.get(key)):
-            problem = f"{key}: is {other.get(key)} on rank {rank} and {first[key]} on rank 0"
-            raise ConfigError(f"{problem}; give all ranks the same config and data")
+            problem = f"is {other.get(key)} on rank {rank} and {first[key]} on rank 0"
+            raise ConfigError(f"{key}: {problem}; give all ranks the same config and data")
 
 
 def check_unchanged(path: str, stored: dict[str, str], current: dict[str, str], allow: bool) -> list[str]:

@@ -39,6 +39,8 @@ PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending),
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending), Field(strict=False)]
 Precision = Literal["bf16", "fp16", "off"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Shape = Literal["cosine", "linear", "step", "multistep", "poly", "constant"]
+Freeze = Annotated[int, Field(ge=0, le=4)] | Literal["backbone"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "random"]
 RuntimeField = partial(Field, json_schema_extra={"runtime": True})  # a key that does not affect results
 
@@ -86,6 +88,9 @@ class Model(Section):
     NAME: str = Field("lit_s", description="any timm model, including those of lit_backbone")
     RESUME: str = RuntimeField("", description="checkpoint to evaluate, or to continue training from")
     PRETRAINED: str = RuntimeField("", description="checkpoint to start from; its EMA weights if it has any")
+    PRETRAINED_PARTIAL: bool = Field(False, description="load what fits by name and shape, list the rest")
+    FREEZE: Freeze = Field(0, description="number of stages to freeze, or backbone = all but the head")
+    FREEZE_BN: bool = Field(False, description="keep the running statistics of BatchNorm")
     NUM_CLASSES: int = Field(1000, ge=1, le=10**5, description="outputs of the head")
     DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
@@ -96,15 +101,21 @@ class Model(Section):
 
 
 class LRScheduler(Section):
-    NAME: Literal["cosine"] = Field("cosine", description="shape after the warm-up")
+    NAME: Shape = Field("cosine", description="shape after the warm-up")
     STEP: Literal["update", "epoch"] = Field("update", description="how often the learning rate changes")
     SCALE_BOUNDS: bool = Field(True, description="scale WARMUP_LR and MIN_LR by GLOBAL_BATCH / 512, like BASE_LR")
+    DECAY_EPOCHS: Count = Field(30, description="step: epochs between two decays")
+    DECAY_RATE: Fraction = Field(0.1, description="step, multistep: factor of each decay")
+    MILESTONES: tuple[Count, ...] = Field((), strict=False, description="multistep: epochs of the decays")
+    POWER: Positive = Field(0.9, description="poly: exponent")
 
 
 class Optimizer(Section):
-    NAME: Literal["adamw"] = Field("adamw", description="optimizer")
-    EPS: float = Field(1e-8, gt=0, description="term added to the denominator")
-    BETAS: Decays = Field((0.9, 0.999), description="decay rates of the running averages of gradient and square")
+    NAME: str = Field("adamw", description="one of timm.optim.list_optimizers()")
+    EPS: Positive | None = Field(None, description="added to the denominator; null = the optimizer's default, 1e-8")
+    BETAS: Decays | None = Field(None, description="decay rates of averages; null = the optimizer's, 0.9 and 0.999")
+    MOMENTUM: Decay | None = Field(None, description="momentum, in optimizers that have it; null = 0.9")
+    KEYWORDS: dict[str, Any] = Field({}, description="further keywords of the optimizer")
 
 
 class Train(Section):
@@ -118,11 +129,19 @@ class Train(Section):
     CLIP_GRAD: Positive | None = Field(5.0, description="maximum gradient norm of a step; null = no clipping")
     AUTO_RESUME: bool = RuntimeField(True, description="continue from the latest checkpoint in the run directory")
     RESUME_CHANGED: bool = RuntimeField(False, description="resume even if settings, classes or images have changed")
+    LAYER_DECAY: Fraction = Field(1.0, description="factor on the learning rate per layer below the head; 1 = off")
     USE_CHECKPOINT: bool = RuntimeField(False, description="activation checkpointing of the blocks, to save memory")
     SAVE_STEPS: int = RuntimeField(0, ge=0, description="steps between saves of the latest checkpoint; 0 = epochs only")
     EMA: float = Field(0.0, ge=0, lt=1, description="decay per step of the EMA of the weights; 0 = off")
     LR_SCHEDULER: LRScheduler = Field(LRScheduler(), description="learning rate schedule")
     OPTIMIZER: Optimizer = Field(Optimizer(), description="optimizer")
+
+
+class Distill(Section):
+    TEACHER: str = Field("", description="timm model with pretrained weights, or checkpoint of a LIT; empty = off")
+    TYPE: Literal["soft", "hard"] = Field("soft", description="learn the teacher's probabilities, or its decision")
+    ALPHA: float = Field(0.5, ge=0, le=1, description="share of the distillation loss")
+    TAU: Positive = Field(1.0, description="soft: temperature of the softmax")
 
 
 class Aug(Section):
@@ -169,6 +188,7 @@ class Config(Section):
     MODEL: Model = Field(Model(), description="network and loss")
     TRAIN: Train = Field(Train(), description="schedule and optimizer")
     AUG: Aug = Field(Aug(), description="augmentation")
+    DISTILL: Distill = Field(Distill(), description="distillation from a teacher, as in DeiT")
     TEST: Test = Field(Test(), description="evaluation")
     RUNTIME: Runtime = Field(Runtime(), description="device and precision")
     OUTPUT: str = RuntimeField("output", description="parent directory of all runs")

@@ -15,10 +15,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, is_lit, key_fields
+from lit_classification.optim import build_optimizer
 
 _logger = logging.getLogger(__name__)
 
@@ -101,11 +103,11 @@ def config_from_checkpoint(
 def locate_run(cfg: str) -> tuple[str, list[str]]:
     """Return a YAML file's run name and extra options; `config.yaml` of a run directory continues that run."""
     run_dir = Path(os.path.abspath(cfg)).parent
-    if Path(cfg).name != "config.yaml" or not (run_dir / "starts.jsonl").is_file():
+    if not (run_dir / "starts.jsonl").is_file():
         return Path(cfg).stem, []
-    output, tag = (json.dumps(text, ensure_ascii=False) for text in (str(run_dir.parents[1]), run_dir.name))
-    launch = ["TRAIN.AUTO_RESUME", "true", "TRAIN.RESUME_CHANGED", "false"]
-    return run_dir.parent.name, ["OUTPUT", output, "TAG", tag, *launch]
+    place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in place.items()}
+    return run_dir.parent.name, [text for pair in texts.items() for text in pair]
 
 
 def _read_yaml(text: str | bytes, origin: str) -> Any:
@@ -128,8 +130,7 @@ def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
         raise ConfigError(f"{name}: inherits from itself: {' -> '.join(map(str, (*heirs, path)))}; remove one BASE")
     tree = _read_yaml(path.read_bytes(), str(path))
     if not isinstance(tree, dict):
-        kind = "an empty file" if tree is None else type(tree).__name__
-        raise ConfigError(f"{path}: expected sections such as DATA and TRAIN at the top level, got {kind}")
+        raise ConfigError(f"{path}: expected sections such as DATA and TRAIN at the top level, got {shorten(tree)}")
     bases = tree.pop("BASE", [])
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
@@ -228,11 +229,25 @@ def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
         timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
+    if isinstance(config.MODEL.FREEZE, int) and config.MODEL.FREEZE and not is_lit(config.MODEL.NAME):
+        yield ["MODEL.FREEZE"], f"{config.MODEL.NAME} has no stages of LIT; use backbone"
+    optimizers = [str(name) for name in timm.optim.list_optimizers()]
+    if train.OPTIMIZER.NAME not in optimizers:
+        yield ["TRAIN.OPTIMIZER.NAME"], f"timm has no such optimizer; {_suggest(train.OPTIMIZER.NAME, optimizers, [])}"
+    else:
+        try:
+            build_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            yield ["TRAIN.OPTIMIZER"], f"cannot be built: {str(error).splitlines()[0]}"
+    if train.LR_SCHEDULER.NAME == "multistep" and not train.LR_SCHEDULER.MILESTONES:
+        yield ["TRAIN.LR_SCHEDULER.MILESTONES"], "multistep needs the epochs of its decays, such as [150, 225]"
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
-    if is_lit(config.MODEL.NAME) and config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32):
+    is_tiny = config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32)
+    if is_lit(config.MODEL.NAME) and is_tiny and not aug.mixing:
         yield ["DATA.BATCH_SIZE"], "BatchNorm needs several values, and the last feature map has one pixel; use 2"
-    if aug.mixing and train.GLOBAL_BATCH % 2:
-        problem = f"mixup and cutmix pair images, but {train.GLOBAL_BATCH} is odd; use {train.GLOBAL_BATCH + 1}"
-        yield ["TRAIN.GLOBAL_BATCH", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"], problem
+    for key, size in {"DATA.BATCH_SIZE": config.DATA.BATCH_SIZE, "TRAIN.GLOBAL_BATCH": train.GLOBAL_BATCH}.items():
+        if aug.mixing and size % 2:
+            problem = f"mixup and cutmix pair images, but {size} is odd; use {size + 1}"
+            yield [key, "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX"], problem

@@ -37,10 +37,8 @@ class SeededImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int]:
-        if not isinstance(key, SampleKey):
-            image, label = self.read(key)
-        else:
-            image, label = self.read(key.index)
+        image, label = self.read(key.index if isinstance(key, SampleKey) else key)
+        if isinstance(key, SampleKey):
             seed_everything("augmentation", self.seed, key.epoch, key.position, devices=False)
         return self.transform(image), label
 
@@ -59,10 +57,9 @@ class SeededImages(Dataset):
         if isinstance(self.dataset, ImageDataset):
             with suppress(Exception):  # some datasets of Hugging Face have no paths
                 return self.dataset.filename(index, absolute=True)
-        if isinstance(self.dataset, ImageTar):
-            return f"{self.dataset.path}: {self.dataset.samples[index][0]}"
-        if isinstance(self.dataset, ImageFolder):
-            return self.dataset.samples[index][0]
+        if isinstance(self.dataset, (ImageFolder, ImageTar)):
+            prefix = f"{self.dataset.path}: " if isinstance(self.dataset, ImageTar) else ""
+            return prefix + self.dataset.samples[index][0]
         return f"{type(self.dataset).__name__}[{index}]"
 
 
@@ -103,21 +100,13 @@ def check_classes(config: Config, *datasets: SeededImages) -> None:
 
 def build_transform(config: Config, is_training: bool) -> Any:
     """Build timm's transform from PIL images to normalized `(3, H, W)` float32 tensors."""
-    aug = config.AUG
-    training: dict[str, Any] = dict(
-        input_size=(3, *config.DATA.IMG_SIZE),
-        is_training=True,
-        scale=aug.SCALE,
-        ratio=aug.RATIO,
-        hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER or None,
-        auto_augment=aug.AUTO_AUGMENT or None,
-        interpolation=config.DATA.INTERPOLATION,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
-        re_count=aug.RECOUNT,
-    )
-    return create_transform(**training if is_training else eval_preprocessing(config))
+    if not is_training:
+        return create_transform(**eval_preprocessing(config))
+    aug, size, interpolation = config.AUG, (3, *config.DATA.IMG_SIZE), config.DATA.INTERPOLATION
+    colors: dict[str, Any] = dict(color_jitter=aug.COLOR_JITTER or None, auto_augment=aug.AUTO_AUGMENT or None)
+    erasing = dict(re_prob=aug.REPROB, re_mode=aug.REMODE, re_count=aug.RECOUNT)
+    geometry = dict(scale=aug.SCALE, ratio=aug.RATIO, hflip=aug.HFLIP, interpolation=interpolation)
+    return create_transform(size, is_training=True, **geometry, **colors, **erasing)
 
 
 def eval_preprocessing(config: Config) -> dict[str, Any]:
@@ -131,9 +120,6 @@ def build_train_loader(images: SeededImages, config: Config, ranks: Ranks) -> Da
     Raise ConfigError if batch size and ranks do not divide the global batch, DataError if the dataset is smaller.
     """
     batch_size, total, step = config.DATA.BATCH_SIZE, config.TRAIN.GLOBAL_BATCH, 2 if config.AUG.mixing else 1
-    if batch_size % step:
-        problem = f"mixup and cutmix pair images, but {batch_size} is odd"
-        raise ConfigError(f"DATA.BATCH_SIZE: {problem}; use {batch_size + 1}")
     if total % (batch_size * ranks.world_size):
         share, rest = divmod(total, ranks.world_size)
         sizes = [n for n in range(step, min(batch_size, share) + 1, step) if share % n == 0 and not rest]
@@ -141,8 +127,7 @@ def build_train_loader(images: SeededImages, config: Config, ranks: Ranks) -> Da
         fix = f"use --batch-size {sizes[-1]}" if sizes else "use another number of ranks"
         raise ConfigError(f"DATA.BATCH_SIZE: {problem}; {fix}")
     if len(images) < total:
-        problem = f"{len(images)} training images do not fill TRAIN.GLOBAL_BATCH {total}"
-        raise DataError(f"{config.DATA.DATA_PATH}: {problem}. Lower it.")
+        raise DataError(f"TRAIN.GLOBAL_BATCH: {total} is more than the {len(images)} training images. Lower it.")
     options = config.AUG.REPEATED, config.SEED, ranks.rank, ranks.world_size
     sampler = TrainSampler(len(images), total, batch_size, *options)
     return DataLoader(images, batch_sampler=sampler, **_loader_options(config, ranks))

@@ -78,8 +78,6 @@ def init_distributed(device: str = "auto", timeout: float = 30) -> Ranks:
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if world_size > 1 and "RANK" not in os.environ:
         sys.exit(f"error: WORLD_SIZE is {world_size}, but RANK is not set. Start with torchrun, or unset WORLD_SIZE.")
-    if device == "mps" and world_size > 1:
-        sys.exit("error: RUNTIME.DEVICE: mps supports a single rank. Start without torchrun.")
     place = torch.device(device)
     if device == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):

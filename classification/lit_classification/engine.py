@@ -45,6 +45,21 @@ def build_mixup(config: Config) -> Mixup | None:
     return Mixup(aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, **probabilities, **options) if aug.mixing else None
 
 
+def mix_distillation(loss: Tensor, logits: Tensor, images: Tensor, teacher: Module | None, config: Config) -> Tensor:
+    """Mix the loss with DeiT's distillation loss: KL divergence (soft) or cross-entropy with the decision (hard)."""
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        target = teacher(images)  # (b, classes)
+    if config.DISTILL.TYPE == "hard":
+        distill = nn.functional.cross_entropy(logits, target.argmax(dim=1))
+    else:
+        tau = config.DISTILL.TAU
+        log_p, log_q = (nn.functional.log_softmax(x / tau, dim=1) for x in (logits, target))
+        distill = nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True) * tau**2 / logits.numel()
+    return (1 - config.DISTILL.ALPHA) * loss + config.DISTILL.ALPHA * distill
+
+
 def to_device(batch: Sequence[Tensor], config: Config, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Copy images and targets to this rank's device, images in the configured memory format."""
     memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
@@ -63,10 +78,12 @@ def train_one_epoch(
     assert isinstance(sampler, TrainSampler)
     criterion, mixup = build_criterion(config), build_mixup(config)
     sampler.set_epoch(state.epoch, first_step=state.step % state.steps_per_epoch)
-    history = state.history if sampler.first_step else []  # on the device, so that no step waits for it
-    state.history = history
+    # on the device, so that no step waits for it
+    history = state.history = state.history if sampler.first_step else []
     batches, start = iter(loader), time.perf_counter()
     model.train()
+    for module in state.frozen:
+        module.eval()
     for i in progress(range(sampler.first_step, sampler.steps), ranks.is_main, desc=f"epoch {state.epoch}"):
         schedule.set(state.step)
         step_loss = torch.zeros((), device=ranks.device)
@@ -76,7 +93,9 @@ def train_one_epoch(
             images, targets = mixup(images, targets) if mixup else (images, targets)
             with no_sync(model, last=group == sampler.local_groups[-1]):
                 with autocast(config.RUNTIME.AMP_DTYPE, ranks.device):
-                    loss = criterion(model(images), targets) / len(sampler.local_groups)
+                    logits = model(images)  # (b, classes)
+                    loss = mix_distillation(criterion(logits, targets), logits, images, state.teacher, config)
+                    loss = loss / len(sampler.local_groups)
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
@@ -135,28 +154,43 @@ def log_progress(history: list[Tensor], seconds: float, state: TrainState, confi
     memory = f" mem {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB" if device.type == "cuda" else ""
     (loss, norm), mean = history[-1].tolist(), torch.stack(history)[:, 0].mean().item()
     _logger.info(
-        f"epoch {epoch} [{step + 1}/{state.steps_per_epoch}] eta {eta} lr {rates['lr/decay']:.3e} loss {loss:.4f} "
+        f"epoch {epoch} [{step + 1}/{state.steps_per_epoch}] eta {eta} lr {max(rates.values()):.3e} loss {loss:.4f} "
         f"({mean:.4f}) grad norm {norm:.3f} {config.TRAIN.GLOBAL_BATCH / seconds:.1f} img/s{memory}"
     )
     log.scalars({"train/loss": loss, "train/grad_norm": norm} | rates, state.step)
 
 
 @torch.no_grad()
-def evaluate(model: Module, loader: DataLoader, config: Config, ranks: Ranks) -> dict[str, float]:
-    """Return `acc1` and `acc5` in percent, mean cross-entropy `loss`, and number of `images`, over all ranks."""
+def evaluate(
+    model: Module, loader: DataLoader, config: Config, ranks: Ranks, columns: list[int] | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """Evaluate a model over all ranks, on the logits in `columns` if they are given.
+
+    Returns:
+        `acc1` and `acc5` in percent, mean cross-entropy `loss` and number of `images`; and for each image of the
+        dataset its label, predicted label and their probability, `(images, 3)` on the CPU.
+    """
     model.eval()
+    rows = []
     dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
     totals = torch.zeros(4, dtype=dtype, device=ranks.device)  # hits in 1, hits in 5, loss, images
     for batch in progress(loader, ranks.is_main, desc="evaluate", unit="batch"):
         images, targets = to_device(batch, config, ranks)
         with autocast(config.TEST.AMP_DTYPE, ranks.device):
             logits = model(images).float()  # (B, classes)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
+        logits = logits if columns is None else logits[:, columns]
+        top5 = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
+        hits = top5 == targets[:, None]
+        rows.append(torch.stack((targets, top5[:, 0], logits.softmax(dim=1).amax(dim=1)), dim=1))
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         counts = (hits[:, 0].sum(), hits.sum(), loss, torch.full((), len(targets), device=ranks.device))
         totals += torch.stack([count.to(totals.dtype) for count in counts])
     hits1, hits5, loss, count = ranks.sum(totals).tolist()
-    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
+    predictions = torch.empty(int(count), 3)
+    for rank, share in enumerate(ranks.gather(torch.cat(rows).cpu() if rows else torch.empty(0, 3))):
+        predictions[rank :: ranks.world_size] = share  # see build_val_loader
+    stats = {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
+    return stats, predictions
 
 
 @torch.no_grad()

@@ -1,15 +1,21 @@
 """Logging: console, one file per rank, TensorBoard, log.jsonl and progress bars."""
 
+import csv
 import json
 import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from lit_backbone.safe_reader import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -54,17 +60,55 @@ class RunLog:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step)
 
-    def epoch(self, epoch: int, results: dict[str, float], step: int) -> None:
-        """Log the results of an epoch."""
+    def epoch(self, epoch: int, results: dict[str, float], step: int, worst: str) -> None:
+        """Log the results of an epoch, and its worst classes."""
         acc1, acc5, loss = (results[f"val/{name}"] for name in ("acc1", "acc5", "loss"))
-        images = results["val/images"]
-        _logger.info(f"epoch {epoch}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f} on {images} images")
+        images = f"on {results['val/images']} images, worst classes {worst}"
+        _logger.info(f"epoch {epoch}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f} {images}")
         self.scalars(results, step)
         if self.path and self.writer:
             self.writer.flush()
             finite = {tag: value if math.isfinite(value) else None for tag, value in results.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps({"epoch": epoch} | finite) + "\n")
+
+
+def confusion_matrix(predictions: Tensor, num_classes: int) -> Tensor:
+    """Count the images of each label (row) and predicted label (column), given :func:`evaluate`'s predictions."""
+    labels, predicted = predictions[:, :2].long().unbind(dim=1)
+    return (labels * num_classes + predicted).bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def worst_classes(confusion: Tensor, classes: Sequence[str], count: int = 3) -> str:
+    """Name the classes of the lowest accuracy, with the accuracy in percent."""
+    accuracy = confusion.diagonal() / confusion.sum(dim=1)  # nan for a class without images
+    worst = accuracy.nan_to_num(nan=2.0).argsort()[:count].tolist()
+    return printable(", ".join(f"{classes[i]} {accuracy[i]:.1%}" for i in worst))
+
+
+def write_evaluation(folder: Path, stats: dict[str, Any], predictions: Tensor, images: Any) -> None:
+    """Write eval.json, predictions.csv and confusion.png for a dataset with `classes` and `name(index)`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion = confusion_matrix(predictions, len(images.classes))
+    pairs = zip(confusion.diagonal().tolist(), confusion.sum(dim=1).tolist())
+    classes = [{"class": name, "correct": k, "images": n} for name, (k, n) in zip(images.classes, pairs)]
+    content = stats | {"classes": classes, "confusion": confusion.tolist()}
+    (folder / "eval.json").write_text(json.dumps(content) + "\n")
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "class", "prediction", "probability"])
+        for i, (label, predicted, probability) in enumerate(predictions.tolist()):
+            names = images.classes[int(label)], images.classes[int(predicted)]
+            writer.writerow([images.name(i), *names, f"{probability:.4f}"])
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues"), label="share of the images of a class")
+    axes.set(xlabel="predicted class", ylabel="class", title=f"Acc@1 {stats['acc1']:.2f} % of {stats['images']} images")
+    if len(images.classes) <= 30:
+        axes.set_xticks(range(len(images.classes)), images.classes, rotation=90)
+        axes.set_yticks(range(len(images.classes)), images.classes)
+    figure.savefig(folder / "confusion.png", dpi=150)
 
 
 def _epoch_of(line: str) -> float:

@@ -1,5 +1,6 @@
 """Models: from a config, and from a checkpoint with its classes and preprocessing."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -8,16 +9,26 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from lit_backbone import CheckpointError, read_checkpoint
-from lit_backbone.checkpoints import infer_img_size_and_num_classes, load_checkpoint, stored_classes, unwrap_state_dict
+from lit_backbone.checkpoints import (
+    architecture,
+    class_mismatch,
+    infer_img_size_and_num_classes,
+    load_checkpoint,
+    resize_position_tables,
+    stored_classes,
+    unwrap_state_dict,
+)
 from lit_backbone.released import convert_released
-from lit_classification.config import Config, is_lit
-from lit_classification.config_reader import config_from_checkpoint
+from lit_classification.config import Config, ConfigError, Lit, is_lit
+from lit_classification.config_reader import config_from_checkpoint, load_config
 from lit_classification.data import build_transform
 from lit_classification.sampler import seed_everything
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(config: Config, device: torch.device) -> nn.Module:
@@ -28,6 +39,50 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     if config.RUNTIME.COMPILE:
         model.compile()
     return model
+
+
+def freeze(model: nn.Module, config: Config) -> list[nn.Module]:
+    """Freeze the parameters of MODEL.FREEZE. Return the modules that training keeps in evaluation mode."""
+    if config.MODEL.FREEZE == "backbone":
+        head = model.requires_grad_(False).get_classifier().requires_grad_(True)  # pyrefly: ignore
+        frozen = [module for module in model.children() if module is not head and not isinstance(module, nn.Dropout)]
+    else:
+        frozen: list[nn.Module] = list(model.stages[: config.MODEL.FREEZE]) if config.MODEL.FREEZE else []  # pyrefly: ignore
+    for module in frozen:
+        module.requires_grad_(False)
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return frozen + [m for m in model.modules() if config.MODEL.FREEZE_BN and isinstance(m, batch_norms)]
+
+
+def load_teacher(config: Config, device: torch.device, classes: list[str]) -> nn.Module | None:
+    """Load DISTILL.TEACHER, a timm model or a checkpoint of a LIT. Raise ConfigError if it does not fit the data."""
+    name = config.DISTILL.TEACHER
+    if not name:
+        return None
+    if timm.is_model(name):
+        teacher: Any = timm.create_model(name, pretrained=True).to(device).eval()
+        mean_std = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
+        if mean_std != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+            raise ConfigError(f"DISTILL.TEACHER: {name} expects other mean and std ({mean_std}). Choose another one.")
+    else:
+        if mismatch := class_mismatch(read_checkpoint(name), classes):
+            raise ConfigError(f"DISTILL.TEACHER: {name}: {mismatch}. Use a teacher of the same classes.")
+        teacher = load_classifier(name, device).model
+    if teacher.num_classes != config.MODEL.NUM_CLASSES:
+        problem = f"has {teacher.num_classes} classes, the model {config.MODEL.NUM_CLASSES}"
+        raise ConfigError(f"DISTILL.TEACHER: {name} {problem}. Use a teacher of the same classes.")
+    return teacher.requires_grad_(False)
+
+
+def load_partial(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's weights with those of a checkpoint where name and shape fit, and log the others."""
+    expected, weights = model.state_dict(), resize_position_tables(load_checkpoint(path), model)
+    fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
+    if not fitting or not all(value.isfinite().all() for value in fitting.values()):
+        raise CheckpointError(f"{path}: has no weights that fit {architecture(model)}, or some are not finite.")
+    missing = [key for key in expected if key not in fitting and not key.endswith("num_batches_tracked")]
+    _logger.warning(f"{path}: {len(missing)} tensors stay random: {', '.join(missing) or 'none'}")
+    return expected | fitting
 
 
 def load_model(
@@ -79,6 +134,19 @@ def load_classifier(
     return Classifier(model, config, classes, build_transform(config, is_training=False), class_names)
 
 
+def adopt_keywords(config: Config, run_dir: Path) -> Config:
+    """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
+    source, path = config.MODEL.PRETRAINED, run_dir / "config.yaml"
+    if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
+        return config
+    started = load_config(path, training=False) if path.exists() else None
+    stored = started or config_from_checkpoint(read_checkpoint(source), source)
+    if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
+        return config
+    _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")
+    return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
+
+
 def find_config(content: dict[str, Any], path: str | Path, opts: Sequence[str] = (), **shortcuts: Any) -> Config:
     """Return the config in a checkpoint or, without one, that of the LIT whose weights these are, or raise."""
     config = config_from_checkpoint(content, path, opts, **shortcuts)
@@ -88,11 +156,11 @@ def find_config(content: dict[str, Any], path: str | Path, opts: Sequence[str] =
     shapes, variants = _shapes(state_dict), timm.list_models(module="lit")
     size, num_classes = infer_img_size_and_num_classes(state_dict)
     for name in variants:
-        tree = {"MODEL": {"NAME": name, "NUM_CLASSES": num_classes}, "DATA": {"IMG_SIZE": size}}
-        with suppress(CheckpointError), torch.device("meta"):
-            config = config_from_checkpoint({"classes": [], "config": tree}, path, opts, **shortcuts)
-            if config and _shapes(timm.create_model(**config.model_keywords).state_dict()) == shapes:
-                return config
+        with suppress(ValueError), torch.device("meta"):
+            model = timm.create_model(name, num_classes=num_classes, img_size=size)
+            if _shapes(model.state_dict()) == shapes:
+                tree = {"MODEL": {"NAME": name, "NUM_CLASSES": num_classes}, "DATA": {"IMG_SIZE": size}}
+                return cast(Config, config_from_checkpoint({"classes": [], "config": tree}, path, opts, **shortcuts))
     fix = "Use a checkpoint of main.py, or main.py --eval with --cfg for another model."
     raise CheckpointError(f"{path}: holds weights of no known LIT ({', '.join(variants)}). {fix}")
 

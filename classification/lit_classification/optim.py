@@ -1,9 +1,12 @@
 """Parameter groups, optimizer and learning rate schedule of the recipes."""
 
+import inspect
 from typing import Any
 
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -12,48 +15,70 @@ from lit_classification.config import Config
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Split parameters into named groups as the original does: `decay`, `no_decay` and `offset`.
+    """Split trainable parameters into named groups as the original does: `decay`, `no_decay` and `offset`.
 
     `no_decay` has biases, 1-D tensors and `model.no_weight_decay()`. `offset` has the weights of DTM's offset
-    convolutions, with `OFFSET_LR_MULTI` times the base learning rate.
+    convolutions, with `OFFSET_LR_MULTI` times the base learning rate. LAYER_DECAY splits each group by layer.
     """
     offset_weights = {id(m.offset.weight) for m in model.modules() if isinstance(m, DeformableTokenMerging)}
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # pyrefly: ignore
     offset_lr = config.learning_rates[0] * config.MODEL.OFFSET_LR_MULTI
     options = {"decay": {}, "no_decay": {"weight_decay": 0.0}, "offset": {"lr": offset_lr}}
+    layers: dict[str, Any] = {}
+    decay = config.TRAIN.LAYER_DECAY
+    if decay < 1:  # layer of each parameter, counted from the input
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyrefly: ignore
+    last = max(layers.values(), default=0)
     groups: dict[str, dict[str, Any]] = {name: {"name": name, "params": []} | options[name] for name in options}
     for name, param in model.named_parameters():
         kind = "offset" if id(param) in offset_weights else "no_decay" if param.ndim <= 1 or name in skip else "decay"
-        groups[kind]["params"].append(param)
+        key, scale = kind, {}
+        if layers:
+            layer = layers.get(name, last)
+            key, scale = f"{kind}_layer{layer}", {"lr_scale": decay ** (last - layer)}  # the schedule multiplies by it
+        if param.requires_grad:
+            groups.setdefault(key, {"name": key, "params": []} | options[kind] | scale)["params"].append(param)
     return [group for group in groups.values() if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
-    """Build timm's optimizer over the recipe's parameter groups."""
-    train, optimizer = config.TRAIN, config.TRAIN.OPTIMIZER
-    options: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, eps=optimizer.EPS, betas=optimizer.BETAS)
-    groups = param_groups(model, config)
-    return create_optimizer_v2(groups, optimizer.NAME, lr=config.learning_rates[0], fused=True, **options)
+def build_optimizer(model: nn.Module | list[nn.Parameter], config: Config) -> Optimizer:
+    """Build timm's optimizer over a model's parameter groups. Raise TypeError or ValueError for wrong keywords."""
+    if get_optimizer_info(config.TRAIN.OPTIMIZER.NAME).second_order:
+        raise ValueError(f"{config.TRAIN.OPTIMIZER.NAME} needs second derivatives, which main.py does not compute")
+    params = param_groups(model, config) if isinstance(model, nn.Module) else model
+    optimizer = config.TRAIN.OPTIMIZER
+    options: dict[str, Any] = dict(eps=optimizer.EPS, betas=optimizer.BETAS, momentum=optimizer.MOMENTUM)
+    accepted = inspect.signature(get_optimizer_class(optimizer.NAME, bind_defaults=False)).parameters
+    options = {name: value for name, value in options.items() if value is not None and name in accepted}
+    options |= {"fused": True} if "fused" in accepted else {}
+    options |= {"weight_decay": config.TRAIN.WEIGHT_DECAY, "lr": config.learning_rates[0]} | optimizer.KEYWORDS
+    return create_optimizer_v2(params, optimizer.NAME, **options)
 
 
 class Schedule:
-    """Linear warm-up and cosine decay, one unit late as in the original.
+    """Linear warm-up and decay by one of timm's schedulers, one unit late as in the original.
 
     The original sets a rate after the step (or epoch) that it was computed for. So each rate is in force one unit late,
     and the first two units use the warm-up's start. The rate follows from the number of the step; there is no state.
     """
 
     def __init__(self, optimizer: Optimizer, config: Config, steps_per_epoch: int):
-        self.steps_per_unit = steps_per_epoch if config.TRAIN.LR_SCHEDULER.STEP == "epoch" else 1
-        units_per_epoch = steps_per_epoch // self.steps_per_unit
-        _, warmup_lr, min_lr = config.learning_rates
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=config.TRAIN.EPOCHS * units_per_epoch,
-            lr_min=min_lr,
-            warmup_t=config.TRAIN.WARMUP_EPOCHS * units_per_epoch,
-            warmup_lr_init=warmup_lr,
-        )
+        train, cfg = config.TRAIN, config.TRAIN.LR_SCHEDULER
+        self.steps_per_unit = steps_per_epoch if cfg.STEP == "epoch" else 1
+        units = steps_per_epoch // self.steps_per_unit  # per epoch
+        total, (_, warmup_lr, min_lr) = train.EPOCHS * units, config.learning_rates
+        warmup = dict(warmup_t=train.WARMUP_EPOCHS * units, warmup_lr_init=warmup_lr, warmup_prefix=False)
+        if cfg.NAME == "cosine":
+            self.scheduler: Scheduler = CosineLRScheduler(optimizer, total, min_lr, **warmup)
+        elif cfg.NAME in ("linear", "poly"):
+            power = 1.0 if cfg.NAME == "linear" else cfg.POWER
+            self.scheduler = PolyLRScheduler(optimizer, total, power, min_lr, **warmup)
+        elif cfg.NAME == "multistep":
+            milestones = [epoch * units for epoch in cfg.MILESTONES]
+            self.scheduler = MultiStepLRScheduler(optimizer, milestones, cfg.DECAY_RATE, **warmup)
+        else:  # a constant rate is a step without decay
+            rate = cfg.DECAY_RATE if cfg.NAME == "step" else 1.0
+            self.scheduler = StepLRScheduler(optimizer, cfg.DECAY_EPOCHS * units, rate, **warmup)
 
     def set(self, step: int) -> None:
         """Set the learning rates of a step, counted from 0 over the whole run."""

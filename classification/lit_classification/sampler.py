@@ -45,16 +45,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
     micro-batches where there are enough; the length of an epoch stays the same.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        global_batch: int,
-        batch_size: int,
-        repeats: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, num_images: int, global_batch: int, batch_size: int, repeats=1, seed=0, rank=0, world_size=1):
         self.num_images, self.global_batch, self.repeats, self.seed = num_images, global_batch, repeats, seed
         self.steps = num_images // global_batch
         self.groups = global_batch // batch_size  # micro-batches per step, over all ranks

@@ -327,7 +327,7 @@ def test_damaged_checkpoint_gives_way_to_the_previous_one(tiny_cfg, output, caps
 
     for path in (latest, previous):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match=f"error: {latest}: .*Remove latest.pth and previous.pth"):
+    with pytest.raises(SystemExit, match=f"error: {previous}: .*Remove it to start"):
         main.main(["--cfg", str(cfg), "--tag", "damaged"])
 
 

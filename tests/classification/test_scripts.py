@@ -77,7 +77,7 @@ def test_two_nodes_of_one_gpu_each_are_one_run(workplace):
     assert [node.returncode for node in nodes] == [0, 0], first + errors + second + other_errors
     assert TWO_RANKS in first and second == ""
     (line,) = (workplace / "output/lit-s/nodes/starts.jsonl").read_text().splitlines()
-    assert json.loads(line)["processes"] == 2
+    assert json.loads(line)["ranks"] == 2
     assert len((workplace / "output/lit-s/nodes/log.jsonl").read_text().splitlines()) == 1
 
 

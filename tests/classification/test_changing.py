@@ -1,0 +1,240 @@
+"""Changes of the method by YAML keys, each in a short training (docs/changing.md)."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import main
+from lit_backbone import read_checkpoint
+from lit_backbone.images import open_rgb
+from lit_classification import engine as main_engine
+from lit_classification.checkpointing import LATEST
+from lit_classification.config import ConfigError
+from lit_classification.config_reader import load_config
+from lit_classification.distributed import STOPPED
+from lit_classification.model import build_model, load_classifier, load_teacher
+from lit_classification.optim import Schedule, build_optimizer
+from tests.classification.conftest import CLASSES
+
+
+@pytest.fixture
+def train(tiny_cfg, tmp_path):
+    """Return a function that trains with the given sections and returns the content of the last checkpoint."""
+
+    def run(*args: str, tag: str = "default", **sections) -> dict:
+        main.main(["--cfg", str(tiny_cfg(**sections)), "--tag", tag, *args])
+        return read_checkpoint(tmp_path / "output" / "tiny" / tag / LATEST)
+
+    return run
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+OPTIMIZERS = {"sgd": 0.05, "momentum": 0.05, "nesterov": 0.05, "lamb": 0.05, "lion": 0.01, "adamax": 0.05, "muon": 0.05}
+OPTIMIZERS |= {"adafactor": 0.05, "rmsprop": 0.01}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_learns_and_resumes_exactly(train, tiny_cfg, monkeypatch, name):
+    keys = {"OPTIMIZER": {"NAME": name}, "BASE_LR": OPTIMIZERS[name], "SAVE_STEPS": 1}
+    whole = train(tag="whole", TRAIN=keys)
+    stops = iter([False, True])  # the second of the three steps at which a run asks for signals
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Ranks, "stop_signal", lambda ranks: "SIGTERM" if next(stops, False) else "")
+        with pytest.raises(SystemExit) as stopped:
+            train(TRAIN=keys)
+        assert stopped.value.code == STOPPED
+    resumed = train(TRAIN=keys)
+    assert same(whole["model"], resumed["model"]) and whole["update"] == resumed["update"] == 8
+    start = build_model(load_config(tiny_cfg()), torch.device("cpu")).state_dict()
+    assert not any(torch.equal(whole["model"][key], start[key]) for key in start if key.endswith("fc1.weight"))
+
+
+def test_optimizer_keywords(tiny_cfg):
+    def defaults(*opts: str) -> dict:
+        config = load_config(tiny_cfg(), opts)
+        return build_optimizer(timm.create_model(**config.model_keywords), config).defaults
+
+    recipe = defaults()
+    assert (recipe["betas"], recipe["eps"], recipe["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.05)
+    assert defaults("TRAIN.OPTIMIZER.NAME", "lion")["betas"] == (0.9, 0.99)
+    assert defaults("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", "0.8")["momentum"] == 0.8
+    assert defaults("TRAIN.OPTIMIZER.KEYWORDS", "{amsgrad: true}")["amsgrad"]
+
+
+@pytest.mark.parametrize(
+    "opts, problem",
+    [
+        (["TRAIN.OPTIMIZER.NAME", "adamv"], "TRAIN.OPTIMIZER.NAME: timm has no such optimizer; did you mean adam"),
+        (["TRAIN.OPTIMIZER.NAME", "adahessian"], "TRAIN.OPTIMIZER: cannot be built: "),
+        (["TRAIN.OPTIMIZER.KEYWORDS", "{amsgard: true}"], "TRAIN.OPTIMIZER: cannot be built: .*amsgard"),
+        (["TRAIN.LR_SCHEDULER.NAME", "multistep"], "MILESTONES: multistep needs"),
+        (["MODEL.FREEZE", "1", "MODEL.NAME", "resnet18", "MODEL.LIT", "{}"], "FREEZE: resnet18 has no stages of LIT"),
+        (["MODEL.FREEZE", "5"], "MODEL.FREEZE"),
+        (["DISTILL.TYPE", "medium"], "DISTILL.TYPE: expected 'soft' or 'hard'"),
+    ],
+)
+def test_wrong_keys_are_named(tiny_cfg, opts, problem):
+    sections = {"MODEL": {"LIT": {}}} if "resnet18" in opts else {}
+    with pytest.raises(ConfigError, match=problem):
+        load_config(tiny_cfg(**sections), opts)
+
+
+RATES = {  # in the epochs 0 to 9 after a warm-up of one epoch; rates are in force one epoch late
+    "constant": [1, 1, 1, 1, 1, 1, 1, 1],
+    "linear": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
+    "poly": [0.81, 0.64, 0.49, 0.36, 0.25, 0.16, 0.09, 0.04],
+    "step": [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25],
+    "multistep": [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25],
+}
+
+
+@pytest.mark.parametrize("unit", ["epoch", "update"])
+@pytest.mark.parametrize("name", RATES)
+def test_schedule(tiny_cfg, name, unit):
+    keys = {"NAME": name, "STEP": unit, "SCALE_BOUNDS": False, "DECAY_EPOCHS": 3, "DECAY_RATE": 0.5, "POWER": 2}
+    train = {"EPOCHS": 10, "WARMUP_EPOCHS": 1, "BASE_LR": 64, "WARMUP_LR": 0.5, "MIN_LR": 0, "GLOBAL_BATCH": 8}
+    config = load_config(tiny_cfg(TRAIN=train | {"LR_SCHEDULER": keys | {"MILESTONES": [5, 9]}}))
+    assert config.learning_rates == (1, 0.5, 0)
+    optimizer = build_optimizer(timm.create_model(**config.model_keywords), config)
+    schedule, rates = Schedule(optimizer, config, 4), []
+    for epoch in range(10):
+        # by update, step 4 * epoch - 3 reads the rate of 4 * (epoch - 1); multistep compares the next one
+        is_early = unit == "update" and name != "multistep" or epoch < 2
+        schedule.set(max(4 * epoch - 3, 0) if is_early else 4 * epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:2] == [0.5, 0.5] and rates[2:] == pytest.approx(RATES[name])
+
+
+def test_layer_decay(train, tiny_cfg):
+    config = load_config(tiny_cfg(TRAIN={"LAYER_DECAY": 0.5}))
+    model = timm.create_model(**config.model_keywords)
+    groups = build_optimizer(model, config).param_groups
+    scales = {id(param): group["lr"] * group["lr_scale"] for group in groups for param in group["params"]}
+    assert scales.keys() == {id(param) for param in model.parameters()}
+    peak = config.learning_rates[0]
+    assert scales[id(model.head.weight)] == peak
+    first, last = model.stages[0].merge.proj.weight, model.stages[3].blocks[0].mlp.fc1.weight
+    assert scales[id(first)] < scales[id(last)] < peak
+    merge = model.stages[2].merge
+    assert scales[id(merge.offset.weight)] == pytest.approx(0.01 * scales[id(merge.offset.bias)])
+    assert train(TRAIN={"LAYER_DECAY": 0.5})["update"] == 8
+
+
+@pytest.mark.parametrize("freeze", [2, "backbone"])
+def test_frozen_part_does_not_change(train, tmp_path, freeze):
+    start = train(tag="start")["model"]
+    end = train("--pretrained", str(tmp_path / "output/tiny/start/latest.pth"), MODEL={"FREEZE": freeze})["model"]
+    frozen = {k for k in start if torch.equal(start[k], end[k])}
+    if freeze == "backbone":
+        assert frozen == {key for key in start if not key.startswith("head.")}
+    else:
+        assert frozen >= {key for key in start if key.startswith(("stages.0.", "stages.1."))}
+        assert not any("fc1" in key for key in frozen if key.startswith(("stages.2.", "stages.3.")))
+
+
+def test_batch_norm_keeps_its_statistics(train):
+    statistics = {k: v for k, v in train(MODEL={"FREEZE_BN": True})["model"].items() if "running_mean" in k}
+    assert len(statistics) == 3 and not any(value.any() for value in statistics.values())
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation(train, tmp_path, kind):
+    train(tag="teacher", TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    teacher = str(tmp_path / "output/tiny/teacher/latest.pth")
+    whole = train(tag="whole", DISTILL={"TEACHER": teacher, "TYPE": kind, "ALPHA": 1.0})
+    assert not same(whole["model"], train(tag="none")["model"])
+    assert not any(key.startswith("teacher") for key in whole["model"])
+
+
+def test_distillation_loss_is_that_of_deit():
+    logits, target = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    config = load_config(
+        Path(main.__file__).parent / "configs/lit-s.yaml", ["DISTILL.TAU", "3", "DISTILL.ALPHA", "0.25"]
+    )
+    p, q = (logits / 3).softmax(1), (target / 3).softmax(1)
+    expected = 0.75 * 7 + 0.25 * 9 * (q * (q.log() - p.log())).sum() / logits.numel()
+    mixed = main_engine.mix_distillation(torch.tensor(7.0), logits, torch.zeros(()), lambda _: target, config)
+    assert mixed.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_teacher_must_fit(tiny_cfg, train, tmp_path, monkeypatch):
+    train(TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    teacher = str(tmp_path / "output/tiny/default/latest.pth")
+    config = load_config(tiny_cfg(DISTILL={"TEACHER": teacher}))
+    assert not load_teacher(config, torch.device("cpu"), list(CLASSES)).training
+    with pytest.raises(ConfigError, match="DISTILL.TEACHER: .*class names differ"):
+        load_teacher(config, torch.device("cpu"), ["ant", "bee", "dog"])
+
+
+def test_pretrained_brings_its_keywords(train, tmp_path, capsys):
+    train(tag="start")
+    start, model = str(tmp_path / "output/tiny/start/latest.pth"), {"LIT": {}}
+    end = train("--pretrained", start, MODEL=model)
+    assert f"{start}: taking its MODEL.LIT" in capsys.readouterr().out
+    assert end["config"]["MODEL"]["LIT"]["embed_dims"] == [8, 16, 24, 32]
+    Path(start).unlink()  # the run knows them by now
+    train("--pretrained", start, "--opts", "TRAIN.EPOCHS", "3", "TRAIN.RESUME_CHANGED", "true", MODEL=model)
+
+
+def test_pretrained_in_part(train, tmp_path, capsys):
+    train(tag="start")
+    start = str(tmp_path / "output/tiny/start/latest.pth")
+    ablation = {"LIT": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": 1, "mlp_ratios": 2}}
+    with pytest.raises(SystemExit, match="keys missing"):
+        train("--pretrained", start, MODEL=ablation)
+    train("--pretrained", start, MODEL=ablation | {"PRETRAINED_PARTIAL": True})
+    printed = capsys.readouterr().out
+    assert "tensors stay random: " in printed and "stages.2.blocks.1.norm1.weight" in printed
+    with pytest.raises(SystemExit, match="no weights that fit"):
+        torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "other.pth")
+        train("--pretrained", str(tmp_path / "other.pth"), tag="o", MODEL=ablation | {"PRETRAINED_PARTIAL": True})
+
+
+# ---- results
+
+
+def test_evaluation_writes_its_results(train, tiny_cfg, tmp_path, image_folder):
+    train(TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    run_dir = tmp_path / "output/tiny/default"
+    assert "worst classes" in (run_dir / "log_rank0.txt").read_text()
+    main.main(["--eval", "--resume", str(run_dir / LATEST), "--data-path", str(image_folder)])
+    result = json.loads((run_dir / "eval.json").read_text())
+    assert result["images"] == 12 and [entry["class"] for entry in result["classes"]] == list(CLASSES)
+    assert [sum(row) for row in result["confusion"]] == [entry["images"] for entry in result["classes"]] == [4, 4, 4]
+    hits = [row[i] for i, row in enumerate(result["confusion"])]
+    assert hits == [entry["correct"] for entry in result["classes"]]
+    assert result["acc1"] == pytest.approx(100 * sum(hits) / 12)
+    with open(run_dir / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["class"] == row["prediction"] for row in rows) == sum(hits) and len(rows) == 12
+    assert all(f"/{row['class']}/" in row["image"] and 1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+    assert Image.open(run_dir / "confusion.png").width > 500
+    start = json.loads((run_dir / "starts.jsonl").read_text())
+    assert start["git"] == read_checkpoint(run_dir / LATEST)["git"] and len(start["git"]) >= 40
+
+
+def test_part_of_the_classes(train, tmp_path, image_folder, capsys):
+    """Classes are matched by name, and only their logits compete, as in timm's validation on ImageNet-R."""
+    train(TRAIN={"BASE_LR": 0.05})
+    checkpoint, part = str(tmp_path / "output/tiny/default/latest.pth"), tmp_path / "part"
+    for name in ("cat", "bee"):
+        shutil.copytree(image_folder / "val" / name, part / "some" / name)
+    main.main(["--eval", "--resume", checkpoint, "--data-path", str(part), "--opts", "DATA.VAL_SPLIT", "some"])
+    assert "evaluating the logits of the 2 of its 3 classes in the data" in capsys.readouterr().out
+    result = json.loads((tmp_path / "output/tiny/default/eval.json").read_text())
+    classifier = load_classifier(checkpoint, torch.device("cpu"))
+    hits = []
+    for name in ("bee", "cat"):
+        for path in sorted((part / "some" / name).iterdir()):
+            logits = classifier.model(classifier.transform(open_rgb(path))[None])[0]
+            hits.append((logits[2] > logits[1]).item() == (name == "cat"))
+    assert result["acc1"] == pytest.approx(100 * sum(hits) / 8)
