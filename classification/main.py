@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--throughput", const="throughput", **flag, help="measure images per second of inference")
     overrides = dict(nargs="+", action="extend", default=[], metavar="KEY VALUE")
     parser.add_argument("--opts", **overrides, help="override keys of the config, e.g. TRAIN.EPOCHS 100")
+    parser.add_argument("--import", dest="imports", nargs="+", metavar="MODULE", help="IMPORTS: modules to import")
     parser.add_argument("--resume", metavar="FILE", help="MODEL.RESUME: checkpoint to continue or evaluate")
     parser.add_argument("--pretrained", metavar="FILE", help="MODEL.PRETRAINED: checkpoint to start from")
     parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH: dataset with train/ and val/")

@@ -13,6 +13,7 @@ from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import positive
+from lit_classification.config import ConfigError, import_modules
 from lit_classification.model import Classifier, load_classifier
 
 Prediction = tuple[str, float]  # class description and probability
@@ -49,10 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
+    parser.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="modules to import")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_errors = 0
     try:
+        import_modules(args.imports)
         paths = find_images(args.images)
         classifier = load_classifier(args.checkpoint, device)
         for path, result in predict(classifier, paths, args.topk, device):
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(f"error: {result}", file=sys.stderr)
             else:
                 tqdm.write(describe(path, result, args.json))
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     if num_errors:
         sys.exit(1)

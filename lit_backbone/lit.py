@@ -26,7 +26,25 @@ from .released import convert_released_hook
 torch.fx.wrap("require_size")
 torch.fx.wrap("resize_table")
 PATCH_SIZE = 4  # for the first stage; each other stage halves height and width
-MERGINGS = {"dtm": DeformableTokenMerging, "conv": partial(ConvMerging, patch_size=2), "conv_bn": ConvBNMerging}
+MERGINGS: dict[str, Callable[..., nn.Module]] = {
+    "dtm": DeformableTokenMerging,
+    "conv": partial(ConvMerging, patch_size=2),
+    "conv_bn": ConvBNMerging,
+}
+
+
+def register_merging(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register a module for `merging=name`, as a decorator.
+
+    The module is created with `(in_chs, out_chs, device=, dtype=)` and maps `(B, H, W, in_chs)` to
+    `(B, H/2, W/2, out_chs)`, like :class:`ConvMerging`.
+    """
+
+    def register(module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        MERGINGS[name] = module
+        return module
+
+    return register
 
 
 class Stage(nn.Module):
@@ -116,7 +134,7 @@ class LIT(nn.Module):
         num_heads: int | Sequence[int] = (3, 6, 12, 24),
         mlp_ratios: float | Sequence[float] = 4.0,
         attention: Sequence[bool] = (False, False, True, True),
-        merging: Literal["dtm", "conv", "conv_bn"] = "dtm",
+        merging: str = "dtm",
         pos_embed: Literal["relative", "absolute", "none"] = "relative",
         class_token: bool = False,
         norm_eps: float = 1e-5,
@@ -130,7 +148,7 @@ class LIT(nn.Module):
         if pos_embed not in ("relative", "absolute", "none"):
             raise ValueError(f"pos_embed={pos_embed!r}: unknown. Use 'relative', 'absolute' or 'none'.")
         if merging not in MERGINGS:
-            raise ValueError(f"merging={merging!r}: unknown. Use 'dtm', 'conv' or 'conv_bn'.")
+            raise ValueError(f"merging={merging!r}: unknown. Use one of {', '.join(MERGINGS)}.")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: has no relative position. Use pos_embed='absolute' or 'none'.")
         dd = {"device": device, "dtype": dtype}

@@ -1,13 +1,16 @@
 """Configuration of a run: every YAML key with its default, which is the recipe of LIT-S."""
 
+import importlib
 import json
 import os
+import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
-from timm.models import is_model_in_modules
+from timm.models import is_model, is_model_in_modules, model_entrypoint
 
 from lit_backbone.safe_reader import printable
 
@@ -76,7 +79,7 @@ class Lit(Section):
     num_heads: Stages[Annotated[int, Field(ge=1, le=256)]] | None = Field(None, description="attention heads per stage")
     mlp_ratios: Stages[Annotated[float, Field(gt=0, le=16)]] | None = Field(None, description="hidden width / width")
     attention: Stages[bool] | None = Field(None, description="which of the four stages have attention")
-    merging: Literal["dtm", "conv", "conv_bn"] | None = Field(None, description="patch merging before stages 2 to 4")
+    merging: str | None = Field(None, description="merging of stages 2 to 4: dtm, conv, conv_bn or a custom one")
     pos_embed: Literal["relative", "absolute", "none"] | None = Field(None, description="position embedding")
     class_token: bool | None = Field(None, description="add a class token in the last stage")
     global_pool: Literal["avg", "token"] | None = Field(None, description="what the head reads")
@@ -184,6 +187,7 @@ class Config(Section):
     """Configuration of a run. Attributes have the names of the YAML keys: `config.TRAIN.EPOCHS`."""
 
     BASE: tuple[str, ...] = RuntimeField((), strict=False, description="YAML files to inherit from; the last one wins")
+    IMPORTS: tuple[str, ...] = Field((), strict=False, description="modules that register models or mergings")
     DATA: Data = Field(Data(), description="images")
     MODEL: Model = Field(Model(), description="network and loss")
     TRAIN: Train = Field(Train(), description="schedule and optimizer")
@@ -217,6 +221,22 @@ class Config(Section):
 def is_lit(name: str) -> bool:
     """Tell if a model name is one of this package's variants."""
     return is_model_in_modules(name, ["lit"])
+
+
+def is_imported(name: str) -> bool:
+    """Tell if a model was registered with timm by a module of IMPORTS or `--import`."""
+    packages = {"timm", "lit_backbone"}
+    return is_model(name) and model_entrypoint(name).__module__.partition(".")[0] not in packages
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that register models or mergings, also from the working directory."""
+    for name in names:
+        sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"IMPORTS: {name}: {error}; put its folder into PYTHONPATH") from error
 
 
 def key_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.safe_reader import printable
-from lit_classification.config import Config, ConfigError, Lit, flatten, is_lit, key_fields
+from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
 from lit_classification.optim import build_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -78,19 +78,20 @@ def config_from_checkpoint(
 ) -> Config | None:
     """Return the config that `main.py` stored in a checkpoint, or None if there is none for a LIT.
 
-    Unknown keys are ignored with a warning, missing ones take their defaults. `RUNTIME` and `MODEL.KEYWORDS` never come
-    from a checkpoint. `opts` and `shortcuts` override the stored config, see :func:`load_config`. Raise CheckpointError
-    if the stored config is invalid, ConfigError if an option is.
+    Unknown keys are ignored with a warning, missing ones take their defaults. `RUNTIME` and `IMPORTS` never come from a
+    checkpoint, `MODEL.KEYWORDS` only for models of `--import`. `opts` and `shortcuts` override the stored config, see
+    :func:`load_config`. Raise CheckpointError if the stored config is invalid, ConfigError if an option is.
     """
     stored = content.get("config")
     if "classes" not in content or not isinstance(stored, dict):
         return None
     stored = flatten(stored)
-    if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and is_lit(name)):
+    if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and (is_lit(name) or is_imported(name))):
         return None
-    values = {key: value for key, value in stored.items() if key in key_fields() and not key.startswith("RUNTIME.")}
-    ignored = {*values, *REPLACED_KEYS}
-    if unknown := [k for k in stored if k not in ignored and not k.startswith(("RUNTIME.", "MODEL.KEYWORDS"))]:
+    known = [*key_fields(), *(key for key in stored if key.startswith("MODEL.KEYWORDS.") and is_imported(name))]
+    values = {k: v for k, v in stored.items() if k in known and not k.startswith(("RUNTIME.", "IMPORTS"))}
+    ignored = ("RUNTIME.", "MODEL.KEYWORDS", "IMPORTS")
+    if unknown := [k for k in stored if k not in {*values, *REPLACED_KEYS} and not k.startswith(ignored)]:
         _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
     layers = [(f"{path}: config", values), *_read_options(opts, shortcuts)]
     try:
@@ -162,6 +163,7 @@ def _build(layers: Sequence[Layer], training: bool) -> Config:
             section[part] = section[part] if isinstance(section.get(part), dict) else {}
             section = section[part]
         section[name] = value
+    import_modules(tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else [])
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:

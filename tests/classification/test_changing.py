@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,9 @@ from lit_classification.config_reader import load_config
 from lit_classification.distributed import STOPPED
 from lit_classification.model import build_model, load_classifier, load_teacher
 from lit_classification.optim import Schedule, build_optimizer
-from tests.classification.conftest import CLASSES
+from tests.classification.conftest import CLASSES, TINY_LIT
+
+PREDICT = Path(main.__file__).with_name("predict.py")
 
 
 @pytest.fixture
@@ -238,3 +243,57 @@ def test_part_of_the_classes(train, tmp_path, image_folder, capsys):
             logits = classifier.model(classifier.transform(open_rgb(path))[None])[0]
             hits.append((logits[2] > logits[1]).item() == (name == "cat"))
     assert result["acc1"] == pytest.approx(100 * sum(hits) / 8)
+
+
+# ---- custom modules
+
+MODULE = """
+import timm, torch
+from torch import nn
+from lit_backbone.lit import register_merging
+
+@register_merging("mean")
+class MeanMerging(nn.Module):
+    def __init__(self, in_chs, out_chs, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Linear(in_chs, out_chs, device=device, dtype=dtype)
+
+    def forward(self, x):  # (B, H, W, C) -> (B, H/2, W/2, C')
+        return self.proj(nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
+
+@timm.models.register_model
+def average_color(pretrained=False, num_classes=1000, width=4, **kwargs):
+    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width), nn.GELU(), nn.Linear(width, num_classes)
+    model = nn.Sequential(*layers)
+    model.pretrained_cfg, model.num_classes = {"classifier": "4"}, num_classes
+    return model
+"""
+OWN_MODELS = {
+    "merging": {"LIT": TINY_LIT | {"merging": "mean"}},
+    "model": {"NAME": "average_color", "LIT": {}, "KEYWORDS": {"width": 7}},
+}
+
+
+@pytest.mark.parametrize("kind", OWN_MODELS)
+def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
+    """A config may import modules. A checkpoint imports nothing by itself."""
+    module = f"own_{kind}"
+    (tmp_path / f"{module}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    model = OWN_MODELS[kind]
+    train(IMPORTS=[module], MODEL=model)
+    image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/default" / LATEST
+    script = f"import runpy, sys; sys.argv[0] = {str(PREDICT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, str(image), "--checkpoint", str(checkpoint)]
+    environment = os.environ | {"PYTHONPATH": f"{PREDICT.parents[1]}:{PREDICT.parent}"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: ")
+    run = subprocess.run([*command, "--import", module], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "%  " in run.stdout, run.stderr
+    main.main(["--eval", "--resume", str(checkpoint), "--data-path", str(image_folder), "--import", module])
+    assert " * Acc@1" in capsys.readouterr().out
+
+
+def test_missing_module_is_named(tiny_cfg):
+    with pytest.raises(ConfigError, match="IMPORTS: no_such_module: No module"):
+        load_config(tiny_cfg(IMPORTS=["no_such_module"]))
