@@ -12,7 +12,7 @@ from lit_backbone import CheckpointError
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
 from lit_backbone.safe_reader import printable
-from lit_backbone.visualize import positive
+from lit_backbone.visualize import add_import_argument, positive
 from lit_classification.config import ConfigError, import_modules
 from lit_classification.model import Classifier, load_classifier
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
-    parser.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="modules to import")
+    add_import_argument(parser)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_errors = 0

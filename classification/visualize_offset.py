@@ -15,6 +15,7 @@ from lit_backbone import CheckpointError
 from lit_backbone.images import DataError, open_rgb
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, add_offset_arguments, write_offsets
+from lit_classification.config import ConfigError, import_modules
 from lit_classification.model import load_classifier
 
 
@@ -28,13 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     try:
+        import_modules(args.imports)
         image = open_rgb(args.vis_image)
         classifier = load_classifier(args.resume, device, args.model, args.img_size)
         x = classifier.transform(image)  # (3, H, W)
         shown = to_pil_image(normalize(x, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
         folder, options = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
         print(printable(write_offsets(classifier.model, x.to(device), shown, folder, **options)))
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
 
 

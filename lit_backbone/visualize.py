@@ -219,6 +219,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="expected model (default: that of the checkpoint)")
     help = "input size in pixels, one number or height and width (default: that of the checkpoint)"
     parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help=help)
+    add_import_argument(parser)
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Add an option that names modules which register the model of a checkpoint, or its merging."""
+    help = "modules that register the checkpoint's model or merging"
+    parser.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help=help)
 
 
 def _image_side(text: str) -> int:

@@ -31,7 +31,8 @@ from timm.models._hub import generate_readme
 from torch import Tensor
 
 from lit_backbone import LIT, CheckpointError, __version__, read_checkpoint
-from lit_classification.config import result_settings
+from lit_backbone.visualize import add_import_argument
+from lit_classification.config import ConfigError, import_modules, result_settings
 from lit_classification.data import eval_preprocessing
 from lit_classification.model import Classifier, load_classifier
 
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint)")
     parser.add_argument("--dense", action="store_true", help="feature maps instead of logits (onnx, torch-export)")
+    add_import_argument(parser)
     args = parser.parse_args(argv)
     output = args.output or args.checkpoint.with_name(args.checkpoint.stem + FORMATS[args.format][0])
     if (output.suffix == ".safetensors") != (args.format == "safetensors"):
@@ -173,8 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     if output.resolve() == args.checkpoint.resolve():
         sys.exit(f"error: {output}: is the checkpoint itself. Choose another --output.")
     try:
+        import_modules(args.imports)
         export(args.checkpoint, output, args.format, args.dense)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}. Run `bash setup_env.sh --dev`.")

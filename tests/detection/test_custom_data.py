@@ -1,4 +1,4 @@
-"""Training on a custom dataset with the config in configs/own, and error messages for invalid data."""
+"""Training on a custom dataset with the configs in configs/own, and error messages for invalid data."""
 
 import json
 import os
@@ -23,11 +23,16 @@ from tests.detection.conftest import DETECTION
 from tests.programs import Program
 
 CONFIG, TOOLS = DETECTION / "configs" / "own" / "retinanet_lit_s_own.py", DETECTION / "tools"
-OPTIONS = [*TINY, "model.bbox_head.in_channels=16", "model.bbox_head.feat_channels=16"]
-OPTIONS += ["model.bbox_head.stacked_convs=1", "train_cfg.max_epochs=1"]
+SHORT = ["train_cfg.max_epochs=1", "train_dataloader.batch_size=2"]
 for _split, _resize in (("train", 2), ("val", 1), ("test", 1)):
-    OPTIONS += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
-    OPTIONS += [f"{_split}_dataloader.dataset.pipeline.{_resize}.scale=(96,72)"]
+    SHORT += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
+    SHORT += [f"{_split}_dataloader.dataset.pipeline.{_resize}.scale=(96,72)"]
+HEAD = ["model.bbox_head.in_channels=16", "model.bbox_head.feat_channels=16", "model.bbox_head.stacked_convs=1"]
+OPTIONS = [*TINY, *HEAD, *SHORT]
+ROI_HEADS = ["model.roi_head.bbox_head.fc_out_channels=16", "model.roi_head.mask_head.conv_out_channels=16"]
+ROI_HEADS += ["model.rpn_head.in_channels=16", "model.rpn_head.feat_channels=16"]
+ROI_HEADS += [f"model.roi_head.{kind}_roi_extractor.out_channels=16" for kind in ("bbox", "mask")]
+ROI_HEADS += [f"model.roi_head.{kind}_head.in_channels=16" for kind in ("bbox", "mask")]
 
 
 def write_dataset(root: Path) -> None:
@@ -40,7 +45,9 @@ def write_dataset(root: Path) -> None:
             image.save(root / "images" / f"{seed}.png")
             coco["images"].append(dict(id=seed, file_name=f"{seed}.png", width=96, height=72))
             for category, box in zip((3, 7), boxes):
+                x, y = box[:2]
                 labels = dict(image_id=seed, category_id=category, bbox=box, area=900, iscrowd=0)
+                labels |= dict(segmentation=[[x, y, x + 30, y, x + 30, y + 30, x, y + 30]])
                 coco["annotations"].append(labels | dict(id=10 * seed + category))
         (root / f"{name}.json").write_text(json.dumps(coco))
 
@@ -75,6 +82,26 @@ def test_config_trains_and_validates(trained: Path) -> None:
     cfg = Config.fromfile(CONFIG)
     assert cfg.load_from.endswith("/retina_lit_s.pth")
     assert cfg.optim_wrapper.optimizer.lr == 1e-4 * cfg.train_dataloader.batch_size / 16
+
+
+@pytest.mark.parametrize(
+    "name, metrics, options",
+    [
+        ("mask_rcnn_lit_s_own", ["coco/bbox_mAP:", "coco/segm_mAP:"], [*TINY, *ROI_HEADS, *SHORT]),
+        ("retinanet_lit_mini_own", ["coco/bbox_mAP:"], [*SHORT, "model.test_cfg.score_thr=0"]),
+    ],
+)
+def test_other_configs_train_and_validate(name: str, metrics: list[str], options: list[str], home: Path) -> None:
+    command = [TOOLS / "train.py", CONFIG.with_name(f"{name}.py"), "--cfg-options", *options]
+    Program(*command, prepare=partial(os.chdir, home)).finish(*metrics)
+    meta = load_file(str(home / "work_dirs" / name / "epoch_1.pth"))["meta"]
+    assert meta["iter"] == 3 and meta["dataset_meta"]["classes"] == ("disc", "square")
+
+
+def test_learning_rate_of_mask_rcnn() -> None:
+    cfg = Config.fromfile(CONFIG.with_name("mask_rcnn_lit_s_own.py"))
+    assert cfg.load_from.endswith("/mask_rcnn_lit_s.pth")
+    assert cfg.optim_wrapper.optimizer.lr == 2e-4 * cfg.train_dataloader.batch_size / 16
 
 
 def test_tools_accept_options_and_saved_config(trained: Path, home: Path) -> None:

@@ -221,7 +221,9 @@ def test_offset_hook_warns(bias: float, share: float, caplog: pytest.LogCaptureF
 
 
 def test_own_configs_slow_down_offsets() -> None:
-    for name in ("detection/configs/own/retinanet_lit_s_own.py", "segmentation/configs/own/lit_s_fpn_own.py"):
-        cfg = Config.fromfile(DETECTION.parent / name)
+    paths = list(DETECTION.parent.glob("*/configs/own/*.py"))
+    assert len(paths) == 5
+    for path in paths:
+        cfg = Config.fromfile(path)
         assert cfg.optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult == 0.01
         assert "OffsetHook" in [hook.type for hook in cfg.custom_hooks]

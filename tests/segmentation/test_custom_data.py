@@ -1,4 +1,4 @@
-"""Training on a custom dataset with the config in configs/own, and error messages for invalid data."""
+"""Training on a custom dataset with the configs in configs/own, and error messages for invalid data."""
 
 import os
 import re
@@ -22,14 +22,14 @@ from tests.programs import Program
 from tests.segmentation.conftest import SEGMENTATION
 
 CONFIG, TOOLS = SEGMENTATION / "configs" / "own" / "lit_s_fpn_own.py", SEGMENTATION / "tools"
-OPTIONS = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16"]
-OPTIONS += ["model.data_preprocessor.size=(64,64)", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
-OPTIONS += ["default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1"]
-OPTIONS += [f"train_dataloader.dataset.pipeline.{value}" for value in ("2.scale=(96,72)", "3.crop_size=(64,64)")]
+SHORT = ["model.data_preprocessor.size=(64,64)", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+SHORT += ["default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1", "train_dataloader.batch_size=2"]
+SHORT += [f"train_dataloader.dataset.pipeline.{value}" for value in ("2.scale=(96,72)", "3.crop_size=(64,64)")]
 for _split in ("train", "val", "test"):
-    OPTIONS += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
+    SHORT += [f"{_split}_dataloader.num_workers=0", f"{_split}_dataloader.persistent_workers=False"]
 for _split in ("val", "test"):
-    OPTIONS += [f"{_split}_dataloader.dataset.pipeline.1.scale=(96,72)"]
+    SHORT += [f"{_split}_dataloader.dataset.pipeline.1.scale=(96,72)"]
+OPTIONS = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16", *SHORT]
 
 
 def write_dataset(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array) -> None:
@@ -45,8 +45,8 @@ def write_dataset(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray
             Image.fromarray(change(labels)).save(root / "masks" / split / f"{seed}.png")
 
 
-def train(config: Path, folder: Path, *options: str) -> str:
-    arguments = [config, "--work-dir", "run", "--cfg-options", *OPTIONS, *options]
+def train(config: Path, folder: Path, options: list[str] = OPTIONS) -> str:
+    arguments = [config, "--work-dir", "run", "--cfg-options", *options]
     return Program(TOOLS / "train.py", *arguments, prepare=partial(os.chdir, folder)).finish()
 
 
@@ -70,6 +70,12 @@ def test_config_trains_and_tools_accept_it(tmp_path: Path) -> None:
         Program(TOOLS / "segment.py", image, *flags).finish()
         drawn.append((out / "9.png").read_bytes())
     assert drawn[0] == drawn[1]
+
+
+def test_small_config_trains_and_validates(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data" / "own")
+    options = [*SHORT, "param_scheduler.1.begin=0"]  # after 100 iterations in the config
+    assert re.search(r"mIoU: \d", train(CONFIG.with_name("lit_mini_fpn_own.py"), tmp_path, options))
 
 
 def test_other_suffix_and_reduce_zero_label(tmp_path: Path) -> None:
