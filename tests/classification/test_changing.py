@@ -114,7 +114,7 @@ def test_schedule(tiny_cfg, name, unit):
     optimizer = build_optimizer(timm.create_model(**config.model_keywords), config)
     schedule, rates = Schedule(optimizer, config, 4), []
     for epoch in range(10):
-        # by update, step 4 * epoch - 3 reads the rate of 4 * (epoch - 1); multistep compares the next one
+        # with STEP update, step 4 * epoch - 3 reads the rate of 4 * (epoch - 1); multistep compares the next one
         is_early = unit == "update" and name != "multistep" or epoch < 2
         schedule.set(max(4 * epoch - 3, 0) if is_early else 4 * epoch)
         rates.append(optimizer.param_groups[0]["lr"])
