@@ -305,7 +305,7 @@ AUG: {COLOR_JITTER: 0.4, AUTO_AUGMENT: rand-m9-mstd0.5-inc1, REPROB: 0.25, REMOD
   MIXUP: 0.8, CUTMIX: 1, CUTMIX_MINMAX: null, MIXUP_PROB: 1, MIXUP_SWITCH_PROB: 0.5, MIXUP_MODE: batch, HFLIP: 0.5,
   SCALE: [0.08, 1], RATIO: [0.75, 1.3333333333333333]}
 TEST: {CROP: true, AMP_DTYPE: 'off'}
-RUNTIME: {DEVICE: auto, AMP_DTYPE: bf16, COMPILE: false, CHANNELS_LAST: false, TIMEOUT: 30}
+RUNTIME: {DEVICE: auto, AMP_DTYPE: auto, COMPILE: false, CHANNELS_LAST: false, TIMEOUT: 30}
 OUTPUT: output
 TAG: default
 SAVE_FREQ: 1
@@ -390,7 +390,7 @@ def test_schema_is_documented_and_frozen():
 
 def test_result_settings_leave_out_what_affects_no_results():
     settings, expected = result_settings(Config()), flatten(Config().model_dump(mode="json"))
-    assert settings["TRAIN.OPTIMIZER.NAME"] == '"adamw"' and settings["RUNTIME.AMP_DTYPE"] == '"bf16"'
+    assert settings["TRAIN.OPTIMIZER.NAME"] == '"adamw"' and settings["RUNTIME.AMP_DTYPE"] == '"auto"'
     runtime = "BASE DATA.DATA_PATH DATA.PIN_MEMORY DATA.NUM_WORKERS MODEL.RESUME MODEL.PRETRAINED TRAIN.AUTO_RESUME "
     runtime += "TRAIN.RESUME_CHANGED TRAIN.USE_CHECKPOINT TRAIN.SAVE_STEPS RUNTIME.DEVICE "
     runtime += "RUNTIME.CHANNELS_LAST RUNTIME.TIMEOUT OUTPUT TAG SAVE_FREQ PRINT_FREQ"

@@ -343,7 +343,7 @@ def test_activation_checkpointing_changes_nothing(tiny_cfg, run_dir, run, monkey
 @pytest.mark.parametrize("enabled, memory_format", [(True, torch.channels_last), (False, torch.contiguous_format)])
 def test_channels_last(tiny_cfg, enabled, memory_format):
     config = load_config(tiny_cfg(), ["RUNTIME.CHANNELS_LAST", str(enabled).lower()])
-    images, _ = to_device((torch.rand(2, 3, 32, 32), torch.zeros(2)), config, Ranks(0, 1, CPU))
+    images, _ = to_device((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2)), config, Ranks(0, 1, CPU))
     assert images.is_contiguous(memory_format=memory_format)
 
 
