@@ -15,6 +15,8 @@ from PIL import Image
 
 import main
 import predict
+import visualize_attention
+import visualize_offset
 from lit_backbone import precision, read_checkpoint
 from lit_backbone.images import open_rgb
 from lit_classification import distributed
@@ -26,8 +28,9 @@ from lit_classification.distributed import STOPPED
 from lit_classification.model import build_model, load_classifier, load_teacher
 from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
+from tools import export
 
-PREDICT = Path(main.__file__).with_name("predict.py")
+PREDICT = Path(predict.__file__)
 
 
 @pytest.fixture
@@ -339,6 +342,31 @@ def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
     assert run.returncode == 0 and "%  " in run.stdout, run.stderr
     main.main(["--eval", "--resume", str(checkpoint), "--data-path", str(image_folder), "--import", module])
     assert " * Acc@1" in capsys.readouterr().out
+    attention = ["--resume", str(checkpoint), "--vis_image", str(image), "--import", module]
+    if kind == "model":
+        with pytest.raises(SystemExit, match="holds average_color. Use a checkpoint of a LIT."):
+            visualize_attention.main(attention)
+    else:
+        visualize_attention.main([*attention, "--output", "attention"])
+        assert Path("attention/stage-4.npy").exists()
+        export.main([str(checkpoint), "--format", "safetensors", "--import", module])
+        command[command.index(str(checkpoint))] = str(checkpoint.with_suffix(".safetensors"))
+        exported = subprocess.run([*command, "--import", module], env=environment, capture_output=True, text=True)
+        assert exported.stdout == run.stdout, exported.stderr
+
+
+@pytest.mark.parametrize(
+    "program, options",
+    [
+        (predict, ["x.jpg", "--checkpoint", "x.pth"]),
+        (visualize_attention, ["--vis_image", "x.jpg", "--resume", "x.pth"]),
+        (visualize_offset, ["--vis_image", "x.jpg", "--resume", "x.pth"]),
+        (export, ["x.pth", "--format", "onnx"]),
+    ],
+)
+def test_programs_import_modules(program, options):
+    with pytest.raises(SystemExit, match="error: IMPORTS: no_such_module: No module named"):
+        program.main([*options, "--import", "no_such_module"])
 
 
 def test_missing_module_is_named(tiny_cfg):

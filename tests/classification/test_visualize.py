@@ -12,6 +12,7 @@ from PIL import Image
 
 import visualize_attention
 import visualize_offset
+from lit_backbone.attention_maps import choose_tokens, query_attention
 from lit_backbone.visualize import sampling_chains
 from lit_classification.model import load_classifier
 from tests.programs import Program
@@ -123,6 +124,28 @@ def test_attention_of_the_model_in_the_paper(weights, image_folder, tmp_path, ca
         stage = tmp_path / f"stage-{i}"
         assert {str(path.relative_to(stage)) for path in stage.rglob("*.png")} == names
         assert Image.open(tmp_path / f"stage-{i}.png").width > 224 * heads - 1
+        assert np.load(tmp_path / f"stage-{i}.npy").shape == (blocks, heads, 224 >> i + 1, 224 >> i + 1)
+
+
+def test_attention_of_a_single_image(tmp_path, capsys):
+    visualize_attention.main(["--resume", str(SMALL), "--vis_image", str(DEMO), "--output", str(tmp_path)])
+    assert "stages 3, 4, averaged over 1 image\n" in capsys.readouterr().out
+    classifier = load_classifier(SMALL, torch.device("cpu"))
+    image = classifier.transform(Image.open(DEMO).convert("RGB"))
+    queries = choose_tokens(None, classifier.model.map_sizes((64, 64), 4))
+    for stage, maps in query_attention(classifier.model, image[None], queries).items():
+        np.testing.assert_allclose(np.load(tmp_path / f"stage-{stage + 1}.npy"), maps[0], rtol=1e-4, atol=1e-7)
+
+
+def test_validation_images_are_a_random_sample(image_folder, tmp_path, monkeypatch):
+    """The first files of a dataset are of one class."""
+    samples = []
+    monkeypatch.setattr(visualize_attention, "image_loader", lambda paths, _: samples.append(paths) or [])
+    for seed in ("0", "0", "1"):
+        arguments = ["--resume", str(SMALL), "--data-path", str(image_folder), "--num-images", "4"]
+        visualize_attention.main([*arguments, "--seed", seed, "--output", str(tmp_path)])
+    assert samples[0] == samples[1] != samples[2]
+    assert len({Path(path).parent.name for path in samples[0]}) > 1 and len(set(samples[0])) == 4
 
 
 def test_errors_of_visualize_attention(image_folder, tmp_path, capsys):
@@ -131,6 +154,7 @@ def test_errors_of_visualize_attention(image_folder, tmp_path, capsys):
 
     small = ["--resume", SMALL, "--output", tmp_path, "--data-path"]
     assert "val: no such file or directory" in fails(*small, tmp_path)
+    assert "--vis_image: not allowed with argument --data-path" in fails(*small, tmp_path, "--vis_image", DEMO)
     assert "--num-images: expected 1 or more" in fails(*small, image_folder, "--num-images", 0)
     message = fails(*small, image_folder, "--tokens", 0, 0, 0, 4)
     assert "--tokens 4: the feature map has 2 x 2 tokens, from 0 on." in message
