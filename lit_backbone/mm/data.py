@@ -31,9 +31,6 @@ def unwrap_datasets(dataset: Any) -> list[Any]:
     return [dataset] if children == [None] else [leaf for child in children for leaf in unwrap_datasets(child)]
 
 
-# ---- classes
-
-
 def check_num_classes(model: nn.Module, classes: Sequence[str] | None, source: str = "the data") -> None:
     """Raise DataError if a head of a detector or segmentor is for another number of classes than the source's."""
     for name, module in model.named_modules():
@@ -64,9 +61,6 @@ def _check_categories(dataset: Any) -> None:
         raise DataError(f"{file}: not exactly one category named {preview(wrong)}. {advice}")
     if classes != (order := [names[i] for i in dataset.cat_ids]):
         raise DataError(f"{file}: the categories are in another order. Set metainfo.classes to {order}.")
-
-
-# ---- files
 
 
 def check_dataset(dataset: Any, required: bool = True) -> None:
@@ -123,9 +117,6 @@ def check_metric(dataset: Any, metric: Any) -> None:
             raise DataError(f"{info['img_path']}: {problem}. Set it to the dataset's ann_file.")
 
 
-# ---- images and annotations when they are loaded
-
-
 class CheckedStep:
     """Wrap a pipeline step that loads an image or annotations. Errors are DataErrors that name the file."""
 
@@ -174,9 +165,6 @@ def check_loaded_files(pipeline: Compose, dataset: Any) -> None:
             check_loaded_files(branch, dataset)
         if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
             pipeline.transforms[i] = CheckedStep(step, dataset)
-
-
-# ---- pixels per class
 
 
 def check_masks(dataset: Any, *, required: bool) -> None:

@@ -113,11 +113,7 @@ class DumpMasks(DumpResults):
 
 @HOOKS.register_module()
 class OffsetHook(Hook):
-    """Log the largest share of DTM's samples outside the feature map, and warn once if it exceeds a half.
-
-    Args:
-        interval: number of steps between measurements.
-    """
+    """Log the largest share of DTM's samples outside the feature map every `interval` steps. Warn if above a half."""
 
     def __init__(self, interval: int = 50):
         self.interval, self.has_warned = interval, False

@@ -170,8 +170,8 @@ def test_ground_truth_is_repaired(change: Change, scenes: Path, tmp_path: Path) 
     assert evaluation.stats[0] == pytest.approx(1)
 
 
-def test_validation_file_is_checked_before_the_first_step(scenes: Path, tmp_path: Path, options: Any) -> None:
-    write(scenes, tmp_path / "faulty", INVALID["noarea"][0], "val")
-    changes = {"val_dataloader__dataset__data_root": f"{tmp_path}/faulty/"}
+@pytest.mark.parametrize("key", ["val_dataloader__dataset__ann_file", "val_evaluator__ann_file"])
+def test_validation_file_is_checked_before_the_first_step(key: str, scenes: Path, tmp_path: Path, options: Any) -> None:
+    changes = {key: write(scenes, tmp_path / "faulty", INVALID["noarea"][0], "val")}
     assert "val.json: annotations[0].area is missing." in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
     assert not list((tmp_path / "run").glob("*.pth"))
