@@ -27,17 +27,11 @@ RELEASED_PARTS = {
 
 
 def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a released state dict to this package's layout.
+    """Return a state dict in this package's layout; keys of neither layout are kept.
 
     Relative bias tables become `(1, heads, 2H-1, 2W-1)` and absolute embeddings `(1, C, H, W)`, with the class token's
     embedding apart. `relative_position_index` is dropped, and so is the class token's embedding if there is no class
     token. Released tables are square; others keep their shape.
-
-    Args:
-        state_dict: released or this package's layout; not modified.
-
-    Returns:
-        A new state dict in this package's layout. Keys of neither layout are kept.
     """
     out = {}
     for released_key, value in state_dict.items():
