@@ -38,8 +38,8 @@ class Stage(nn.Module):
         blocks: Sequence[nn.Module],
         dim: int,
         *,
-        pos_embed_size: tuple[int, int] | None = None,
-        class_token: bool = False,
+        pos_embed_size: tuple[int, int] | None,
+        class_token: bool,
         device=None,
         dtype=None,
     ):
@@ -100,9 +100,6 @@ class LIT(nn.Module):
         pad_input: zero-pad the input to a multiple of 4 instead of cropping it.
         drop_rate: dropout rate before the head.
         drop_path_rate: stochastic depth rate of the last block; the rate grows linearly from 0 over all blocks.
-
-    Raises:
-        ValueError: arguments are invalid or contradict each other.
     """
 
     def __init__(
@@ -133,14 +130,13 @@ class LIT(nn.Module):
             raise ValueError(f"merging={merging!r}: unknown. Use 'dtm', 'conv' or 'conv_bn'.")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: has no relative position. Use pos_embed='absolute' or 'none'.")
+        if class_token and not attention[-1]:
+            raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
-        lengths = {len(depths), len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)}
-        if len(lengths) > 1:
+        if {len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)} != {num_stages}:
             raise ValueError("depths, embed_dims, num_heads, mlp_ratios, attention: numbers of stages differ")
-        if class_token and not attention[-1]:
-            raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NLC" if class_token else "NHWC"  # format of forward_features
@@ -152,25 +148,20 @@ class LIT(nn.Module):
         map_sizes = self.map_sizes(img_size, num_stages)
 
         stages = []
-        for i, (in_chs, dim) in enumerate(zip((in_chans, *embed_dims), embed_dims)):
+        for i, dim in enumerate(embed_dims):
+            if i == 0:
+                merge = ConvMerging(in_chans, dim, PATCH_SIZE, pad=pad_input, **dd)
+            else:
+                merge = MERGINGS[merging](embed_dims[i - 1], dim, **dd)
             block: Callable[..., MlpBlock] = MlpBlock
             if attention[i]:
                 map_size = map_sizes[i] if pos_embed == "relative" else None
                 block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size)
             keywords = dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
-            if i == 0:
-                merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
-            else:
-                merge = MERGINGS[merging](in_chs, dim, **dd)
-            stage = Stage(
-                merge,
-                [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]],
-                dim,
-                pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
-                class_token=class_token and i == num_stages - 1,
-                **dd,
-            )
-            stages.append(stage)
+            blocks = [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]]
+            pos_embed_size = map_sizes[i] if pos_embed == "absolute" else None
+            has_token = class_token and i == num_stages - 1
+            stages.append(Stage(merge, blocks, dim, pos_embed_size=pos_embed_size, class_token=has_token, **dd))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=PATCH_SIZE * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
@@ -257,9 +248,6 @@ class LIT(nn.Module):
             stop_early: stop after the last returned stage.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: return only the list of feature maps instead of (final tokens, feature maps).
-
-        Raises:
-            ValueError: `output_fmt` is unknown.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
