@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 try:
@@ -28,7 +29,7 @@ PHRASES = {
 PHRASES[re.compile(r'^\|r?"""[\s|]*(What|Whether|Where|How|That|Which)\b', re.MULTILINE)] = "a verb at the opening"
 
 
-def files_to_check(named: list[Path], patterns: tuple[str, ...], exempt: list[str]) -> list[Path]:
+def files_to_check(named: list[Path], patterns: Sequence[str], exempt: list[str]) -> list[Path]:
     """List the named files, or the tracked and new files of the project, outside the exempt paths."""
     paths = [path.resolve() for path in named]
     if not paths:
@@ -73,17 +74,14 @@ def violations(path: Path) -> list[tuple[int, str]]:
     return sorted(item for item in result if "language: ignore" not in lines[item[0] - 1])
 
 
-def main() -> None:
-    """Print the violations in the named files, or in all text files, and exit with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="default: all text files of the project")
-    report = [
-        f"{os.path.relpath(path)}:{number}: {message}"
-        for path in files_to_check(parser.parse_args().files, TEXT_FILES, CONFIG["check_language"]["exclude"])
-        for number, message in violations(path)
-    ]
+def main(description: str, tool: str, patterns: Sequence[str], check: Callable[[Path], list[tuple[int, str]]]) -> None:
+    """Print the violations in the named files, or in all files, and exit with 1 if there are any."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("files", nargs="*", type=Path, help="default: all files of the project")
+    files = files_to_check(parser.parse_args().files, patterns, CONFIG[tool]["exclude"])
+    report = [f"{os.path.relpath(path)}:{number}: {message}" for path in files for number, message in check(path)]
     sys.exit("\n".join(report) or 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "check_language", TEXT_FILES, violations)
