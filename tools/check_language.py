@@ -27,6 +27,9 @@ PHRASES = {
     for phrase, replacement in CONFIG["check_language"]["phrases"].items()
 }
 PHRASES[re.compile(r'^\|r?"""[\s|]*(What|Whether|Where|How|That|Which)\b', re.MULTILINE)] = "a verb at the opening"
+COMMENTS = {  # except in the second line of a comment
+    re.compile(r"(?:\A|^(?!\s*\|?#).*\n)(?:.*[\s|])?#+\s*((?:of|by|nor|as|which)\b.*)", re.MULTILINE): "a noun phrase"
+}
 
 
 def files_to_check(named: list[Path], patterns: Sequence[str], exempt: list[str]) -> list[Path]:
@@ -41,37 +44,28 @@ def files_to_check(named: list[Path], patterns: Sequence[str], exempt: list[str]
     return sorted({p for p in paths if p.is_file() and not any(p.is_relative_to(ROOT / parent) for parent in exempt)})
 
 
-def python_prose(source: str) -> tuple[str, dict[int, tuple[int, str]]]:
-    """Return names, comments and strings with spaces, a bar before each, and the comments as {line: (column, text)}."""
-    lines, comments = [""] * (source.count("\n") + 2), {}
+def python_prose(source: str) -> str:
+    """Return names, comments and strings with spaces, each at its line and with a bar before it."""
+    lines = [""] * (source.count("\n") + 2)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, text, number = tokenize.tok_name[token.type], token.string, token.start[0]
-        if kind == "COMMENT":
-            comments[number] = (token.start[1], text)
-        elif kind != "NAME" and (kind not in ("STRING", "FSTRING_MIDDLE") or " " not in text):
-            continue
-        for offset, line in enumerate(text.split("\n"), start=number - 1):
-            lines[offset] += f"|{line}"
-    return "\n".join(lines), comments
+        kind, text = tokenize.tok_name[token.type], token.string
+        if kind in ("NAME", "COMMENT") or (kind in ("STRING", "FSTRING_MIDDLE") and " " in text):
+            for offset, line in enumerate(text.split("\n"), start=token.start[0] - 1):
+                lines[offset] += f"|{line}"
+    return "\n".join(lines)
 
 
 def violations(path: Path) -> list[tuple[int, str]]:
     """Return (line, message) for each violation in a file."""
-    prose = source = path.read_text()
-    lines, result = source.split("\n"), []
-    matches = ((n, re.search(r"(?:^|\s)(#.*)", line)) for n, line in enumerate(lines, start=1))
-    comments = {n: (match.start(1), match[1]) for n, match in matches if match and path.suffix != ".md"}
-    if path.suffix == ".py":
-        prose, comments = python_prose(source)
-    for number, (column, text) in comments.items():
-        match = re.match(r"#+\s*(of|by|nor|as|which)\b", text)
-        if match and comments.get(number - 1, (None, ""))[0] != column:  # not the second line of a comment
-            result.append((number, f"phrase '{match[1]} ...' opens a comment; use a sentence or a noun phrase"))
-    for regex, replacement in PHRASES.items():
+    source, result = path.read_text(), []
+    prose, lines = python_prose(source) if path.suffix == ".py" else source, source.split("\n")
+    for regex, replacement in (PHRASES if path.suffix == ".md" else PHRASES | COMMENTS).items():
         for match in regex.finditer(prose):
-            phrase = re.sub(r"[\s#|_]+", " ", match[match.lastindex or 0])
-            result.append((prose.count("\n", 0, match.start()) + 1, f"phrase '{phrase}'; use {replacement}"))
-    return sorted(item for item in result if "language: ignore" not in lines[item[0] - 1])
+            group = match.lastindex or 0
+            number, phrase = prose.count("\n", 0, match.start(group)) + 1, re.sub(r"[\s#|_]+", " ", match[group])
+            if "language: ignore" not in lines[number - 1]:
+                result.append((number, f"phrase '{phrase}'; use {replacement}"))
+    return sorted(result)
 
 
 def main(description: str, tool: str, patterns: Sequence[str], check: Callable[[Path], list[tuple[int, str]]]) -> None:
