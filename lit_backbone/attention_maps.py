@@ -54,7 +54,7 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
     over the feature map, or with a class token to 1 minus its share. `queries` holds the row-major index of the query
     token in each stage, without the class token.
     """
-    blocks = [(i, stage, block) for i, stage in enumerate(model.stages) for block in stage.blocks]
+    blocks = [(i, stage, block) for i, stage in enumerate(model.stages) for block in stage.modules()]
     attending = [(i, stage.cls_token is not None) for i, stage, block in blocks if isinstance(block, AttentionBlock)]
     fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
     set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder

@@ -123,10 +123,10 @@ def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int,
         A list that each forward pass extends by one pair per merging: offsets `(B, 8, h, w)` in float32, and the size
         (H, W) of the sampled feature map.
     """
-    captured = []
+    captured: list[tuple[Tensor, tuple[int, int]]] = []
 
     def capture(module: nn.Module, args: tuple[Tensor], offset: Tensor) -> None:
-        captured.append((offset.detach().float(), tuple(args[0].shape[2:])))
+        captured.append((offset.detach().float(), (args[0].shape[2], args[0].shape[3])))
 
     mergings = [module for module in model.modules() if isinstance(module, DeformableTokenMerging)]
     hooks = [merging.offset.register_forward_hook(capture) for merging in mergings]

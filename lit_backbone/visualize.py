@@ -197,8 +197,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add options that choose a classifier: `--resume`, its expected `--model`, and another `--img_size`."""
     parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint of main.py, or a released one")
     parser.add_argument("--model", metavar="NAME", help="expected model (default: that of the checkpoint)")
-    help = "height and width of the input in pixels, or one number (default: those of the checkpoint)"
-    parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help=help)
+    parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help="height and width, or one number")
 
 
 def _image_side(text: str) -> int:
