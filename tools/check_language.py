@@ -1,15 +1,13 @@
-"""Check Markdown, comments, docstrings, messages and names against the language rules of CONTRIBUTING.md.
+"""Check text, comments, messages and names against the language rules of CONTRIBUTING.md.
 
 `tool.check_language` in pyproject.toml lists phrases and exempt paths. `language: ignore` exempts a line.
 """
 
 import argparse
-import io
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,14 +19,14 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 TEXT_FILES = ("*.py", "*.md", "*.sh", "*.yaml", "*.yml", "*.toml", "Makefile")
-GAP = r"(?:\n\|[fr]*|[\s#>\"'_])+"  # A phrase may continue on the next line of a comment, a quotation or a string.
+GAP = r"(?:[\s#>\"'_]|[fr]\")+"  # A phrase may continue on the next line of a comment, a quotation or a string.
 PHRASES = {
     re.compile(rf"(?<![^\W_])(?:{phrase.replace(' ', GAP)})(?![^\W_])", re.IGNORECASE): replacement
     for phrase, replacement in CONFIG["check_language"]["phrases"].items()
 }
-PHRASES[re.compile(r'^\|r?"""[\s|]*(What|Whether|Where|How|That|Which)\b', re.MULTILINE)] = "a verb at the opening"
+PHRASES[re.compile(r'^\s*r?"""\s*(What|Whether|Where|How|That|Which)\b', re.MULTILINE)] = "a verb at the opening"
 COMMENTS = {  # except in the second line of a comment
-    re.compile(r"(?:\A|^(?!\s*\|?#).*\n)(?:.*[\s|])?#+\s*((?:of|by|nor|as|which)\b.*)", re.MULTILINE): "a noun phrase"
+    re.compile(r"(?:\A|^(?!\s*#).*\n)(?:.*[ \t])?#+ *((?:of|by|nor|as|which)\b.*)", re.MULTILINE): "a noun phrase"
 }
 
 
@@ -44,27 +42,15 @@ def files_to_check(named: list[Path], patterns: Sequence[str], exempt: list[str]
     return sorted({p for p in paths if p.is_file() and not any(p.is_relative_to(ROOT / parent) for parent in exempt)})
 
 
-def python_prose(source: str) -> str:
-    """Return names, comments and strings with spaces, each at its line and with a bar before it."""
-    lines = [""] * (source.count("\n") + 2)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, text = tokenize.tok_name[token.type], token.string
-        if kind in ("NAME", "COMMENT") or (kind in ("STRING", "FSTRING_MIDDLE") and " " in text):
-            for offset, line in enumerate(text.split("\n"), start=token.start[0] - 1):
-                lines[offset] += f"|{line}"
-    return "\n".join(lines)
-
-
 def violations(path: Path) -> list[tuple[int, str]]:
     """Return (line, message) for each violation in a file."""
-    source, result = path.read_text(), []
-    prose, lines = python_prose(source) if path.suffix == ".py" else source, source.split("\n")
+    text, result = path.read_text(), []
     for regex, replacement in (PHRASES if path.suffix == ".md" else PHRASES | COMMENTS).items():
-        for match in regex.finditer(prose):
+        for match in regex.finditer(text):
             group = match.lastindex or 0
-            number, phrase = prose.count("\n", 0, match.start(group)) + 1, re.sub(r"[\s#|_]+", " ", match[group])
-            if "language: ignore" not in lines[number - 1]:
-                result.append((number, f"phrase '{phrase}'; use {replacement}"))
+            number, phrase = text.count("\n", 0, match.start(group)), re.sub(r"[\s#_]+", " ", match[group])
+            if "language: ignore" not in text.split("\n")[number]:
+                result.append((number + 1, f"phrase '{phrase}'; use {replacement}"))
     return sorted(result)
 
 
