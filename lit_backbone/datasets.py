@@ -26,12 +26,8 @@ MAX_LINKS = 40  # links that lead to each other, as in Linux
 class ClassFolders(Dataset):
     """Images in class folders, with the classes, labels and order of torchvision's ImageFolder.
 
-    Class names that are integers sort as numbers instead (ImageNet-V2 has 0 to 999). Hidden and other files are skipped
-    with a warning.
-
-    Args:
-        root: directory or archive, for messages.
-        names: files relative to the folder around the classes, and folders with a slash at the end.
+    Class names that are integers sort as numbers instead (ImageNet-V2 has 0 to 999). Other files than images are
+    skipped with a warning. `names` are those of files, and of folders with a slash at the end.
 
     Raises:
         DataError: a class has no images, or there are no classes.
@@ -103,10 +99,9 @@ class ImageTar(ClassFolders):
 
 
 def _index_tar(file: IO[bytes], path: str, start: int = 0) -> dict[str, tuple[int, int]]:
-    """Index the files in a tar archive, and those in tar archives within it; links are followed within the archive.
+    """Return `(offset, size)` in bytes of each file in a tar archive, and of those in tar archives within it, by name.
 
-    Returns:
-        `(offset, size)` in bytes by name. A file in `a.tar` is named `a/NAME`. Names of folders end in a slash.
+    A file in `a.tar` is named `a/NAME`. Names of folders end in a slash. Links are followed within the archive.
     """
     places: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}

@@ -29,14 +29,10 @@ BILINEAR, ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
 
 
 def sampling_positions(offset: Tensor) -> Tensor:
-    """Return the positions that a 2x2 stride-2 deformable convolution samples.
+    """Return the positions `(B, 2h, 2w, yx)` that a 2x2 stride-2 deformable convolution samples.
 
-    Args:
-        offset: `(B, 8, h, w)` in pixels of the input; channel `2 * (2 * ky + kx)` is dy of tap (ky, kx), and the next
-            channel is its dx.
-
-    Returns:
-        `(B, 2h, 2w, 2)`: (y, x) relative to the center of the first pixel, in float32, or float64 for such offsets.
+    Offsets `(B, 8, h, w)` are in pixels of the input. Channel `2 * (2 * ky + kx)` is dy of tap (ky, kx), and the next
+    channel is its dx. Positions are relative to the center of the first pixel, in float32 or for such offsets float64.
     """
     batch, _, h, w = offset.shape
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
@@ -223,10 +219,7 @@ def _use_kernels(tokens: Tensor) -> bool:
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())
 def sample_tokens(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sample tokens `(B, H, W, C)` at offsets `(B, 8, h, w)`; returns `(B, 2h, 2w, C)` in `dtype`.
-
-    The operator is opaque to torch.compile, which would decompose PyTorch's sampler into slower code.
-    """
+    """Sample tokens as :func:`kernel_forward` does, opaque to torch.compile, whose decomposed sampler is slower."""
     if _use_kernels(tokens):
         return kernel_forward(tokens, offset, dtype)
     return portable_sample(tokens.permute(0, 3, 1, 2), offset, dtype).permute(0, 2, 3, 1).contiguous()

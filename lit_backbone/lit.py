@@ -137,8 +137,7 @@ class LIT(nn.Module):
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
         if {len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)} != {num_stages}:
             raise ValueError("depths, embed_dims, num_heads, mlp_ratios, attention: numbers of stages differ")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.output_fmt = "NLC" if class_token else "NHWC"  # format of forward_features
         self.num_prefix_tokens = int(class_token)
         self._set_global_pool(global_pool)
@@ -239,22 +238,21 @@ class LIT(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Run the model and return the feature maps of its stages, without class token.
+        """Return (final tokens, feature maps of the stages) of images `(B, in_chans, H, W)`, as other timm models do.
 
         Args:
-            x: `(B, in_chans, H, W)`.
+            x: images.
             indices: stages to return; the last n if an int, all if None.
             norm: apply the final LayerNorm to the feature map of the last stage.
             stop_early: stop after the last returned stage.
-            output_fmt: `NCHW` or `NHWC`.
-            intermediates_only: return only the list of feature maps instead of (final tokens, feature maps).
+            output_fmt: `NCHW` or `NHWC`, without class token.
+            intermediates_only: return only the feature maps.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        map_sizes = self.map_sizes((x.shape[2], x.shape[3]), len(self.stages))
-        intermediates = []
+        map_sizes, intermediates = self.map_sizes((x.shape[2], x.shape[3]), len(self.stages)), []
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         for i, stage in enumerate(list(self.stages)[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
@@ -271,14 +269,14 @@ class LIT(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last of `indices` with final norm and head; returns the indices as a list."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        del self.stages[max_index + 1 :]
-        if prune_end:
+        if max_index < len(self.stages) - 1:
+            prune_norm = prune_head = True
+            del self.stages[max_index + 1 :]
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.num_prefix_tokens, self.output_fmt = 0, "NHWC"
-        if prune_norm or prune_end:
+        if prune_norm:
             self.norm = nn.Identity()
-        if prune_head or prune_end:
+        if prune_head:
             self.reset_classifier(0, "")
         return take_indices
 
