@@ -150,8 +150,11 @@ def fit_state_dict(
         raise CheckpointError(f"{path}: {problem}. Use a checkpoint from before the training diverged.")
     cfg: Any = getattr(model, "pretrained_cfg", {})
     expected, state_dict = model.state_dict(), resize_position_tables(state_dict, model)
-    for first_conv in to_ntuple(1)(cfg.get("first_conv") or ()):
-        _adapt_first_conv(state_dict, expected, f"{first_conv}.weight", path)
+    for key in (f"{conv}.weight" for conv in to_ntuple(1)(cfg.get("first_conv") or ())):
+        shape, new_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, expected))
+        if len(shape) == len(new_shape) == 4 and shape != new_shape == (shape[0], new_shape[1], *shape[2:]):
+            state_dict[key] = adapt_input_conv(new_shape[1], state_dict[key], base_chans=shape[1])
+            _logger.warning(f"{path}: {key} has {shape[1]} input channels, adapted to the model's {new_shape[1]}.")
     heads = tuple(f"{head}." for head in to_ntuple(1)(cfg.get("classifier") or "head"))
     ckpt_count, model_count = (_length(state.get(f"{heads[0]}weight")) for state in (state_dict, expected))
     advice = "Use data with the same classes in the same order."
@@ -174,14 +177,6 @@ def fit_state_dict(
             raise CheckpointError(f"{path}: {mismatch}. {advice}")
         _logger.warning(f"{path}: {mismatch}. The head is initialized from scratch.")
     return state_dict
-
-
-def _adapt_first_conv(state_dict: dict[str, Tensor], expected: dict[str, Tensor], key: str, path: Any) -> None:
-    """Adapt a convolution in place to another number of input channels, as timm does."""
-    shape, new_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, expected))
-    if len(shape) == len(new_shape) == 4 and shape != new_shape == (shape[0], new_shape[1], *shape[2:]):
-        state_dict[key] = adapt_input_conv(new_shape[1], state_dict[key], base_chans=shape[1])
-        _logger.warning(f"{path}: {key} has {shape[1]} input channels, adapted to the model's {new_shape[1]}.")
 
 
 def infer_img_size_and_num_classes(state_dict: dict[str, Tensor]) -> tuple[tuple[int, int], int]:

@@ -25,13 +25,9 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
     """Sample a feature map at learned positions, as the input of a 2x2 stride-2 convolution.
 
     `F.conv2d(deformable_sample(x, offset), weight, bias, stride=2)` equals torchvision's
-    `deform_conv2d(x, offset, weight, bias, stride=2)`. Positions and interpolation use float32 or float64.
-    It is a Triton kernel on a GPU, one operator under torch.compile, and `grid_sample` in exported models.
-
-    Args:
-        x: `(B, C, H, W)`, any floating dtype; a permuted view of channels-last tokens is fastest.
-        offset: `(B, 8, H // 2, W // 2)`, see :func:`sampling_positions`.
-        dtype: dtype of the result `(B, C, 2 * (H // 2), 2 * (W // 2))`; that of `x` by default.
+    `deform_conv2d(x, offset, weight, bias, stride=2)`. The feature map is `(B, C, H, W)`, the result
+    `(B, C, 2 * (H // 2), 2 * (W // 2))` in `dtype`, by default that of `x`. Positions and interpolation use float32 or
+    float64. It is a Triton kernel on a GPU, one operator under torch.compile, and `grid_sample` in exported models.
     """
     dtype = dtype or x.dtype
     if not is_exporting() and (torch.compiler.is_compiling() or x.is_cuda):
@@ -40,12 +36,7 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
 
 
 def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Compute the mean length of DTM's offsets in pixels, and the share of samples that read zero outside the map.
-
-    Args:
-        offset: `(B, 8, h, w)`, the output of `DeformableTokenMerging.offset`.
-        size: (H, W) of the sampled feature map.
-    """
+    """Compute the mean length of offsets `(B, 8, h, w)` in pixels, and the share of samples outside a map of `size`."""
     offset = offset.float()
     length = offset.unflatten(1, (TAPS, 2)).norm(dim=2).mean()
     y, x = sampling_positions(offset).unbind(-1)
@@ -119,9 +110,8 @@ class DeformableTokenMerging(nn.Module):
 def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int, int]]]]:
     """Collect the offsets of each merging while the model runs.
 
-    Yields:
-        A list that each forward pass extends by one pair per merging: offsets `(B, 8, h, w)` in float32, and the size
-        (H, W) of the sampled feature map.
+    A forward pass adds one pair per merging to the list: offsets `(B, 8, h, w)` in float32, and the size (H, W) of the
+    sampled feature map.
     """
     captured: list[tuple[Tensor, tuple[int, int]]] = []
 
