@@ -238,15 +238,10 @@ class LIT(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return (final tokens, feature maps of the stages) of images `(B, in_chans, H, W)`, as other timm models do.
+        """Return (final tokens, feature maps of the stages without class token) of images `(B, in_chans, H, W)`.
 
-        Args:
-            x: images.
-            indices: stages to return; the last n if an int, all if None.
-            norm: apply the final LayerNorm to the feature map of the last stage.
-            stop_early: stop after the last returned stage.
-            output_fmt: `NCHW` or `NHWC`, without class token.
-            intermediates_only: return only the feature maps.
+        The arguments are those of other timm models. `indices` are the stages to return: the last n if an int, all if
+        None. `norm` applies the final LayerNorm to the feature map of the last stage.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
