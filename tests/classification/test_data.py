@@ -287,7 +287,7 @@ def test_skipped_files_are_counted_in_a_warning(tmp_path, caplog):
     tree = TREES["hidden"](tmp_path / "tree")
     ImageFolder(tree), ImageTar(pack(tree, tmp_path / "tree.tar"))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{place}: skipped 4 files and folders: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
+    assert warnings == [f"{place}: skipped 4 files: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
 
 
 def write_ilsvrc(tree: Path, path: Path) -> Path:
