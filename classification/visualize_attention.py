@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_attention_maps(stage_maps, queries[stage], args.output / f"stage-{stage + 1}")
         np.save(args.output / f"stage-{stage + 1}.npy", stage_maps.float().cpu())  # (blocks, heads, h, w)
     stages = ", ".join(str(stage + 1) for stage in maps)
-    print(f"{printable(args.output)}: stages {stages}, averaged over {len(paths)} image{'s' * (len(paths) > 1)}")
+    print(f"{printable(args.output)}: stages {stages}, averaged over {len(paths)} image(s)")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-DOS_DIRECTORY = 0x10  # attribute of a zip archive's member
-
 
 class Placeholder:
     """Inert placeholder for pickled objects that nobody needs."""
@@ -48,12 +46,8 @@ torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")
 
 def printable(text: object, limit: int = 2000) -> str:
     """Escape control characters and line breaks, and shorten a text of more than `limit` characters in the middle."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _shorten(str(text), limit))
-    return _shorten(line, limit)
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
 
 
 def preview(names: Sequence[object]) -> str:
@@ -71,8 +65,7 @@ class CheckpointError(RuntimeError):
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file to a device without running code from it.
 
-    Returns:
-        The dictionary in the file. Safetensors files written by this package also give classes and configuration.
+    Safetensors files written by this package also give classes and configuration.
 
     Raises:
         CheckpointError: the file is missing or corrupt, holds no dictionary, or pickles objects other than tensors and
@@ -82,10 +75,10 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Expected a .pth or .safetensors checkpoint.")
-    with open(path, "rb") as file:  # an OSError here, or in the check of the archive, says nothing about the content
-        is_safetensors = file.read(9)[8:] == b"{"  # the header's length in 8 bytes, then JSON
     try:
         _check_archive(path)
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"  # the header's length in 8 bytes, then JSON
         if is_safetensors:
             content = _read_safetensors(path, str(device))
         else:
@@ -99,9 +92,9 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
         else:
             problem = f"corrupt, truncated or unreadable ({type(error).__name__}). Use a .pth or .safetensors file."
         raise CheckpointError(f"{path}: {problem}") from error
-    if isinstance(content, dict):
-        return content
-    raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
+    return content
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
@@ -113,7 +106,8 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
 def _check_archive(path: Path) -> None:
     """Raise BadZipFile if a zip archive, as written by `torch.save`, is corrupt or could expand to any size.
 
-    PyTorch ignores the CRCs. It also skips members marked as directories, and their tensors keep uninitialized memory.
+    PyTorch ignores the CRCs. It also skips members marked as directories (DOS attribute 0x10), and their tensors keep
+    uninitialized memory.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -121,5 +115,5 @@ def _check_archive(path: Path) -> None:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise zipfile.BadZipFile("compressed")
-        if any(member.external_attr & DOS_DIRECTORY or member.is_dir() for member in members) or archive.testzip():
+        if any(member.external_attr & 0x10 or member.is_dir() for member in members) or archive.testzip():
             raise zipfile.BadZipFile("corrupt")

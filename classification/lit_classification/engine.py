@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
 import torch
@@ -14,7 +15,6 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import Module
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import normalize
 
 from lit_backbone.precision import autocast
 from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
@@ -69,7 +69,15 @@ def to_device(batch: Sequence[Tensor], config: Config, ranks: Ranks) -> tuple[Te
     images, targets = (tensor.to(ranks.device, non_blocking=True) for tensor in batch)
     memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
     images = images.to(torch.float32, memory_format=memory_format) / 255  # (B, 3, H, W)
-    return normalize(images, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), inplace=True), targets
+    mean, std = _mean_and_std(ranks.device)
+    return images.sub_(mean).div_(std), targets
+
+
+@cache
+def _mean_and_std(device: torch.device) -> list[Tensor]:
+    """Return ImageNet's mean and standard deviation, each `(3, 1, 1)`; copying them in each step would block it."""
+    values = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return [torch.tensor(value, device=device).view(3, 1, 1) for value in values]
 
 
 def build_erasing(config: Config, ranks: Ranks) -> RandomErasing:

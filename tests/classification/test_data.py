@@ -287,7 +287,7 @@ def test_skipped_files_are_counted_in_a_warning(tmp_path, caplog):
     tree = TREES["hidden"](tmp_path / "tree")
     ImageFolder(tree), ImageTar(pack(tree, tmp_path / "tree.tar"))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{place}: skipped 4 files and folders: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
+    assert warnings == [f"{place}: skipped 4 files: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
 
 
 def write_ilsvrc(tree: Path, path: Path) -> Path:
@@ -455,7 +455,7 @@ def test_train_and_val_must_have_the_same_classes(tiny_cfg, own_folder):
 
 def test_global_batch_must_not_exceed_the_dataset(tiny_cfg):
     config = load_config(tiny_cfg(), ["TRAIN.GLOBAL_BATCH", "40"])
-    with pytest.raises(DataError, match=r": 33 training images do not fill TRAIN.GLOBAL_BATCH 40\. Lower it\.$"):
+    with pytest.raises(DataError, match=r"TRAIN.GLOBAL_BATCH: 40 is more than the 33 training images\. Lower it\.$"):
         build_train_loader(build_dataset(config, is_training=True), config, ONE_RANK)
 
 

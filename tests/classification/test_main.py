@@ -142,8 +142,9 @@ def accuracy_by_hand(cfg: Path, checkpoint: Path) -> float:
     model.load_state_dict(load_checkpoint(checkpoint))
     images = build_dataset(config, is_training=False)
     with torch.no_grad():
-        hits = [model(image[None]).argmax().item() == label for image, label in map(images.__getitem__, range(12))]
-    return 100 * sum(hits) / len(hits)
+        batch = torch.stack([images[i][0] for i in range(12)]), torch.tensor([images[i][1] for i in range(12)])
+        x, labels = to_device(batch, config, Ranks(0, 1, CPU))
+        return 100 * (model(x).argmax(dim=1) == labels).float().mean().item()
 
 
 def test_evaluation_prints_the_published_lines(tiny_cfg, run_dir, run):

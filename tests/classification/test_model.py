@@ -24,8 +24,9 @@ import visualize_offset
 from lit_backbone import load_checkpoint, read_checkpoint
 from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
 from lit_classification.config_reader import load_config
-from lit_classification.data import build_dataset
+from lit_classification.data import build_dataset, eval_preprocessing
 from lit_classification.distributed import Ranks
+from lit_classification.engine import to_device
 from lit_classification.model import build_model, load_classifier
 from lit_classification.optim import build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
@@ -138,13 +139,16 @@ READERS = {
 @torch.no_grad()
 def expected_result(model: nn.Module, cfg: Path, actual: dict | float) -> dict | float:
     """Compute what a reader returns for the weights of `model`, in the form of `actual`."""
-    images = build_dataset(load_config(cfg), is_training=False)
+    config = load_config(cfg)
+    images = build_dataset(config, is_training=False)
     if isinstance(actual, float):
-        logits = torch.stack([model(images[i][0][None])[0] for i in range(len(images))])
+        batch = torch.stack([images[i][0] for i in range(len(images))]), torch.zeros(())
+        logits = model(to_device(batch, config, Ranks(0, 1, torch.device("cpu")))[0])
         return nn.functional.cross_entropy(logits, torch.tensor([images[i][1] for i in range(len(images))])).item()
     if set(actual) == set(CLASSES):
         with Image.open(photo(cfg)) as image:
-            return dict(zip(CLASSES, model(images.transform(image)[None]).softmax(-1)[0].tolist()))
+            x = timm.data.create_transform(**eval_preprocessing(config))(image)[None]
+            return dict(zip(CLASSES, model(x).softmax(-1)[0].tolist()))
     return {key: value for key, value in model.state_dict().items() if key in actual}
 
 

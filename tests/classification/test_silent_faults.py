@@ -73,7 +73,7 @@ def test_what_is_skipped_is_logged(own_folder, archive, caplog):
     caplog.set_level(logging.INFO)
     dataset = ImageTar(own_folder / "train.tar") if archive else ImageFolder(train_dir)
     assert dataset.classes == ["ant", "bee", "cat"] and len(dataset) == 13
-    assert "13 images in 3 classes of 4 (" in caplog.text and "to 5 (bee) images" in caplog.text
+    assert "13 images in 3 classes" in caplog.text
     assert "1 .txt" in caplog.text and "1 in no class folder" in caplog.text and "hidden" in caplog.text
 
 

@@ -118,7 +118,7 @@ def test_attention_of_the_model_in_the_paper(weights, image_folder, tmp_path, ca
     arguments = ["--model", "pvt_small_full_msa", "--resume", str(weights["pvt_small_full_msa"])]
     arguments += ["--data-path", str(image_folder), "--num-images", "2", "--output", str(tmp_path)]
     visualize_attention.main(arguments)
-    assert "stages 1, 2, 3, 4, averaged over 2 images" in capsys.readouterr().out
+    assert "stages 1, 2, 3, 4, averaged over 2 image(s)" in capsys.readouterr().out
     for i, (blocks, heads) in enumerate([(3, 1), (4, 2), (6, 5), (3, 8)], 1):
         names = {f"block-{j}/head-{k}.png" for j in range(1, blocks + 1) for k in range(1, heads + 1)}
         stage = tmp_path / f"stage-{i}"
@@ -129,7 +129,7 @@ def test_attention_of_the_model_in_the_paper(weights, image_folder, tmp_path, ca
 
 def test_attention_of_a_single_image(tmp_path, capsys):
     visualize_attention.main(["--resume", str(SMALL), "--vis_image", str(DEMO), "--output", str(tmp_path)])
-    assert "stages 3, 4, averaged over 1 image\n" in capsys.readouterr().out
+    assert "stages 3, 4, averaged over 1 image(s)\n" in capsys.readouterr().out
     classifier = load_classifier(SMALL, torch.device("cpu"))
     image = classifier.transform(Image.open(DEMO).convert("RGB"))
     queries = choose_tokens(None, classifier.model.map_sizes((64, 64), 4))

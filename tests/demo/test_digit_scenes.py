@@ -173,7 +173,7 @@ def test_incomplete_scenes_are_written_again(tmp_path):
     assert write_scenes(tmp_path, **settings)
     before = content(tmp_path)
     assert not write_scenes(tmp_path, **settings)
-    (tmp_path / "semantic" / "val" / "00001.png").unlink()
+    (tmp_path / "annotations" / "val.json").unlink()
     assert write_scenes(tmp_path, **settings)
     assert content(tmp_path) == before
 
