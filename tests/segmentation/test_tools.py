@@ -205,6 +205,7 @@ def test_unavailable_device(device: str, capsys: pytest.CaptureFixture) -> None:
         ("model = dict(", "reading the config failed (SyntaxError: "),
         ("1 / 0", "reading the config failed (ZeroDivisionError: division by zero)"),
         ("_base_ = 'none.py'", "none.py"),
+        (f"_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(type=dict(a={[*range(99)]})))", "set `_delete_=True`"),
     ],
 )
 def test_invalid_configs(text: str, message: str, tmp_path: Path) -> None:
