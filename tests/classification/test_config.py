@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from pydantic import ValidationError
 
 from lit_backbone import CheckpointError, DeformableTokenMerging
@@ -240,45 +239,16 @@ def test_only_a_valid_config_of_a_lit_is_read_from_a_checkpoint(caplog):
 
 # Recipes
 
-LIT_S = """
-BASE: []
-DATA: {BATCH_SIZE: 128, DATA_PATH: '', DATASET: '', TRAIN_SPLIT: train, VAL_SPLIT: val, IMG_SIZE: [224, 224],
-  INTERPOLATION: bicubic, PIN_MEMORY: true, NUM_WORKERS: 8}
-MODEL: {NAME: lit_s, RESUME: '', PRETRAINED: '', NUM_CLASSES: 1000, DROP_RATE: 0, DROP_PATH_RATE: 0.2,
-  LABEL_SMOOTHING: 0.1, OFFSET_LR_MULTI: 0.01, KEYWORDS: {},
-  LIT: {embed_dims: null, depths: null, num_heads: null, mlp_ratios: null, attention: null, merging: null,
-    pos_embed: null, class_token: null, global_pool: null, norm_eps: null, pad_input: null}}
-TRAIN: {EPOCHS: 300, GLOBAL_BATCH: 1024, WARMUP_EPOCHS: 20, WEIGHT_DECAY: 0.05, BASE_LR: 0.0005, WARMUP_LR: 0.0000005,
-  MIN_LR: 0.000005, CLIP_GRAD: 5, AUTO_RESUME: true, RESUME_CHANGED: false, USE_CHECKPOINT: false, SAVE_STEPS: 0,
-  EMA: 0, LR_SCHEDULER: {NAME: cosine, STEP: update, SCALE_BOUNDS: true},
-  OPTIMIZER: {NAME: adamw, EPS: 0.00000001, BETAS: [0.9, 0.999]}}
-AUG: {COLOR_JITTER: 0.4, AUTO_AUGMENT: rand-m9-mstd0.5-inc1, REPROB: 0.25, REMODE: pixel, RECOUNT: 1, REPEATED: 1,
-  MIXUP: 0.8, CUTMIX: 1, CUTMIX_MINMAX: null, MIXUP_PROB: 1, MIXUP_SWITCH_PROB: 0.5, MIXUP_MODE: batch, HFLIP: 0.5,
-  SCALE: [0.08, 1], RATIO: [0.75, 1.3333333333333333]}
-TEST: {CROP: true, AMP_DTYPE: 'off'}
-RUNTIME: {DEVICE: auto, AMP_DTYPE: bf16, COMPILE: false, CHANNELS_LAST: false, TIMEOUT: 30}
-OUTPUT: output
-TAG: default
-SAVE_FREQ: 1
-PRINT_FREQ: 10
-SEED: 0
-"""
-LIT_TI = """{MODEL.NAME: lit_ti, MODEL.DROP_PATH_RATE: 0.1, TRAIN.WARMUP_EPOCHS: 5, TRAIN.WARMUP_LR: 0.000001,
-  TRAIN.MIN_LR: 0.00001, TRAIN.CLIP_GRAD: null, TRAIN.LR_SCHEDULER.STEP: epoch,
-  TRAIN.LR_SCHEDULER.SCALE_BOUNDS: false, AUG.REPEATED: 3}"""
-LIT_M = "{MODEL.NAME: lit_m, MODEL.DROP_PATH_RATE: 0.3}"
-LIT_B = "{MODEL.NAME: lit_b, MODEL.DROP_PATH_RATE: 0.5, TRAIN.USE_CHECKPOINT: true}"
-
 
 @pytest.mark.parametrize(
-    ("name", "differences", "published"),
-    [("lit-ti", LIT_TI, "81.1"), ("lit-s", "{}", "81.5"), ("lit-m", LIT_M, "83.0"), ("lit-b", LIT_B, "83.4")],
+    ("name", "published"), [("lit-ti", "81.1"), ("lit-s", "81.5"), ("lit-m", "83.0"), ("lit-b", "83.4")]
 )
-def test_recipe_is_that_of_the_paper(name, differences, published):
-    path = CONFIGS / f"{name}.yaml"
-    config, expected = load_config(path), flatten(yaml.safe_load(LIT_S)) | yaml.safe_load(differences)
-    assert flatten(config.model_dump(mode="json")) == expected
-    assert Config().model_dump(mode="json") == yaml.safe_load(LIT_S)
+def test_recipe_is_that_of_the_paper(goldens, name, published):
+    """The recipe of LIT-S is also the default. The others are stored as differences from it."""
+    path, recipes = CONFIGS / f"{name}.yaml", goldens["recipes"]
+    config = load_config(path)
+    assert flatten(config.model_dump(mode="json")) == recipes["lit-s"] | recipes[name]
+    assert flatten(Config().model_dump(mode="json")) == recipes["lit-s"]
     assert config.learning_rates == pytest.approx((0.001, 0.000001, 0.00001), rel=1e-12)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for fact in (f"bash scripts/{name}.sh 8", "1024 (8 x 128)", f"{published} top-1", "not run here"):
@@ -327,10 +297,10 @@ def test_schema_is_documented_and_frozen():
         Config().TRAIN.EPOCHS = 3
 
 
-def test_result_settings_leave_out_what_affects_no_results():
-    settings, expected = result_settings(Config()), flatten(yaml.safe_load(LIT_S))
+def test_result_settings_leave_out_what_affects_no_results(goldens):
+    settings = result_settings(Config())
     assert settings["TRAIN.OPTIMIZER.BETAS"] == "[0.9, 0.999]" and settings["RUNTIME.AMP_DTYPE"] == '"bf16"'
     runtime = "BASE DATA.DATA_PATH DATA.PIN_MEMORY DATA.NUM_WORKERS MODEL.RESUME MODEL.PRETRAINED TRAIN.AUTO_RESUME "
     runtime += "TRAIN.RESUME_CHANGED TRAIN.USE_CHECKPOINT TRAIN.SAVE_STEPS RUNTIME.DEVICE "
     runtime += "RUNTIME.CHANNELS_LAST RUNTIME.TIMEOUT OUTPUT TAG SAVE_FREQ PRINT_FREQ"
-    assert expected.keys() - settings.keys() == set(runtime.split())
+    assert goldens["recipes"]["lit-s"].keys() - settings.keys() == set(runtime.split())
