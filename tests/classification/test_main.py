@@ -13,16 +13,19 @@ import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import main
 import predict
 from lit_backbone import lit, load_checkpoint, read_checkpoint
+from lit_classification import sampler
 from lit_classification.checkpointing import BEST, LATEST
 from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset
 from lit_classification.distributed import Ranks
 from lit_classification.engine import to_device
 from lit_classification.model import build_model
+from lit_classification.optim import Schedule
 from tests.classification.conftest import CLASSES, read_log, refusal
 from tests.programs import Program, start_pair
 
@@ -274,6 +277,31 @@ def test_every_criterion_learns(tiny_cfg, run_dir, run, cutmix, smoothing):
     run("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "8", "MODEL.DROP_PATH_RATE", "0")
     losses = read_log(run_dir, "train/loss_epoch")
     assert losses[-1] < 0.9 * losses[0]
+
+
+class Reads(TorchFunctionMode):
+    """Counts how often values of tensors are read, for which a GPU would have to finish."""
+
+    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_order = sys._getframe(1).f_code.co_filename == sampler.__file__  # indices of images, on the CPU
+        self.count += getattr(func, "__name__", "") in self.NAMES and not is_order
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_do_not_wait_for_results(tiny_cfg, run, monkeypatch):
+    counts, set_rates = [], Schedule.set
+
+    def record(schedule: Schedule, step: int) -> None:  # at the start of each step
+        counts.append(reads.count)
+        set_rates(schedule, step)
+
+    monkeypatch.setattr(Schedule, "set", record)
+    with Reads() as reads:  # one worker, because reading images on the CPU reads tensors
+        run("--cfg", tiny_cfg(TRAIN=SHORT), "--opts", "DATA.NUM_WORKERS", "1", "PRINT_FREQ", "4")
+    assert len(counts) == 4 and len(set(counts)) == 1 and reads.count > counts[0]
 
 
 # ---- two ranks
