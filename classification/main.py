@@ -28,7 +28,7 @@ from lit_backbone.images import DataError
 from lit_backbone.precision import amp_dtype
 from lit_classification import checkpointing, data, distributed
 from lit_classification.checkpointing import BEST, LATEST, TrainState, save_checkpoint
-from lit_classification.config import Config, ConfigError, result_settings
+from lit_classification.config import Config, ConfigError, import_modules, result_settings
 from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
 from lit_classification.engine import (
@@ -243,6 +243,7 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
 def run(args: argparse.Namespace) -> None:
     """Read the config, join the other ranks, and do what the command asks for."""
     shortcuts = {name: value for name, value in vars(args).items() if name not in ("cfg", "mode", "opts")}
+    import_modules(args.imports or ())  # a checkpoint's config may need them
     if args.mode == "eval":
         return evaluate_checkpoint(args, shortcuts)
     name, opts = locate_run(args.cfg)

@@ -148,10 +148,10 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     The bias is a tensor for small feature maps, for training on a CPU, in exported models, and in compiled models on a
     CPU. It is also a tensor if timm's fused attention is disabled: TIMM_FUSED_ATTN=0 or `set_fused_attn(False)`.
     """
+    is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, table))
     if use_fused_attn() and not is_exporting():
         if q.is_cuda and height * width >= LARGE_MAP_ON_GPU and _use_flex_attention(q):
             return flex_attention_with_bias(q, k, v, table, height, width)
-        is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, table))
         # a compiled graph for all sizes must not depend on the number of tokens
         if q.is_cpu and not is_training and not torch.compiler.is_compiling() and height * width >= LARGE_MAP:
             return row_attention(q, k, v, table, height, width)
@@ -159,4 +159,6 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     bias = _align(bias, len(q), q.dtype) if q.is_cuda and not is_exporting() else bias.to(q.dtype)
     if torch.onnx.is_in_onnx_export():  # PyTorch cannot export a mask that requires gradients
         bias = bias.detach()
+    if q.is_cpu and is_training and not is_exporting():  # with gradients, PyTorch's function is slower on a CPU
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

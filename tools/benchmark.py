@@ -8,8 +8,9 @@ growth    inference against image size
 input     the input pipeline of `classification/`
 
 The calls of a comparison take turns, so a machine that slows down slows all of them. The result is the median over
-turns, and its ratio to the first call. CPUs compute in float32, GPUs under bfloat16 autocast. Memory is the peak of a
-call on a GPU above what was allocated before. Writes DEVICE.json and DEVICE.png. Needs `bash setup_env.sh --dev`.
+turns, and its ratio to the first call. GPUs compute under bfloat16 autocast, CPUs in float32, and models also in
+bfloat16 if the CPU has it. Memory is the peak of a call on a GPU above what was allocated before. Writes DEVICE.json
+and DEVICE.png. Needs `bash setup_env.sh --dev`.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
 from lit_backbone.dtm import DeformableTokenMerging, autocast_dtype, deformable_sample
+from lit_backbone.precision import autocast, cpu_has_bf16
 
 DTM_SHAPES = ((96, 192, 56), (192, 384, 28), (384, 768, 14))  # LIT-S at 224: input and output channels, side
 DEFORM_CONV = "lit_s, torchvision's operator"
@@ -56,6 +58,7 @@ class Bench:
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[args.device]
         self.groups = [args.models] if args.models else MODELS[: {"cpu": 1, "cuda": 3}[args.device]]
         self.rows: list[dict[str, Any]] = []
+        self.precisions = ["bf16"] if args.device == "cuda" else ["off", "bf16"] if cpu_has_bf16() else ["off"]
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:
         """Return the peak memory of the second call. The first one compiles and creates optimizer states."""
@@ -96,10 +99,6 @@ class Bench:
         return settings | {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
 
 
-def autocast(images: Tensor) -> torch.autocast:
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
-
-
 def random_images(bench: Bench, batch: int, height: int, width: int, channels: int = 3) -> Tensor:
     images = torch.randn(batch, channels, height, width, device=bench.device)
     return images.contiguous(memory_format=torch.channels_last)
@@ -120,19 +119,19 @@ def build_model(name: str, bench: Bench, **kwargs) -> nn.Module:
     return model.to(bench.device, memory_format=torch.channels_last)
 
 
-def infer(model: nn.Module, images: Tensor) -> None:
-    with torch.inference_mode(), autocast(images):
+def infer(model: nn.Module, images: Tensor, precision: str) -> None:
+    with torch.inference_mode(), autocast(precision, images.device):
         model(images)
 
 
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, images: Tensor, precision: str) -> Callable[[], None]:
     """Return a function that runs forward, cross-entropy, backward and AdamW."""
     model.train()
     targets = torch.randint(model.num_classes, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
-        with autocast(images):
+        with autocast(precision, images.device):
             loss = F.cross_entropy(model(images), targets)
         loss.backward()
         optimizer.step()
@@ -157,7 +156,7 @@ MERGINGS = {
 
 def run_operator(merge: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     """Run the forward pass and, if the inputs require gradients, the backward pass."""
-    with autocast(inputs[0]):
+    with autocast("auto", inputs[0].device):
         out = merge(*inputs)
     if out.requires_grad:
         torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
@@ -185,37 +184,50 @@ def bench_models(bench: Bench) -> None:
             torch.compiler.reset()
             if compiled:
                 models = {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
-            mode = "compiled" if compiled else "eager"
-            calls = {name: partial(infer, model.eval(), images) for name, model in models.items()}
-            bench.compare("models", f"inference at 224, {mode}", calls, len(images))
-            if compiled == (bench.device.type == "cuda"):
-                calls = {name: training_step(model, images) for name, model in models.items()}
-                bench.compare("models", f"training step at 224, {mode}", calls, len(images))
+            for precision in bench.precisions:
+                mode = ("compiled" if compiled else "eager") + (", float32" if precision == "off" else ", bfloat16")
+                calls = {name: partial(infer, model.eval(), images, precision) for name, model in models.items()}
+                bench.compare("models", f"inference at 224, {mode}", calls, len(images))
+                if compiled == (bench.device.type == "cuda"):
+                    calls = {name: training_step(model, images, precision) for name, model in models.items()}
+                    bench.compare("models", f"training step at 224, {mode}", calls, len(images))
 
 
 def bench_growth(bench: Bench) -> None:
     models = {name: build_model(name, bench).eval() for name in ("lit_s", "pvt_v2_b2", "resnet50")}
     for side in (224, 320, 448, 640, 768, 1024):
-        calls = {name: partial(infer, model, random_images(bench, 1, side, side)) for name, model in models.items()}
+        images, precision = random_images(bench, 1, side, side), bench.precisions[0]
+        calls = {name: partial(infer, model, images, precision) for name, model in models.items()}
         bench.compare("growth", f"one image, {side} x {side}", calls)
 
 
 def bench_input(bench: Bench) -> None:
-    """Time one worker."""
+    """Time one worker, and one that also normalizes and erases, as the training process does on its device."""
     from sklearn.datasets import load_sample_images
 
     from lit_classification.config_reader import load_config
     from lit_classification.data import build_dataset
+    from lit_classification.distributed import Ranks
+    from lit_classification.engine import build_erasing, to_device
     from lit_classification.sampler import SampleKey
 
-    config = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
+    path = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(load_sample_images().images):
             Path(folder, "train", str(i)).mkdir(parents=True)
             Image.fromarray(image).resize(JPEG_SIZE).save(f"{folder}/train/{i}/image.jpg", quality=95)
-        dataset = build_dataset(load_config(config, ["MODEL.NUM_CLASSES", "2"], data_path=folder), is_training=True)
-        keys = [SampleKey(0, position, position % len(dataset)) for position in range(32)]
-        calls = {"1 worker": lambda: [dataset[key] for key in keys]}
+        config, ranks = (
+            load_config(path, ["MODEL.NUM_CLASSES", "2"], data_path=folder),
+            Ranks(0, 1, torch.device("cpu")),
+        )
+        dataset, erase = build_dataset(config, is_training=True), build_erasing(config, ranks)
+        keys, empty = [SampleKey(0, i, i % len(dataset)) for i in range(32)], torch.zeros(0)
+        calls = {
+            "uint8, 1 worker": lambda: [dataset[key] for key in keys],
+            "float32, 1 worker": lambda: [
+                erase(to_device((dataset[key][0][None], empty), config, ranks)[0]) for key in keys
+            ],
+        }
         bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
 
 

@@ -338,15 +338,18 @@ def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
     model = OWN_MODELS[kind]
     train(IMPORTS=[module], MODEL=model)
     image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/default" / LATEST
-    script = f"import runpy, sys; sys.argv[0] = {str(PREDICT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", script, str(image), "--checkpoint", str(checkpoint)]
     environment = os.environ | {"PYTHONPATH": f"{PREDICT.parents[1]}:{PREDICT.parent}"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    def start(program: str, *args: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, PREDICT.with_name(program), *map(str, args)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    run = start("predict.py", image, "--checkpoint", checkpoint)
     assert run.returncode == 1 and run.stderr.startswith("error: ")
-    run = subprocess.run([*command, "--import", module], env=environment, capture_output=True, text=True)
+    run = start("predict.py", image, "--checkpoint", checkpoint, "--import", module)
     assert run.returncode == 0 and "%  " in run.stdout, run.stderr
-    main.main(["--eval", "--resume", str(checkpoint), "--data-path", str(image_folder), "--import", module])
-    assert " * Acc@1" in capsys.readouterr().out
+    run = start("main.py", "--eval", "--resume", checkpoint, "--data-path", image_folder, "--import", module)
+    assert run.returncode == 0 and " * Acc@1" in run.stdout, run.stderr
     attention = ["--resume", str(checkpoint), "--vis_image", str(image), "--import", module]
     if kind == "model":
         with pytest.raises(SystemExit, match="holds average_color. Use a checkpoint of a LIT."):
@@ -355,9 +358,8 @@ def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
         visualize_attention.main([*attention, "--output", "attention"])
         assert Path("attention/stage-4.npy").exists()
         export.main([str(checkpoint), "--format", "safetensors", "--import", module])
-        command[command.index(str(checkpoint))] = str(checkpoint.with_suffix(".safetensors"))
-        exported = subprocess.run([*command, "--import", module], env=environment, capture_output=True, text=True)
-        assert exported.stdout == run.stdout, exported.stderr
+        exported = load_classifier(checkpoint.with_suffix(".safetensors"), torch.device("cpu"))
+        assert same(exported.model.state_dict(), read_checkpoint(checkpoint)["model"])
 
 
 @pytest.mark.parametrize(
