@@ -330,7 +330,7 @@ OWN_MODELS = {
 
 
 @pytest.mark.parametrize("kind", OWN_MODELS)
-def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
+def test_own_module(train, tmp_path, image_folder, monkeypatch, kind):
     """A config may import modules. A checkpoint imports nothing by itself."""
     module = f"own_{kind}"
     (tmp_path / f"{module}.py").write_text(MODULE)
@@ -365,6 +365,7 @@ def test_own_module(train, tmp_path, image_folder, monkeypatch, capsys, kind):
 @pytest.mark.parametrize(
     "program, options",
     [
+        (main, ["--eval", "--resume", "x.pth"]),
         (predict, ["x.jpg", "--checkpoint", "x.pth"]),
         (visualize_attention, ["--vis_image", "x.jpg", "--resume", "x.pth"]),
         (visualize_offset, ["--vis_image", "x.jpg", "--resume", "x.pth"]),

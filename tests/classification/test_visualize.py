@@ -13,8 +13,8 @@ from PIL import Image
 
 import visualize_attention
 import visualize_offset
-from lit_backbone.attention_maps import choose_tokens, query_attention
 from lit_backbone import read_checkpoint
+from lit_backbone.attention_maps import choose_tokens, query_attention
 from lit_backbone.visualize import sampling_chains
 from lit_classification.config_reader import config_from_checkpoint
 from lit_classification.model import load_classifier
