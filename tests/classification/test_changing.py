@@ -4,8 +4,7 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,10 @@ from lit_classification.distributed import STOPPED
 from lit_classification.model import build_model, load_classifier, load_teacher
 from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
+from tests.programs import Program
 from tools import export
 
-PREDICT = Path(predict.__file__)
+MAIN, PREDICT = Path(main.__file__), Path(predict.__file__)
 
 
 @pytest.fixture
@@ -330,36 +330,29 @@ OWN_MODELS = {
 
 
 @pytest.mark.parametrize("kind", OWN_MODELS)
-def test_own_module(train, tmp_path, image_folder, monkeypatch, kind):
+def test_own_module(tiny_cfg, tmp_path, image_folder, kind):
     """A config may import modules. A checkpoint imports nothing by itself."""
-    module = f"own_{kind}"
-    (tmp_path / f"{module}.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    model = OWN_MODELS[kind]
-    train(IMPORTS=[module], MODEL=model)
+    (tmp_path / "own_module.py").write_text(MODULE)
     image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/default" / LATEST
-    environment = os.environ | {"PYTHONPATH": f"{PREDICT.parents[1]}:{PREDICT.parent}"}
 
-    def start(program: str, *args: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, PREDICT.with_name(program), *map(str, args)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+    def start(program: Path, *args: str | Path) -> Program:
+        return Program(program, *args, prepare=partial(os.chdir, tmp_path))  # a process without the module
 
-    run = start("predict.py", image, "--checkpoint", checkpoint)
-    assert run.returncode == 1 and run.stderr.startswith("error: ")
-    run = start("predict.py", image, "--checkpoint", checkpoint, "--import", module)
-    assert run.returncode == 0 and "%  " in run.stdout, run.stderr
-    run = start("main.py", "--eval", "--resume", checkpoint, "--data-path", image_folder, "--import", module)
-    assert run.returncode == 0 and " * Acc@1" in run.stdout, run.stderr
-    attention = ["--resume", str(checkpoint), "--vis_image", str(image), "--import", module]
+    start(MAIN, "--cfg", tiny_cfg(IMPORTS=["own_module"], MODEL=OWN_MODELS[kind])).finish("finished 2 epochs")
+    predicted = [image, "--checkpoint", checkpoint]
+    start(PREDICT, *predicted).finish("error: ", status=1)
+    start(PREDICT, *predicted, "--import", "own_module").finish("%  ")
+    evaluation = ["--eval", "--resume", checkpoint, "--data-path", image_folder]
+    start(MAIN, *evaluation, "--import", "own_module").finish(" * Acc@1")
+    attention = ["--resume", checkpoint, "--vis_image", image, "--import", "own_module"]
     if kind == "model":
-        with pytest.raises(SystemExit, match="holds average_color. Use a checkpoint of a LIT."):
-            visualize_attention.main(attention)
+        message = "holds average_color. Use a checkpoint of a LIT."
+        start(MAIN.with_name("visualize_attention.py"), *attention).finish(message, status=1)
     else:
-        visualize_attention.main([*attention, "--output", "attention"])
-        assert Path("attention/stage-4.npy").exists()
-        export.main([str(checkpoint), "--format", "safetensors", "--import", module])
-        exported = load_classifier(checkpoint.with_suffix(".safetensors"), torch.device("cpu"))
-        assert same(exported.model.state_dict(), read_checkpoint(checkpoint)["model"])
+        start(MAIN.with_name("visualize_attention.py"), *attention).finish("stages 3, 4")
+        assert (tmp_path / "attention_map/stage-4.npy").exists()
+        exported = [checkpoint, "--format", "safetensors", "--import", "own_module"]
+        start(Path(export.__file__), *exported).finish("latest.safetensors")
 
 
 @pytest.mark.parametrize(
