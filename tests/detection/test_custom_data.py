@@ -35,10 +35,10 @@ ROI_HEADS += [f"model.roi_head.{kind}_roi_extractor.out_channels=16" for kind in
 ROI_HEADS += [f"model.roi_head.{kind}_head.in_channels=16" for kind in ("bbox", "mask")]
 
 
-def write_dataset(root: Path) -> None:
-    """Write ten images with two categories and their annotations in COCO format."""
+def write_dataset(root: Path, train: int = 6, val: int = 4) -> None:
+    """Write images with two categories and their annotations in COCO format."""
     (root / "images").mkdir(parents=True)
-    for name, seeds in (("train", range(6)), ("val", range(6, 10))):
+    for name, seeds in (("train", range(train)), ("val", range(train, train + val))):
         coco = dict(images=[], annotations=[], categories=[dict(id=3, name="disc"), dict(id=7, name="square")])
         for seed in seeds:
             image, _, boxes = draw_shapes(seed)
@@ -96,6 +96,18 @@ def test_other_configs_train_and_validate(name: str, metrics: list[str], options
     Program(*command, prepare=partial(os.chdir, home)).finish(*metrics)
     meta = load_file(str(home / "work_dirs" / name / "epoch_1.pth"))["meta"]
     assert meta["iter"] == 3 and meta["dataset_meta"]["classes"] == ("disc", "square")
+
+
+@pytest.mark.slow
+def test_mini_learns(tmp_path: Path) -> None:
+    """Train for two epochs of 240 images with a batch of 8."""
+    write_dataset(tmp_path / "data" / "own", train=240, val=40)
+    options = [*SHORT, "train_dataloader.batch_size=8", "train_cfg.max_epochs=2", "param_scheduler.0.end=30"]
+    options += ["train_dataloader.dataset.pipeline.2.scale=(192,144)"]
+    options += [f"{split}_dataloader.dataset.pipeline.1.scale=(192,144)" for split in ("val", "test")]
+    command = [TOOLS / "train.py", CONFIG.with_name("retinanet_lit_mini_own.py"), "--cfg-options", *options]
+    output = Program(*command, prepare=partial(os.chdir, tmp_path)).finish()
+    assert float(re.findall(r"coco/bbox_mAP_50: ([\d.]+)", output)[-1]) > 0.9
 
 
 def test_learning_rate_of_mask_rcnn() -> None:

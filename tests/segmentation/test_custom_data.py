@@ -32,9 +32,11 @@ for _split in ("val", "test"):
 OPTIONS = [*TINY, "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16", *SHORT]
 
 
-def write_dataset(root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array) -> None:
-    """Write ten images and their masks, with two ignored rows. `change` is applied to the masks."""
-    for split, seeds in (("train", range(6)), ("val", range(6, 10))):
+def write_dataset(
+    root: Path, suffix: str = ".jpg", change: Callable[[np.ndarray], np.ndarray] = np.array, train=6, val=4
+) -> None:
+    """Write images and their masks, with two ignored rows. `change` is applied to the masks."""
+    for split, seeds in (("train", range(train)), ("val", range(train, train + val))):
         for folder in ("images", "masks"):
             (root / folder / split).mkdir(parents=True)
         for seed in seeds:
@@ -72,10 +74,20 @@ def test_config_trains_and_tools_accept_it(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_small_config_trains_and_validates(tmp_path: Path) -> None:
+def test_mini_trains_and_validates(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data" / "own")
     options = [*SHORT, "param_scheduler.1.begin=0"]  # after 100 iterations in the config
     assert re.search(r"mIoU: \d", train(CONFIG.with_name("lit_mini_fpn_own.py"), tmp_path, options))
+
+
+@pytest.mark.slow
+def test_mini_learns(tmp_path: Path) -> None:
+    """Train for 300 iterations with a batch of 8, for a minute."""
+    write_dataset(tmp_path / "data" / "own", train=240, val=40)
+    options = [*SHORT, "train_dataloader.batch_size=8", "train_cfg.max_iters=300", "train_cfg.val_interval=300"]
+    options += ["param_scheduler.0.end=30", "param_scheduler.1.begin=30"]
+    output = train(CONFIG.with_name("lit_mini_fpn_own.py"), tmp_path, options)
+    assert float(re.findall(r"mIoU: ([\d.]+)", output)[-1]) > 90
 
 
 def test_other_suffix_and_reduce_zero_label(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 #   GPUs          not required
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      not run here
+#   obtained      1.00 box AP50 on 40 generated images of discs and squares, after two epochs of 240 such images of
+#                 96 x 72 pixels (pytest -m slow tests/detection -k mini_learns)
 
 # The backbone has 0.8 M parameters. It is pretrained with the classifier of experiments/cifar10. Nothing is downloaded.
 _base_ = "../demo/retinanet_lit_digit_scenes.py"

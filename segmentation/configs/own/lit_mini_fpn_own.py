@@ -4,7 +4,8 @@
 #   GPUs          not required
 #   global batch  8 (1 x 8)
 #   published     none
-#   obtained      not run here
+#   obtained      0.96 mIoU on 40 generated images of discs and squares, after 300 iterations on 240 such images of
+#                 96 x 72 pixels (pytest -m slow tests/segmentation -k mini_learns)
 
 # The backbone has 0.8 M parameters. It is pretrained with the classifier of experiments/cifar10. Nothing is downloaded.
 _base_ = "../demo/fpn_lit_digit_scenes.py"
