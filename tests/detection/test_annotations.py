@@ -1,7 +1,5 @@
 """Faulty COCO files: errors and warnings before the first step, for training and validation data."""
 
-import copy
-import functools
 import json
 import logging
 import math
@@ -11,17 +9,13 @@ from typing import Any
 
 import pytest
 from mmdet.evaluation import CocoMetric
-from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from pycocotools.cocoeval import COCOeval
 
 from lit_backbone.mm import DataError, cli
 from lit_backbone.mm.coco import repair_ground_truth
-from lit_backbone.mm.data import check_dataset
-from lit_backbone.mm.runner import StrictRunner
 from tests.dense import error_of
-from tests.detection.conftest import DEMO
+from tests.detection.conftest import DEMO, check_data
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 Change = Callable[[dict, dict, int], Any]  # annotation, its image, its position
@@ -50,41 +44,27 @@ def write(scenes: Path, out: Path, change: Change, split: str = "train") -> Path
     return out / "annotations" / f"{split}.json"
 
 
-@functools.cache
-def read_config() -> Config:
-    return cli.read_config(str(CONFIG))
-
-
-def check(root: Path, split: str = "train", **overrides: Any) -> None:
-    """Check the data of the demo config as a training does. Keyword arguments override keys of the dataset."""
-    cfg = copy.deepcopy(read_config())
-    init_default_scope(cfg.default_scope)
-    loader = cfg[f"{split}_dataloader"] | dict(num_workers=0, persistent_workers=False)
-    loader["dataset"] |= dict(data_root=f"{root}/") | overrides
-    check_dataset(StrictRunner.build_dataloader(loader, seed=0).dataset)
-
-
 INVALID: dict[str, tuple[Change, str]] = {
-    "noarea": (lambda a, image, i: a.pop("area"), r"annotation 1: has no area. Add it \(width \* height\)."),
-    "nocategory": (lambda a, image, i: a.pop("category_id"), "annotation 1: has no category_id. Add it"),
-    "noimage": (lambda a, image, i: a.pop("image_id"), "annotation 1: has no image_id. Add it"),
-    "noid": (lambda a, image, i: a.pop("id"), "annotation at index 0: has no id. Add it"),
-    "nobox": (lambda a, image, i: a.pop("bbox"), "annotation 1: has no bbox. Add it"),
+    "noarea": (lambda a, image, i: a.pop("area"), "annotation 1: has no area"),
+    "nocategory": (lambda a, image, i: a.pop("category_id"), "annotation 1: has no category_id"),
+    "noimage": (lambda a, image, i: a.pop("image_id"), "annotation 1: has no image_id"),
+    "noid": (lambda a, image, i: a.pop("id"), "annotation at index 0: has no id"),
+    "nobox": (lambda a, image, i: a.pop("bbox"), "annotation 1: has no bbox"),
     "sameid": (lambda a, image, i: a.update(id=1), "annotation 1: its id is not unique"),
-    "short": (lambda a, image, i: a.update(bbox=a["bbox"][:3]), r"annotation 1: bbox is .* Use \[x, y, width, "),
+    "short": (lambda a, image, i: a.update(bbox=a["bbox"][:3]), "annotation 1: bbox is"),
     "nan": (lambda a, image, i: a.update(bbox=[math.nan] * 4), "annotation 1: bbox is .nan"),
     "nanarea": (lambda a, image, i: a.update(area=math.nan), "annotation 1: area is nan"),
-    "textid": (lambda a, image, i: a.update(image_id=str(a["image_id"])), "annotation 1: image_id is '0'. Use"),
+    "textid": (lambda a, image, i: a.update(image_id=str(a["image_id"])), "annotation 1: image_id is '0'"),
     "textbox": (lambda a, image, i: a.update(bbox=[*map(str, a["bbox"])]), "annotation 1: bbox is"),
-    "crowdtext": (lambda a, image, i: a.update(iscrowd="no"), "annotation 1: iscrowd is 'no'. Use 0 or 1"),
+    "crowdtext": (lambda a, image, i: a.update(iscrowd="no"), "annotation 1: iscrowd is 'no'"),
     "points": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4]]), "annotation 1: a polygon has 4 coordinates"),
     "odd": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 1: a polygon has 7 coord"),
     "nanpoint": (lambda a, image, i: a.update(segmentation=[[math.nan] * 6]), "annotation 1: a coordinate of"),
     "nomask": (lambda a, image, i: a.pop("segmentation"), "annotation 1: has no segmentation"),
     "emptymask": (lambda a, image, i: a.update(segmentation=[[]]), "annotation 1: has no segmentation"),
     "masksize": (lambda a, image, i: a["segmentation"].update(size=[9, 9]), "annotation 1: the mask has size .9, 9."),
-    "noname": (lambda a, image, i: image.pop("file_name", 0), "image 0: has no file_name. Add it"),
-    "nosize": (lambda a, image, i: image.pop("width", 0), "image 0: has no width. Add it"),
+    "noname": (lambda a, image, i: image.pop("file_name", 0), "image 0: has no file_name"),
+    "nosize": (lambda a, image, i: image.pop("width", 0), "image 0: has no width"),
     # nothing is left
     "area0": (lambda a, image, i: a.update(area=0), r"none of \d+ annotations is left .*area is 0 or negative.* 1 and"),
     "unit": (to_unit, r"none of \d+ annotations is left .*the box is in 0..1, not in pixels"),
@@ -103,7 +83,7 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
     change, message = INVALID[kind]
     write(scenes, tmp_path / "faulty", change, split)
     with pytest.raises(DataError, match=f"annotations/{split}.json: {message}"):
-        check(tmp_path / "faulty", split)
+        check_data(CONFIG, tmp_path / "faulty", split)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +102,7 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
 def test_invalid_files(text: str, message: str, scenes: Path, tmp_path: Path) -> None:
     write(scenes, tmp_path / "faulty", lambda *_: None).write_text(text)
     with pytest.raises(DataError, match=f"annotations/train.json: {message}"):
-        check(tmp_path / "faulty")
-
-
-def test_filtered_images_leave_nothing(scenes: Path, tmp_path: Path) -> None:
-    """Name the reason also if the dataset is empty, because it drops images without boxes."""
-    write(scenes, tmp_path / "faulty", INVALID["category"][0])
-    with pytest.raises(DataError, match="train.json: none of .* category_id is not in categories"):
-        check(tmp_path / "faulty", filter_cfg=dict(filter_empty_gt=True))
+        check_data(CONFIG, tmp_path / "faulty")
 
 
 WARNINGS: dict[str, tuple[Change, str]] = {
@@ -140,18 +113,19 @@ WARNINGS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("kind", WARNINGS)
-def test_doubtful_annotations(kind: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_doubtful_annotations_are_a_warning(
+    kind: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     change, message = WARNINGS[kind]
     write(scenes, tmp_path / "faulty", change)
-    logger = MMLogger.get_instance(f"annotations-{kind}")  # the current logger
-    logger.addHandler(caplog.handler)
-    check(tmp_path / "faulty")
+    MMLogger.get_instance(f"annotations-{kind}").addHandler(caplog.handler)  # the current logger
+    check_data(CONFIG, tmp_path / "faulty")
     assert any(message in record.getMessage() and record.levelno == logging.WARNING for record in caplog.records)
 
 
 def test_masks_are_not_needed_for_boxes(scenes: Path, tmp_path: Path) -> None:
     write(scenes, tmp_path / "boxes", lambda a, image, i: a.update(segmentation=[]))
-    check(tmp_path / "boxes", pipeline=[dict(type="LoadAnnotations", with_bbox=True)])
+    check_data(CONFIG, tmp_path / "boxes", pipeline=[dict(type="LoadAnnotations", with_bbox=True)])
 
 
 @pytest.mark.parametrize(
