@@ -3,8 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +51,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
-    """Work directory of a run in a fresh interpreter."""
-    command = [sys.executable, TOOLS / "train.py", CONFIG, "--cfg-options", *OPTIONS]
-    run = subprocess.run(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout
+    """Work directory of a run."""
+    Program(TOOLS / "train.py", CONFIG, "--cfg-options", *OPTIONS, prepare=partial(os.chdir, home)).finish()
     return home / "work_dirs" / CONFIG.stem
 
 

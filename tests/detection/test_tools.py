@@ -134,20 +134,6 @@ def test_fine_tuning_with_other_classes_and_image_size(
             assert torch.equal(average[key], model[f"module.{key}"]), key
 
 
-def test_detect_draws_each_image_and_overwrites_none(trained: Path, scenes: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        shutil.copytree(scenes / "images" / "val", tmp_path / "images" / name)
-    source = tmp_path / "drawn" / "00000.png"  # has the name of an output
-    source.parent.mkdir()
-    Image.new("RGB", (128, 128)).save(source)
-    before = source.read_bytes()
-    command = [source, tmp_path / "images", "--config", CONFIG, "--checkpoint", trained / "epoch_2.pth"]
-    output = output_of(TOOLS / "detect.py", *command, "--out-dir", tmp_path / "drawn", "--score-thr", "0.01")
-    drawn = sorted((tmp_path / "drawn").iterdir())
-    assert len(drawn) == 10 and output.count("detections, drawn in") == 9 and source.read_bytes() == before
-    assert all(Image.open(path).size == (512, 512) for path in drawn if path != source)
-
-
 def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
     check_offset_tool(TOOLS / "visualize_offset.py", CONFIG, trained / "epoch_2.pth", tmp_path)
 
@@ -241,22 +227,31 @@ def test_invalid_training_states_are_not_resumed(name: str, trained: Path, optio
 
 
 @pytest.mark.parametrize("tool", ["detect.py", "visualize_offset.py"])
-def test_bad_images_are_skipped(tool: str, trained: Path, fixed_config: Path, scenes: Path, tmp_path: Path) -> None:
+def test_images_are_drawn_or_skipped_and_none_is_overwritten(
+    tool: str, trained: Path, fixed_config: Path, scenes: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     Image.new("RGB", (4000, 1)).save(tmp_path / "flat.png")
-    images = [tmp_path / "text.jpg", tmp_path / "flat.png", scenes / "images" / "val" / "00000.jpg"]
-    flags = ["--config", fixed_config, "--checkpoint", trained / "epoch_2.pth", "--out-dir", tmp_path / "drawn"]
+    source, out = tmp_path / "drawn" / "00000.png", tmp_path / "drawn"  # the source has the name of an output
+    out.mkdir()
+    Image.new("RGB", (128, 128)).save(source)
+    before = source.read_bytes()
+    images = [tmp_path / "text.jpg", tmp_path / "flat.png", source, scenes / "images" / "val"]
+    flags = ["--config", fixed_config, "--checkpoint", trained / "epoch_2.pth", "--out-dir", out]
     flags += ["--json", "--score-thr", "0"] if tool == "detect.py" else ["--grid"]
     printed = Program(TOOLS / tool, *images, *flags).finish(status=1)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in printed and len(errors) == 2
     assert all(f"error: {path}: " in error for path, error in zip(images, errors))
-    assert f"{tmp_path}/drawn/00000" in printed
-    if tool == "detect.py":
-        content = json.loads((tmp_path / "drawn" / "00000.json").read_text())
-        scores = [detection["score"] for detection in content["detections"]]
-        assert content["image"] == str(images[2]) and scores and scores == sorted(scores, reverse=True)
-        assert {detection["class"] for detection in content["detections"]} <= set(DIGITS)
+    assert source.read_bytes() == before
+    if tool == "visualize_offset.py":
+        assert len(list(out.glob("*/grid.png"))) == 5
+        return
+    assert sorted(out.glob("*.png"))[0] == source and len(list(out.glob("*.png"))) == 6
+    content = json.loads((out / "00001.json").read_text())
+    scores = [detection["score"] for detection in content["detections"]]
+    assert content["image"] == str(images[3] / "00001.jpg") and scores and scores == sorted(scores, reverse=True)
+    assert {detection["class"] for detection in content["detections"]} <= set(DIGITS)
 
 
 # ---- accuracy and other backbones

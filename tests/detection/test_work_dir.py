@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from lit_backbone.mm import OffsetHook, cli
 from lit_backbone.mm.runner import StrictRunner
-from tests.dense import derive, error_of
+from tests.dense import error_of
 from tests.detection.conftest import DEMO, read_config
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
@@ -59,14 +59,6 @@ def test_overwrite_forgets_the_last_checkpoint(options: Any, old_run: Path, monk
 
 
 # ---- schedule and offsets
-
-
-def test_schedule_of_the_demo_ends_with_the_training(options: Any, tmp_path: Path) -> None:
-    """Inherit the demo config and change only the number of epochs."""
-    derive(tmp_path / "short.py", CONFIG, "train_cfg = dict(max_epochs=2, val_interval=9)")
-    cli.train("", [str(tmp_path / "short.py"), *(x for x in options() if not x.startswith("train_cfg"))])
-    content = torch.load(tmp_path / "run" / "epoch_2.pth", weights_only=False)
-    assert content["param_schedulers"][1]["T_max"] == 3 * 2
 
 
 class Lengths(StrictRunner):

@@ -50,17 +50,6 @@ def test_bias_tensor_matches_formula(map_size: tuple[int, int], compiled: bool) 
     torch.testing.assert_close(output_and_gradients(attend, *map_size, *inputs), expected)
 
 
-@pytest.mark.parametrize("images", [0, 1, 3])
-@pytest.mark.parametrize("tokens", [1, 4, 14, 16])
-def test_rows_of_bias_are_aligned(tokens: int, images: int) -> None:
-    bias = torch.randn(1, tokens, tokens, 2).permute(0, 3, 1, 2).requires_grad_()
-    torch.library.opcheck(module._align, (bias, images, torch.float32))
-    aligned = module._align(bias, images, torch.bfloat16)
-    assert torch.equal(aligned, bias.bfloat16().expand(images, -1, -1, -1))
-    assert all(stride % 8 == 0 for stride in aligned.stride()[:3]) and aligned.stride(3) == 1
-    assert torch.equal(*torch.autograd.grad(aligned.sum(), bias), torch.full_like(bias, images))
-
-
 # ---- FlexAttention
 
 

@@ -156,12 +156,12 @@ def test_pickled_configurations_are_plain_data(tmp_path: Path) -> None:
 
 
 class Call:
-    """An object that pickles as a function call."""
+    """An object that pickles as a function call, followed by a state."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self.call = function, arguments
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None):
+        self.call = function, arguments, state
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
         return self.call
 
 

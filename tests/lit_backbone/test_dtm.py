@@ -66,7 +66,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("sampler")
-@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0])
+@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0, 1e6])
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21), (56, 56)])
 def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     inputs = random_inputs(2, 5, *size, reach=reach)
@@ -76,14 +76,6 @@ def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=2e-4, msg=lambda text, of=name: f"{of}: {text}")
         assert relative_error(result, reference) < 2e-5 or reference.norm() == 0, name
-
-
-@pytest.mark.usefixtures("sampler")
-def test_samples_far_outside_read_zero() -> None:
-    x, offset, weight, bias = random_inputs(1, 4, 6, 6, reach=1.0)
-    for shift in (-40.0, 40.0, 1e6):
-        out = warp_and_merge(x, offset + shift, weight, bias)
-        torch.testing.assert_close(out, bias[None, :, None, None].expand_as(out), rtol=0, atol=0)
 
 
 def assert_gradients_on_whole_pixels(offset: Tensor, height: int, width: int) -> None:

@@ -68,15 +68,6 @@ def test_chains_match_the_reference_algorithm(map_size: tuple[int, int], scale: 
     assert (dropped > 0) == (scale > 1)
 
 
-def test_samples_without_offsets_fill_the_cell() -> None:
-    chains = follow_offsets([torch.zeros(8, size, size) for size in (28, 14, 7)], (56, 56))
-    for row, column in [(0, 0), (3, 5), (6, 6)]:
-        grid = {(32 * row + 4 * i + 2.0, 32 * column + 4 * j + 2.0) for i in range(8) for j in range(8)}
-        assert set(map(tuple, chains.of(row, column).tolist())) == grid
-    assert [level.shape for level in chains.points] == [(7, 7, 4, 2), (7, 7, 16, 2), (7, 7, 64, 2)]
-    assert chains.points[0][2, 3].tolist() == [[72, 104], [72, 120], [88, 104], [88, 120]]  # centers of quarters
-
-
 def test_chains_of_a_model() -> None:
     model = small_lit()
     image = torch.randn(3, 72, 100)

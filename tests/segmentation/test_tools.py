@@ -16,7 +16,7 @@ from PIL import Image
 from demo.digit_scenes import write_scenes
 from lit_backbone import CheckpointError
 from lit_backbone.mm import DataError, cli, load_file
-from lit_backbone.mm.inference import build_parser, load_model
+from lit_backbone.mm.inference import load_model
 from tests.dense import check_offset_tool, derive, error_of, output_of
 from tests.programs import Program
 from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
@@ -112,25 +112,6 @@ def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
 
 
 # ---- invalid input
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(train_dataloader__dataset__data_prefix__img_path="images/none"), "images/none"),
-        (dict(train_dataloader__dataset__data_prefix__seg_map_path="semantic/none"), "refers to 6 missing files"),
-        (dict(model__decode_head__num_classes=150), "model.decode_head.num_classes=150: the data has 11 classes"),
-    ],
-)
-def test_invalid_settings_are_found_before_the_first_step(changes: dict, message: str, options: Any) -> None:
-    assert message in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
-
-
-@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
-def test_unavailable_device(device: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        build_parser("").parse_args(["a.jpg", "--config", "c.py", "--checkpoint", "c.pth", "--device", device])
-    assert f"argument --device: {device}: device is not available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,30 +80,18 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
 @torch.no_grad()
-def test_onnx(checkpoint: tuple[Path, nn.Module]) -> None:
-    path, model = checkpoint
-    file = path.with_suffix(".onnx")
-    assert export(path, "--format", "onnx").endswith(str(file))
+def test_onnx_of_logits_and_of_feature_maps(checkpoint: tuple[Path, nn.Module]) -> None:
+    (path, model), file = checkpoint, checkpoint[0].with_suffix(".onnx")
+    dense = ["--dense"] if "lit_s" in str(path.parent) else []
+    assert export(path, "--format", "onnx", *dense).endswith(str(file))
     for shape in SHAPES:
         x = torch.randn(shape)
-        torch.testing.assert_close(run_onnx(file, x), [model(x)], rtol=1e-4, atol=1e-4)
+        expected = model.forward_intermediates(x, intermediates_only=True) if dense else [model(x)]
+        torch.testing.assert_close(run_onnx(file, x), expected, rtol=1e-4, atol=1e-4)
     assert "GridSample" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     check_description(session.get_modelmeta().custom_metadata_map, path, model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
-@torch.no_grad()
-def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    path, model = checkpoint
-    export(path, "--format", "onnx", "--dense", "--output", tmp_path / "maps.onnx")
-    for shape in SHAPES:
-        x = torch.randn(shape)
-        maps = model.forward_intermediates(x, intermediates_only=True)
-        torch.testing.assert_close(run_onnx(tmp_path / "maps.onnx", x), maps, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -211,17 +199,3 @@ def test_errors(checkpoint: tuple[Path, nn.Module], tmp_path: Path, capsys: pyte
     (tmp_path / "file").touch()
     message = export(path, "--format", "safetensors", "--output", tmp_path / "file" / "a.safetensors")
     assert "a.safetensors: not written" in message and "\n" not in message
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_onnx_at_full_size(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("lit_s").eval()
-    for key, parameter in model.named_parameters():
-        if ".offset." in key:  # initialized to zero
-            parameter.normal_(std=0.02)
-    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    export(tmp_path / "model.pth", "--format", "onnx")
-    x = torch.randn(2, 3, 224, 224)
-    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), [model(x)], rtol=1e-4, atol=1e-4)

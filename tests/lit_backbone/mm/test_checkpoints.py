@@ -1,6 +1,5 @@
 """Checkpoint reader of mmengine: files of mmengine, other files, malicious files and downloads."""
 
-import builtins
 import functools
 import http.server
 import multiprocessing
@@ -23,17 +22,7 @@ from torch import nn
 from lit_backbone import CheckpointError
 from lit_backbone.checkpoints import stored_classes
 from lit_backbone.mm import checkpoints, load_file
-from tests.damage import damaged
-
-
-class Call:
-    """Object that pickles as a function call, followed by a state."""
-
-    def __init__(self, function: Any, *args: Any, state: Any = None):
-        self.call = function, args, state
-
-    def __reduce__(self) -> tuple[Any, tuple, Any]:
-        return self.call
+from tests.lit_backbone.test_checkpoints import Call
 
 
 def test_files_and_urls_are_read_safely_and_other_schemes_stay_registered() -> None:
@@ -44,21 +33,13 @@ def test_files_and_urls_are_read_safely_and_other_schemes_stay_registered() -> N
 
 
 @pytest.mark.parametrize(
-    "attack",
-    [
-        lambda mark: Call(os.mkdir, str(mark)),
-        lambda mark: Call(builtins.eval, f"__import__('os').mkdir({str(mark)!r})"),
-        lambda mark: Call(getattr, Path, "mkdir"),
-        lambda mark: Call(getattr, HistoryBuffer, "__init__"),
-    ],
+    "attack", [lambda mark: Call(os.mkdir, str(mark)), lambda mark: Call(getattr, HistoryBuffer, "__init__")]
 )
 def test_malicious_file_is_not_executed(tmp_path: Path, attack: Any) -> None:
     path, mark = tmp_path / "malicious.pth", tmp_path / "mark"
     torch.save({"state_dict": nn.Linear(2, 2).state_dict(), "meta": attack(mark)}, path)
-    try:
+    with pytest.raises(CheckpointError, match=f"{path}: .* could run code"):
         load_checkpoint(nn.Linear(2, 2), str(path))
-    except CheckpointError as error:
-        assert str(path) in str(error)
     assert not mark.exists()
 
 
@@ -122,27 +103,6 @@ def test_plain_metadata_of_mmengine_is_kept(tmp_path: Path) -> None:
     assert result["message_hub"]["runtime_info"] == {"best_score": 0.5, "keep_ckpt_ids": [1]}
     assert set(torch.serialization.get_safe_globals()) == safe_globals
     assert stored_classes(result) == stored_classes({"meta": {"CLASSES": ("a", "b")}}) == ["a", "b"]  # mmcv 1
-
-
-def test_damaged_file_gives_no_weights(tmp_path: Path) -> None:
-    """Load all weights or none from files that are truncated at each kilobyte or have a flipped bit."""
-    path, model = tmp_path / "damaged.pth", nn.Linear(30, 30)
-    torch.save({"state_dict": model.state_dict(), "log": HistoryBuffer([1.0, 2.0], [1, 1])}, path)
-    versions = damaged(path.read_bytes(), flips=200)
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
-    refused = 0
-    for version in versions:
-        path.write_bytes(version)
-        nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
-        try:
-            load_checkpoint(model, str(path), strict=True)
-            expected = saved
-        except CheckpointError as error:
-            refused += 1
-            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-            expected = {key: torch.zeros_like(value) for key, value in saved.items()}
-        torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
-    assert refused > 0.8 * len(versions)  # the other bits are not part of a member of the archive
 
 
 # ---- downloads
