@@ -201,13 +201,15 @@ def test_mismatched_checkpoints_are_not_tested(trained: Path, options: Any, tmp_
         return error_of(cli.test, "", [str(CONFIG), str(checkpoint), *options(**changes)])
 
     last = trained / "epoch_2.pth"
-    for meta in (dict(CLASSES=SWAPPED), dict(dataset_meta=dict(classes=SWAPPED))):  # of mmdet 2 and 3
+    for meta in (dict(CLASSES=SWAPPED), dict(dataset_meta=dict(classes=SWAPPED))):  # mmdetection 2 and 3
         torch.save(dict(meta=meta, state_dict=weights(last)), tmp_path / "swapped.pth")
         assert "Set metainfo.classes" in test_error(tmp_path / "swapped.pth")
     message = test_error(last, model__backbone__arch="lit_s", model__neck__in_channels="[96,192,384,768]")
     assert "epoch_2.pth: " in message and "RetinaNet with lit_s" in message
     (tmp_path / "cut.pth").write_bytes(last.read_bytes()[:10_000])
     assert "cut.pth: " in test_error(tmp_path / "cut.pth")
+    torch.save({"state_dict": {key: value * torch.nan for key, value in weights(last).items()}}, tmp_path / "nan.pth")
+    assert "nan.pth: " in (message := test_error(tmp_path / "nan.pth")) and "not finite" in message
 
 
 INVALID_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -67,7 +67,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("reach", [0.5, 3.0, 60.0, 1e6])
-@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21), (56, 56)])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21)])
 def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     inputs = random_inputs(2, 5, *size, reach=reach)
     expected = output_and_gradients(oracle, *inputs)

@@ -268,7 +268,7 @@ def assert_same_step(compiled: Callable[[Tensor], Tensor], model: LIT, x: Tensor
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["relative", "class_token"])
+@pytest.mark.parametrize("kind", ["relative", pytest.param("class_token", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph_for_all_batch_sizes(kind: str) -> None:
     model = small_lit(kind, depths=(1, 1, 1, 1))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
