@@ -17,7 +17,7 @@ from demo.digit_scenes import write_scenes
 from lit_backbone.mm import cli, labels, load_file
 from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
 from tests.detection.conftest import DEMO, DETECTION, build_options, classes_of_all_splits
-from tests.programs import Program
+from tests.programs import Program, start_pair
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 TOOLS = DETECTION / "tools"
@@ -100,16 +100,16 @@ def test_resume_executes_no_config_text_and_warns_of_overridden_settings(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["detection", "segmentation"])
-def test_two_processes_train_and_test(folder: str, fixed_config: Path, options: Any, tmp_path: Path) -> None:
-    """The scripts of both folders launch the same commands."""
-    tools, flags = DETECTION.parent / folder / "tools", ["--amp", "--auto-scale-lr"]
-    output = output_of_script(tools / "dist_train.sh", fixed_config, 2, *options("two"), *flags)
+def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path: Path) -> None:
+    flags = ["--amp", "--auto-scale-lr"]
+    output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *options("two"), *flags)
     assert "No GPU is available. Training in float32" in output
     assert "Scaling the original LR by 0.5" in output  # batch size 2 x 2 instead of 8
     checkpoint = tmp_path / "two" / "epoch_1.pth"
     assert load_file(str(checkpoint))["meta"]["iter"] == 2  # 6 images, 2 ranks x 2
-    assert "coco/bbox_mAP_50" in output_of_script(tools / "dist_test.sh", CONFIG, checkpoint, 2, *options("two"))
+    command = [TOOLS / "test.py", CONFIG, checkpoint, *options("two"), "--launcher", "pytorch"]
+    for program in start_pair(command, command):
+        program.finish()
 
 
 @pytest.mark.parametrize("classes", [("0", "1", "2"), SWAPPED], ids=["number", "names"])

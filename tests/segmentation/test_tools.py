@@ -17,8 +17,8 @@ from demo.digit_scenes import write_scenes
 from lit_backbone import CheckpointError
 from lit_backbone.mm import DataError, cli, load_file
 from lit_backbone.mm.inference import load_model
-from tests.dense import check_offset_tool, derive, error_of, output_of
-from tests.programs import Program
+from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
+from tests.programs import Program, start_pair
 from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
 
 CONFIG = DEMO / "fpn_lit_digit_scenes.py"
@@ -105,6 +105,15 @@ def test_segment_draws_with_a_legend_and_skips_bad_images(trained: Path, scenes:
     mask = np.array(Image.open(tmp_path / "drawn" / "masks" / "00000.png"))
     result = inference_model(load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu"), str(images[2]))
     assert np.mean(mask == result.pred_sem_seg.data[0].numpy()) > 0.99
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path: Path) -> None:
+    command = [TOOLS / "train.py", fixed_config, *options("two", train_cfg__max_iters=2), "--launcher", "pytorch"]
+    for program in start_pair(command, command):
+        program.finish()
+    output = output_of_script(TOOLS / "dist_test.sh", CONFIG, tmp_path / "two" / "iter_2.pth", 2, *options("two"))
+    assert re.search(r"mIoU: \d", output)
 
 
 def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
