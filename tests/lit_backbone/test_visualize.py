@@ -112,6 +112,13 @@ def test_chains_of_a_model() -> None:
             torch.testing.assert_close(chains.of(row, column), expected, atol=1e-3, rtol=0)
 
 
+def test_undeformed_chains_fill_the_cell(chains: SamplingChains) -> None:
+    plain = chains.scaled(3).undeformed()
+    expected = follow_offsets([torch.zeros(8, size, 3 * size // 2) for size in (8, 4, 2)], (16, 24))
+    assert plain.cell == 3 * chains.cell
+    assert all(torch.equal(a, 3 * b) for a, b in zip(plain.points, expected.points, strict=True))
+
+
 def test_model_without_dtm_is_refused() -> None:
     with pytest.raises(DataError, match="no deformable token merging"):
         sampling_chains(small_lit("conv_merging"), torch.randn(3, 64, 64))
