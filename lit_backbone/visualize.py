@@ -115,7 +115,7 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
     cell = factor * chains.cell
     width = max(2, min(drawing.size) // 200)
     draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
-    spacing = cell / 2 ** len(chains.points)  # of points without offsets, which do not overlap
+    spacing = cell / 2 ** len(chains.points)  # distance of neighboring points without offsets
     radius = round(min(min(drawing.size) / 120, 0.4 * spacing))
     for y, x in (factor * chains.of(row, column)).round().tolist():
         box = (x - radius, y - radius, x + radius, y + radius)
