@@ -100,7 +100,7 @@ def check_python(folder: Path, args: list[str]) -> None:
     script, args = folder / args[0], args[1:]
     check_keys(folder, parse(script, args), ranks)
     if ranks == 1 and script.name not in ("train.py", "test.py") and "DATA.DATASET" not in args:
-        small = ["--opts", *SMALL] if script.name == "main.py" else []
+        small = ["--batch-size", "4", "--opts", *SMALL] if script.name == "main.py" else []
         small = small if folder.name == "classification" else ["--cfg-options", *TINY_BACKBONE]
         Program(script, *args, *small, prepare=partial(os.chdir, folder)).finish()
 
