@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision.transforms.functional import normalize, to_pil_image
 
 from lit_backbone import CheckpointError
 from lit_backbone.images import DataError, open_rgb
 from lit_backbone.safe_reader import printable
-from lit_backbone.visualize import add_model_arguments, add_offset_arguments, write_offsets
+from lit_backbone.visualize import add_model_arguments, add_offset_arguments, enlargement, write_offsets
 from lit_classification.config import ConfigError, import_modules
+from lit_classification.data import eval_preprocessing
 from lit_classification.model import load_classifier
 
 
@@ -33,8 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         image = open_rgb(args.vis_image)
         classifier = load_classifier(args.resume, device, args.model, args.img_size)
         x = classifier.transform(image)  # (3, H, W)
-        shown = to_pil_image(normalize(x, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
-        folder, options = args.output / args.vis_image.stem, dict(grid=args.grid, html=args.html, at_most=args.at_most)
+        factor = enlargement(*x.shape[1:])
+        size = (3, factor * x.shape[1], factor * x.shape[2])
+        sharp = create_transform(**eval_preprocessing(classifier.config) | {"input_size": size})(image)
+        shown = to_pil_image(normalize(sharp, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
+        folder = args.output / args.vis_image.stem
+        options = dict(grid=args.grid, plain=args.plain, html=args.html, at_most=args.at_most)
         print(printable(write_offsets(classifier.model, x.to(device), shown, folder, **options)))
     except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(f"error: {error}")

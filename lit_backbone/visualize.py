@@ -47,6 +47,17 @@ class SamplingChains(NamedTuple):
         points = self.points[-1][row, column]
         return points[~points.isnan().any(dim=-1)]
 
+    def scaled(self, factor: int) -> "SamplingChains":
+        """Return the same chains in an image that is `factor` times as large."""
+        return SamplingChains([factor * points for points in self.points], factor * self.cell)
+
+    def undeformed(self) -> "SamplingChains":
+        """Return the chains of plain 2x2 merging, which are those of DTM without offsets."""
+        (height, width), levels = self.size, len(self.points)
+        offsets = [torch.zeros(8, height << i, width << i) for i in reversed(range(levels))]
+        plain = follow_offsets(offsets, (height << levels, width << levels))
+        return plain.scaled(self.cell // plain.cell)
+
 
 @torch.inference_mode()
 def sampling_chains(model: LIT, image: Tensor) -> SamplingChains:
@@ -104,7 +115,8 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
     cell = factor * chains.cell
     width = max(2, min(drawing.size) // 200)
     draw.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), None, CELL_COLOR, width)
-    radius = round(min(min(drawing.size) / 120, 0.4 * factor * PATCH_SIZE))  # without offsets, points do not overlap
+    spacing = cell / 2 ** len(chains.points)  # distance of neighboring points without offsets
+    radius = round(min(min(drawing.size) / 120, 0.4 * spacing))
     for y, x in (factor * chains.of(row, column)).round().tolist():
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, POINT_COLOR, "white" if radius > 2 else None)
@@ -133,14 +145,16 @@ def write_offsets(
     folder: Path,
     *,
     grid: bool = False,
+    plain: bool = False,
     html: Path | None = None,
     at_most: int | None = None,
 ) -> str:
     """Draw the sampling points of the model input `x` `(3, H, W)` into `image` and return a one-line summary.
 
-    The files are `<row>-<column>.png` or `grid.png` in `folder`. :func:`add_offset_arguments` describes the options.
+    `image` shows the same as `x`. Its resolution may be higher by an integer factor. The files are
+    `<row>-<column>.png` or `grid.png` in `folder`. :func:`add_offset_arguments` describes the options.
     """
-    chains = sampling_chains(model, x)
+    chains = sampling_chains(model, x).scaled(image.width // x.shape[-1])
     (height, width), is_lost = chains.size, chains.points[-1].isnan().any(dim=-1)
     summary = f"{height} x {width} tokens, {(~is_lost).sum()} sampling points"
     summary += f", {is_lost.sum()} dropped outside the feature map"
@@ -154,7 +168,12 @@ def write_offsets(
     if len(tokens) < height * width:
         summary += f"; {len(tokens)} tokens drawn"
     bar = tqdm(tokens, disable=None, delay=2, leave=False)
-    drawings = (draw_points(image, chains, row, column) for row, column in bar)
+
+    def draw(row: int, column: int) -> Image.Image:
+        shown = [chains.undeformed(), chains] if plain else [chains]
+        return draw_sheet([draw_points(image, item, row, column) for item in shown], len(shown), len(shown))
+
+    drawings = (draw(row, column) for row, column in bar)
     if grid:
         draw_sheet(drawings, len(tokens), len(columns)).save(folder / "grid.png")
         return f"{folder / 'grid.png'}: {summary}"
@@ -189,6 +208,7 @@ def positive(text: str) -> int:
 def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add options that correspond to the keywords of :func:`write_offsets`."""
     parser.add_argument("--grid", action="store_true", help="write one sheet of all tokens instead of separate images")
+    parser.add_argument("--plain", action="store_true", help="draw plain 2x2 merging beside each token")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML viewer instead of images")
     parser.add_argument("--at-most", type=positive, metavar="N", help="draw N evenly spaced rows and columns (all)")
 

@@ -104,7 +104,7 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     if args.html and len(images) > 1:
         raise DataError(f"--html {args.html}: {len(images)} images, but the viewer shows one. Pass a single image.")
     mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
-    options = dict(grid=args.grid, html=args.html, at_most=args.at_most)
+    options = dict(grid=args.grid, plain=args.plain, html=args.html, at_most=args.at_most)
 
     def visualize(image: np.ndarray, path: str, output: Path) -> str:
         x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)

@@ -80,6 +80,13 @@ def test_chains_of_a_model() -> None:
     assert_follows_reference(chains, offsets, (18, 25))
 
 
+def test_undeformed_chains_fill_the_cell(chains: SamplingChains) -> None:
+    plain = chains.scaled(3).undeformed()
+    expected = follow_offsets([torch.zeros(8, size, 3 * size // 2) for size in (8, 4, 2)], (16, 24))
+    assert plain.cell == 3 * chains.cell
+    assert all(torch.equal(a, 3 * b) for a, b in zip(plain.points, expected.points, strict=True))
+
+
 # ---- drawings
 
 
