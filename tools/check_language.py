@@ -75,7 +75,7 @@ def violations(path: Path) -> list[tuple[int, str]]:
 
 def main() -> None:
     """Print the violations in the named files, or in all text files, and exit with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("files", nargs="*", type=Path, help="default: all text files of the project")
     report = [
         f"{os.path.relpath(path)}:{number}: {message}"

@@ -45,7 +45,7 @@ def broken_links(path: Path) -> list[tuple[int, str]]:
 
 def main() -> None:
     """Print the broken links of the named files, or of all Markdown files, and exit with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("files", nargs="*", type=Path, help="default: all Markdown files of the project")
     report = [
         f"{os.path.relpath(path)}:{number}: {message}"

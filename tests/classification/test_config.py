@@ -50,7 +50,7 @@ MISTAKES = [  # key, value, beginning of the message after the place
     ("EPOCHS", "5", "EPOCHS: unknown key; did you mean TRAIN.EPOCHS?"),
     ("TRAIN.OPTIMIZER.BETA", "5", "TRAIN.OPTIMIZER.BETA: unknown key; did you mean TRAIN.OPTIMIZER.BETAS?"),
     ("TEST.XYZ", "5", "TEST.XYZ: unknown key; choose from TEST.CROP, TEST.AMP_DTYPE"),
-    ("MODEL.LIT.EMBED_DIM", "96", "MODEL.LIT.EMBED_DIM: unknown key; did you mean MODEL.LIT.embed_dims?"),
+    ("MODEL.LIT.embed_dim", "96", "MODEL.LIT.embed_dim: unknown key; did you mean MODEL.LIT.embed_dims?"),
     ("MODEL.LIT.pretrained", "true", "MODEL.LIT.pretrained: unknown key"),
     # Types
     ("TRAIN.EPOCHS", "abc", "TRAIN.EPOCHS: expected a valid integer, got 'abc' (number of epochs, warm-up included)"),
@@ -71,15 +71,18 @@ MISTAKES = [  # key, value, beginning of the message after the place
     ("DATA.DATASET", "cifar10", "DATA.DATASET: String should match pattern '^(|imagenet|.+/.+)$', got 'cifar10'"),
     ("DATA.INTERPOLATION", "cubic", "DATA.INTERPOLATION: expected 'bicubic', 'bilinear', 'nearest' or 'random', got"),
     ("MODEL.NUM_CLASSES", "1000000000", "MODEL.NUM_CLASSES: expected less than or equal to 100000, got 1000000000"),
-    ("MODEL.LIT.depths", "1000000", "MODEL.LIT.depths: expected less than or equal to 64, got 1000000"),
+    ("MODEL.LIT.depths", "[2, 2, 65, 2]", "MODEL.LIT.depths: expected less than or equal to 64, got 65"),
+    ("MODEL.LIT.depths", "2", "MODEL.LIT.depths: expected a valid tuple, got 2 (blocks per stage)"),
+    ("MODEL.LIT.embed_dims", "96", "MODEL.LIT.embed_dims: expected a valid tuple, got 96 (channels per stage)"),
     ("AUG.SCALE", "[1.0, 0.08]", "AUG.SCALE: expected [low, high], got [1.0, 0.08]"),
     ("AUG.AUTO_AUGMENT", "randaug", "AUG.AUTO_AUGMENT: timm knows no policy 'randaug'; such as rand-m9-mstd0.5-inc1"),
     ("TAG", "../../x", "TAG: String should match pattern '^([^./\\\\][^/\\\\]*)?$', got '../../x' (name of the run,"),
     ("TAG", "..", "TAG: String should match pattern"),
     # Keys of the original and of earlier versions
-    ("AMP_OPT_LEVEL", "O1", "AMP_OPT_LEVEL: is now RUNTIME.AMP_DTYPE"),
+    ("AMP_OPT_LEVEL", "O3", "AMP_OPT_LEVEL: is now RUNTIME.AMP_DTYPE"),
     ("DATA.ON_BAD_IMAGE", "skip", "DATA.ON_BAD_IMAGE: is gone; an unreadable image stops the run, delete the key"),
     ("MODEL.LIT.img_size", "64", "MODEL.LIT.img_size: is set by DATA.IMG_SIZE"),
+    ("MODEL.DROP_RATE", "0.1", "MODEL.DROP_RATE: is not implemented for LIT, which is regularized by MODEL.DROP_PATH_"),
     # Models
     ("MODEL.NAME", "lit-small", "MODEL.NAME: timm knows no model 'lit-small'; choose from lit_b, lit_m, lit_s, lit_ti"),
     ("MODEL.NAME", "LIT-Ti", "MODEL.NAME: timm knows no model 'LIT-Ti'; did you mean lit_ti?"),
@@ -87,7 +90,7 @@ MISTAKES = [  # key, value, beginning of the message after the place
     ("MODEL", "{NAME: resnet18.foo}", "MODEL.NAME: makes no model: Invalid pretrained tag (foo)"),
     ("MODEL", "{NAME: vgg11, NUM_CLASSES: 2}", "MODEL.NAME: makes no model: VGG.__init__() got an unexpected"),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS: makes no model: "),
-    ("MODEL", "{NAME: resnet18, LIT: {depths: 1}}", "MODEL.LIT: has no effect on resnet18; use MODEL.KEYWORDS"),
+    ("MODEL", "{NAME: resnet18, LIT: {mlp_ratios: 1}}", "MODEL.LIT: has no effect on resnet18; use MODEL.KEYWORDS"),
     ("MODEL.KEYWORDS", "{depths: 1}", "MODEL.KEYWORDS: has no effect on lit_s; use MODEL.LIT"),
     # Combinations
     ("TRAIN.EPOCHS", "20", "TRAIN.WARMUP_EPOCHS: 20 must be less than TRAIN.EPOCHS, which is 20"),
@@ -177,7 +180,7 @@ def test_files_inherit_in_order_and_relative_to_themselves(write, tmp_path):
 
 
 def test_mistake_is_attributed_to_the_layer_that_made_it(write):
-    a = write("{TRAIN: {EPOCHS: 30}, MODEL: {LIT: {merging: conv, embed_dims: 97}}}", "a.yaml")
+    a = write("{TRAIN: {EPOCHS: 30}, MODEL: {LIT: {merging: conv, num_heads: 97}}}", "a.yaml")
     b = write("{BASE: [a.yaml], SEED: 1}", "b.yaml")
     assert config_error(b).startswith(f"{a}: MODEL.LIT: ")
     assert config_error(b, ["TRAIN.EPOCHS", "abc"]).startswith("--opts: TRAIN.EPOCHS: ")
@@ -259,7 +262,7 @@ def test_stored_config_ignores_unknown_keys_with_one_warning_and_fills_missing_o
     tree["DATA"]["ON_BAD_IMAGE"] = "skip"  # a key of earlier versions
     del tree["AUG"], tree["TRAIN"]["EMA"]
     config, warnings = stored_config(caplog, tree)
-    assert config == Config.model_validate({"SEED": 7, "MODEL": {"LIT": {"depths": 1}}})
+    assert config == Config.model_validate({"SEED": 7, "MODEL": {"LIT": {"depths": [1] * 4}}})
     assert warnings == ["x.pth: config: ignoring unknown keys MODEL.LIT.rope, NEW, SEEDS"]
 
 

@@ -19,9 +19,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from lit_backbone import CheckpointError
+from lit_backbone import CheckpointError, safe_reader
 from lit_backbone.checkpoints import stored_classes
-from lit_backbone.mm import checkpoints, load_file
+from lit_backbone.mm import load_file
 from tests.damage import damaged
 
 
@@ -207,7 +207,7 @@ def test_url_is_downloaded_once(server: Server) -> None:
 
 def test_stalled_download_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.resume = threading.Event()
-    monkeypatch.setattr(checkpoints, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(safe_reader, "DOWNLOAD_TIMEOUT", 0.2)
     with pytest.raises(CheckpointError, match="w.pth: download failed .*timed out"):
         load_file(f"{server.url}/w.pth")
     server.resume.set()
