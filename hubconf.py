@@ -19,19 +19,15 @@ def _entry(name: str):
         weights = lit_backbone.load_checkpoint(checkpoint, content=content)
         size, num_classes = checkpoints.infer_img_size_and_num_classes(weights)
         kwargs = dict(img_size=size, num_classes=num_classes) | kwargs
-        overlay = dict(label_names=checkpoints.stored_classes(content) or None) | checkpoints.stored_data_config(
-            content
-        )
-        overlay["input_size"] = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
-        kwargs["pretrained_cfg_overlay"] = overlay | kwargs.get("pretrained_cfg_overlay", {})
+        data_config = checkpoints.stored_data_config(content)
+        data_config["input_size"] = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
+        kwargs["pretrained_cfg_overlay"] = data_config | kwargs.get("pretrained_cfg_overlay", {})
         model = timm.create_model(name, **kwargs)
         model.load_state_dict(lit_backbone.load_checkpoint(checkpoint, model, content=content))
         return model
 
-    load.__name__ = name
-    load.__doc__ = f"Create {name}. Other keywords are those of `timm.create_model`."
+    load.__name__, load.__doc__ = name, f"Create {name}. Other keywords are those of `timm.create_model`."
     return load
 
 
-lit_ti, lit_s, lit_m, lit_b = map(_entry, ("lit_ti", "lit_s", "lit_m", "lit_b"))
-pvt_small_full_msa = _entry("pvt_small_full_msa")
+lit_ti, lit_s, lit_m, lit_b, pvt_small_full_msa = map(_entry, lit_backbone.lit.ARCHS)

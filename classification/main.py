@@ -25,12 +25,20 @@ from lit_backbone import CheckpointError, load_checkpoint, original, read_checkp
 from lit_backbone.checkpoints import stored_classes
 from lit_backbone.dtm import dtm_statistics
 from lit_backbone.images import DataError
+from lit_backbone.precision import amp_dtype
 from lit_classification import checkpointing, data, distributed
 from lit_classification.checkpointing import BEST, LATEST, TrainState, save_checkpoint
 from lit_classification.config import Config, ConfigError, result_settings
 from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
-from lit_classification.engine import NonFiniteError, epoch_averages, evaluate, measure_throughput, train_one_epoch
+from lit_classification.engine import (
+    NonFiniteError,
+    epoch_averages,
+    evaluate,
+    measure_throughput,
+    to_device,
+    train_one_epoch,
+)
 from lit_classification.logs import RunLog, confusion_matrix, setup_logging, worst_classes, write_evaluation
 from lit_classification.model import (
     adopt_keywords,
@@ -82,7 +90,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     data.check_classes(config, train_set, val_set)
     train_loader = data.build_train_loader(train_set, config, ranks)
     val_loader = data.build_val_loader(val_set, config, ranks)
-    probe = torch.stack([val_set[i][0] for i in range(0, len(val_set), len(val_set) // 32 + 1)]).to(ranks.device)
+    probe = torch.stack([val_set[i][0] for i in range(0, len(val_set), len(val_set) // 32 + 1)])
+    probe, _ = to_device((probe, torch.zeros(0)), config, ranks)
 
     model = build_model(config, ranks.device)
     frozen = freeze(model, config)
@@ -92,7 +101,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     if ema and config.RUNTIME.COMPILE:
         ema.module.compile()  # a copy is not compiled
     optimizer = build_optimizer(model, config)
-    is_fp16 = distributed.amp_dtype(config.RUNTIME.AMP_DTYPE, ranks.device) == torch.float16
+    is_fp16 = amp_dtype(config.RUNTIME.AMP_DTYPE, ranks.device) == torch.float16
     scaler = GradScaler(ranks.device.type, enabled=is_fp16)
     steps_per_epoch = train_loader.batch_sampler.steps
     schedule = Schedule(optimizer, config, steps_per_epoch)
@@ -185,6 +194,17 @@ def log_start(config: Config, ranks: Ranks, state: TrainState) -> None:
         _logger.warning(f"TRAIN.EMA {config.TRAIN.EMA}: {share:.0%} of the last average are initial weights; lower it")
 
 
+def join_ranks(config: Config) -> Ranks:
+    """Join the other ranks. Raise ConfigError if the device lacks a configured precision."""
+    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
+    for key, precision in {"RUNTIME": config.RUNTIME.AMP_DTYPE, "TEST": config.TEST.AMP_DTYPE}.items():
+        try:
+            amp_dtype(precision, ranks.device)
+        except ValueError as error:
+            raise ConfigError(f"{key}.AMP_DTYPE: {error}") from error
+    return ranks
+
+
 def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> None:
     """Evaluate --resume with the config that it stores or, if it stores none, with --cfg."""
     config = load_config(args.cfg, args.opts, training=False, **shortcuts) if args.cfg else None
@@ -196,7 +216,7 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     content = read_checkpoint(path)
     stored = config_from_checkpoint(content, path, args.opts, **shortcuts)
     config = stored or config or find_config(content, path, args.opts, **shortcuts)
-    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
+    ranks = join_ranks(config)
     setup_logging(ranks.rank)
     if stored and args.cfg:
         _logger.info(f"{path} stores its config, which replaces {args.cfg} except for DATA_PATH; --opts overrides it")
@@ -227,7 +247,7 @@ def run(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args, shortcuts)
     name, opts = locate_run(args.cfg)
     config = load_config(args.cfg, [*opts, *args.opts], training=args.mode == "train", **shortcuts)
-    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
+    ranks = join_ranks(config)
     if args.mode == "throughput":
         setup_logging(ranks.rank)
         speed = measure_throughput(build_model(config, ranks.device), config, ranks)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from lit_backbone import CheckpointError
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
+from lit_backbone.precision import PRECISIONS, amp_dtype, autocast
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import positive
 from lit_classification.config import ConfigError, import_modules
@@ -21,13 +22,15 @@ Prediction = tuple[str, float]  # class description and probability
 
 @torch.inference_mode()
 def predict(
-    classifier: Classifier, paths: list[str], topk: int, device: torch.device
+    classifier: Classifier, paths: list[str], topk: int, device: torch.device, amp: str = "off"
 ) -> Iterator[tuple[str, list[Prediction] | DataError]]:
     """Yield each path with its `topk` most probable classes, or with the reason why it cannot be read."""
     for batch in tqdm(image_loader(paths, classifier.transform), "predict", disable=None, leave=False, unit="batch"):
         rows = iter(())
         if readable := [image for _, image in batch if not isinstance(image, DataError)]:
-            probabilities = classifier.model(torch.stack(readable).to(device)).softmax(dim=1)  # (B, classes)
+            with autocast(amp, device):
+                logits = classifier.model(torch.stack(readable).to(device))
+            probabilities = logits.float().softmax(dim=1)  # (B, classes)
             values, labels = probabilities.topk(min(topk, len(classifier.classes)))  # (B, topk)
             rows = zip(values.tolist(), labels.tolist())
         for path, image in batch:
@@ -50,15 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
+    parser.add_argument(
+        "--amp", choices=PRECISIONS, default="off", help="precision; auto = bf16 on a GPU (%(default)s)"
+    )
     parser.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="modules to import")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_errors = 0
     try:
+        amp_dtype(args.amp, device)
+    except ValueError as error:
+        parser.error(f"argument --amp: {error}")
+    try:
         import_modules(args.imports)
         paths = find_images(args.images)
         classifier = load_classifier(args.checkpoint, device)
-        for path, result in predict(classifier, paths, args.topk, device):
+        for path, result in predict(classifier, paths, args.topk, device, args.amp):
             if isinstance(result, DataError):
                 num_errors += 1
                 tqdm.write(f"error: {result}", file=sys.stderr)

@@ -65,9 +65,8 @@ class Composer:
 
     def compose(self, number: int) -> tuple[np.ndarray, list[Digit], dict[str, Any]]:
         """Return the pixels `(size, size, 3)`, the digits and the origin of the background of a scene."""
-        rng = np.random.default_rng((0, self.split, number))
+        rng, digits = np.random.default_rng((0, self.split, number)), []
         pixels, origin = self.cut_background(rng)
-        digits: list[Digit] = []
         count = rng.integers(*NUM_DIGITS, endpoint=True)
         while len(digits) < count:
             self.try_digit(pixels, digits, rng)
@@ -146,20 +145,18 @@ def write_split(root: Path, split: str, size: int, count: int) -> bool:
     info = {"description": "scanned digits over dimmed photos", "size": size, "scenes": count}
     images, semantic, annotations = (root / kind / split for kind in ("images", "semantic", "annotations"))
     path = annotations.with_suffix(".json")
-    stems = [f"{number:05d}" for number in range(count)]
-    old = [*images.glob(5 * "[0-9]" + ".jpg"), *semantic.glob(5 * "[0-9]" + ".png")]
     if path.is_file() and json.loads(path.read_text())["info"] == info:
-        if sorted(file.stem for file in old) == sorted(2 * stems):
-            return False
+        return False
     for folder in (images, semantic, annotations.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    for file in (path, *old):
+    for file in (path, *images.glob(5 * "[0-9]" + ".jpg"), *semantic.glob(5 * "[0-9]" + ".png")):
         file.unlink(missing_ok=True)
     composer = Composer(split, size)
     categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
     coco: dict[str, Any] = {"info": info, "images": [], "annotations": [], "categories": categories}
-    for number, stem in enumerate(tqdm(stems, f"composing {split} scenes", delay=1, disable=None)):
+    for number in tqdm(range(count), f"composing {split} scenes", delay=1, disable=None):
         pixels, digits, origin = composer.compose(number)
+        stem = f"{number:05d}"
         coco["images"].append({"id": number, "file_name": f"{stem}.jpg", "height": size, "width": size} | origin)
         for digit in digits:
             area = np.count_nonzero(digit.mask)

@@ -50,21 +50,12 @@ class QueryAttention(TorchFunctionMode):
 def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[int, Tensor]:
     """Compute the attention of one query token per stage to all tokens of its feature map.
 
-    Args:
-        model: a LIT in evaluation mode.
-        images: `(B, 3, H, W)`, normalized as in evaluation.
-        queries: for each stage, the row-major index of the query token; the class token is not counted.
-
-    Returns:
-        A dictionary from the 0-based index of each attention stage to probabilities `(B, blocks, heads, h, w)`. They
-        sum to 1 over the feature map; with a class token, they sum to 1 minus its share.
+    The result maps the 0-based index of each attention stage to probabilities `(B, blocks, heads, h, w)`. They sum to 1
+    over the feature map, or with a class token to 1 minus its share. `queries` holds the row-major index of the query
+    token in each stage, without the class token.
     """
-    attending = [
-        (i, stage.cls_token is not None)
-        for i, stage in enumerate(model.stages)
-        for block in stage.modules()
-        if isinstance(block, AttentionBlock)
-    ]
+    blocks = [(i, stage, block) for i, stage in enumerate(model.stages) for block in stage.modules()]
+    attending = [(i, stage.cls_token is not None) for i, stage, block in blocks if isinstance(block, AttentionBlock)]
     fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
     set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
     try:
@@ -87,19 +78,13 @@ def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
     drawing = drawing.resize((side * width, side * height), Image.Resampling.NEAREST)
     y, x = side * (query // width), side * (query % width)
     ImageDraw.Draw(drawing).rectangle((x - 1, y - 1, x + side, y + side), None, CELL_COLOR, 2)
-    font, line = ImageFont.load_default(13), 20
-    labeled = Image.new("RGB", (drawing.width, drawing.height + line), "white")
-    labeled.paste(drawing, (0, line))
-    ImageDraw.Draw(labeled).text((2, line / 2), caption, "black", font, anchor="lm")
+    labeled = ImageOps.expand(drawing, (0, 20, 0, 0), "white")
+    ImageDraw.Draw(labeled).text((2, 10), caption, "black", ImageFont.load_default(13), anchor="lm")
     return labeled
 
 
 def choose_tokens(tokens: list[int] | None, map_sizes: list[tuple[int, int]]) -> list[int]:
-    """Return the query token of each stage, by default at the same relative place as in the paper.
-
-    Raises:
-        DataError: a token is outside of its feature map.
-    """
+    """Return the query token of each stage, by default at the same relative place as in the paper."""
     if tokens is None:
         places = [(token // side / side, token % side / side) for token, side in zip(PAPER_TOKENS, PAPER_SIDES)]
         return [int(y * height) * width + int(x * width) for (y, x), (height, width) in zip(places, map_sizes)]

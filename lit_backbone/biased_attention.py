@@ -5,10 +5,7 @@ Large feature maps use FlexAttention on a GPU, and rows of queries for inference
 """
 
 import warnings
-from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 # On a GPU, FlexAttention is as fast from here on (H100, bfloat16, docs/performance.md) and uses less memory.
 LARGE_MAP, LARGE_MAP_ON_GPU = 576, 2048
 
-HAS_TRITON = find_spec("triton") is not None
+compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 
 
 def is_exporting() -> bool:
@@ -33,16 +30,10 @@ def is_exporting() -> bool:
 
 
 def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """Expand a table of relative position biases to a bias tensor.
+    """Expand a table of relative position biases to a bias tensor `(1, heads, N, N)` in the same dtype.
 
-    Args:
-        table: `(1, heads, 2 * height - 1, 2 * width - 1)`, indexed by the displacement from key to query.
-        height: rows of the feature map.
-        width: columns of the feature map.
-
-    Returns:
-        `(1, heads, N, N)` with `N = height * width`, indexed by query token and key token in row-major order. The dtype
-        is that of the table.
+    The table is indexed by the displacement from key to query, the result by query token and key token in row-major
+    order. See :func:`biased_attention` for the arguments.
     """
     tokens = height * width
     if torch.compiler.is_compiling() or is_exporting():  # unfold recompiles for every size
@@ -63,8 +54,7 @@ def _bias_rows(table: Tensor, height: int, width: int) -> Tensor:
 
 def _displacements(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return two int32 tensors `(N,)`; query minus key is the index of a pair of tokens in the flattened table."""
-    y = torch.arange(height, device=device, dtype=torch.int32)
-    x = torch.arange(width, device=device, dtype=torch.int32)
+    y, x = (torch.arange(size, device=device, dtype=torch.int32) for size in (height, width))
     key = (y[:, None] * (2 * width - 1) + x).flatten()
     return key + (height - 1) * (2 * width - 1) + (width - 1), key
 
@@ -83,13 +73,8 @@ def flex_attention_with_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, hei
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query_token: Tensor, key_token: Tensor) -> Tensor:
         return score + table[head, query[query_token] - key[key_token]]
 
-    attend: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    return attend(q, k, v, score_mod=add_bias)
-
-
-@lru_cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention
+    return attend(q, k, v, score_mod=add_bias)  # pyrefly: ignore[bad-return]
 
 
 @lru_cache
@@ -111,21 +96,17 @@ def _has_flex_attention(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def _use_flex_attention(q: Tensor) -> bool:
-    return (
-        HAS_TRITON
-        and not torch.are_deterministic_algorithms_enabled()  # the table's gradient uses atomic additions
-        and q.shape[-1] >= 16  # required by FlexAttention
-        and q.dtype != torch.float64
-        # the probe cannot run inside a graph that is being compiled
-        and (torch.compiler.is_compiling() or _has_flex_attention(q.device, q.dtype, q.shape[-1]))
-    )
+    # FlexAttention needs 16 channels per head; the gradient of the table uses atomic additions
+    if q.shape[-1] < 16 or q.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return False
+    # the probe cannot run inside a graph that is being compiled
+    return torch.compiler.is_compiling() or _has_flex_attention(q.device, q.dtype, q.shape[-1])
 
 
 def row_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
-    """Compute attention by rows of queries, for inference on a CPU.
+    """Compute attention by rows of queries, for inference on a CPU. See :func:`biased_attention` for the arguments.
 
-    PyTorch's CPU kernel reads the biases of a row from an overlapping view, so that no tensor has N x N entries. See
-    :func:`biased_attention` for the arguments.
+    PyTorch's CPU kernel reads the biases of a row from an overlapping view, so that no tensor has N x N entries.
     """
     biases = _bias_rows(table.to(q.dtype), height, width).flatten(3)  # -> (heads, H, W, N), a view
     # Heads take the place of images, and query rows that of heads, so that the biases of a head stay in the cache.
@@ -161,24 +142,16 @@ _align.register_autograd(_align_backward)
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Compute attention over a whole feature map with a relative position bias.
 
+    Queries, keys, values and the result are `(B, heads, N, C / heads)` with `N = height * width`. The table is
+    `(1, heads, 2 * height - 1, 2 * width - 1)` in any floating dtype.
+
     The bias is a tensor for small feature maps, for training on a CPU, in exported models, and in compiled models on a
     CPU. It is also a tensor if timm's fused attention is disabled: TIMM_FUSED_ATTN=0 or `set_fused_attn(False)`.
-
-    Args:
-        q: queries, `(B, heads, N, C / heads)` with `N = height * width`.
-        k: keys, same shape.
-        v: values, same shape.
-        table: `(1, heads, 2 * height - 1, 2 * width - 1)`, any floating dtype.
-        height: rows of the feature map.
-        width: columns of the feature map.
-
-    Returns:
-        `(B, heads, N, C / heads)` in the dtype of the queries.
     """
+    is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, table))
     if use_fused_attn() and not is_exporting():
         if q.is_cuda and height * width >= LARGE_MAP_ON_GPU and _use_flex_attention(q):
             return flex_attention_with_bias(q, k, v, table, height, width)
-        is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, table))
         # a compiled graph for all sizes must not depend on the number of tokens
         if q.is_cpu and not is_training and not torch.compiler.is_compiling() and height * width >= LARGE_MAP:
             return row_attention(q, k, v, table, height, width)
@@ -186,4 +159,6 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     bias = _align(bias, len(q), q.dtype) if q.is_cuda and not is_exporting() else bias.to(q.dtype)
     if torch.onnx.is_in_onnx_export():  # PyTorch cannot export a mask that requires gradients
         bias = bias.detach()
+    if q.is_cpu and is_training and not is_exporting():  # with gradients, PyTorch's function is slower on a CPU
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from timm.layers import to_ntuple
 from timm.models import adapt_input_conv, clean_state_dict
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,25 +22,23 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-DEFAULT_NAMES = {"first_conv": (), "classifier": "head"}  # for models without a pretrained_cfg
 
 
 def unwrap_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     """Extract the weights from a checkpoint: the EMA weights if the run used these for evaluation.
 
     timm stores EMA weights as `state_dict_ema`, this package's trainer as `model_ema`, and mmengine as `state_dict`.
-    Other files with `model` and `model_ema` follow DeiT: the authors published the accuracy of `model`. Prefixes such
-    as `module.`, and one that all names share, are removed. Entries other than dense tensors of real numbers are left
-    out.
+    Other files with `model` and `model_ema` follow DeiT: the authors published the accuracy of `model`. Common prefixes
+    and entries other than dense tensors of real numbers are dropped.
     """
     names, default = ["state_dict_ema", "model", "state_dict", "model_ema"], content
     if "updates_per_epoch" in content:  # written by this package's trainer
         names, default = ["model_ema", *names], {}
     wrapped = next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), default)
     weights = clean_state_dict({k: v for k, v in wrapped.items() if isinstance(k, str) and _is_dense(v)})
-    prefixes = {key.partition(".")[0] for key in weights}
-    if len(prefixes) == 1 and prefixes <= {"model", "net", "network", "backbone", "encoder"}:  # PyTorch Lightning
-        weights = {key.partition(".")[2] or key: value for key, value in weights.items()}
+    for prefix in ("model.", "net.", "network.", "backbone.", "encoder."):  # PyTorch Lightning
+        if weights and all(key.startswith(prefix) for key in weights):
+            return {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
 
 
@@ -71,12 +69,12 @@ def eval_data_config(img_size: Sequence[int], interpolation: str, crop: bool) ->
 
 
 def stored_data_config(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the data config of a checkpoint of this package's trainer, empty for others."""
-    try:
+    """Return timm's data config of a checkpoint with its class names; only our trainer stores the preprocessing."""
+    result: dict[str, Any] = dict(label_names=stored_classes(content) or None)
+    with suppress(KeyError, TypeError):
         data, test = content["config"]["DATA"], content["config"]["TEST"]
-        return eval_data_config(data["IMG_SIZE"], data["INTERPOLATION"], test["CROP"])
-    except (KeyError, TypeError):
-        return {}
+        result |= eval_data_config(data["IMG_SIZE"], data["INTERPOLATION"], test["CROP"])
+    return result
 
 
 def class_mismatch(content: dict[str, Any], classes: Sequence[str]) -> str:
@@ -102,11 +100,8 @@ def load_checkpoint(
         path: `.pth` or `.safetensors` file with bare or wrapped weights, see :func:`unwrap_state_dict`.
         model: if given, the state dict is fitted to this model, see :func:`fit_state_dict`.
         classes: class names of the data, compared with those in the file.
-        new_head: if the classes differ, keep the model's head with a warning instead of raising an error.
+        new_head: if the classes differ, keep the model's head with a warning instead of raising CheckpointError.
         content: result of :func:`read_checkpoint` if the file has been read already.
-
-    Raises:
-        CheckpointError: the file cannot be read safely, holds no weights or does not fit the model.
     """
     content = read_checkpoint(path) if content is None else content
     state_dict = unwrap_state_dict(content)
@@ -142,27 +137,24 @@ def fit_state_dict(
     """Fit a state dict in this package's layout to a model: resize position tables, adapt the first convolution.
 
     Args:
-        state_dict: weights.
+        state_dict: weights; CheckpointError is raised if they are not finite or would not load strictly.
         model: model that will load them.
         path: file of the weights, for messages.
-        new_head: if the classes differ, keep the model's head with a warning instead of raising an error.
+        new_head: if the classes differ, keep the model's head with a warning instead of raising CheckpointError.
         mismatch: result of :func:`class_mismatch`; the number of classes is compared here.
         name: name of the model in messages; its architecture by default.
-
-    Raises:
-        CheckpointError: the result would not load strictly, or a weight is not finite.
     """
-    if isinstance(model, FeatureGetterNet) and not state_dict.keys() <= model.state_dict().keys():
-        keywords = f"features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})"
-        raise CheckpointError(f"{path}: does not fit a features_only model. Create the model with {keywords}")
     if bad := [key for key, value in state_dict.items() if not _is_finite(value)]:
         problem = f"{len(bad)} weights are not finite real numbers ({preview(bad)})"
         raise CheckpointError(f"{path}: {problem}. Use a checkpoint from before the training diverged.")
     cfg: Any = getattr(model, "pretrained_cfg", {})
-    expected = model.state_dict()
-    first_convs, heads = (to_ntuple(1)(cfg.get(key) or default) for key, default in DEFAULT_NAMES.items())
-    heads = tuple(f"{head}." for head in heads)
-    state_dict = _adapt_first_convs(resize_position_tables(state_dict, model), expected, first_convs, path)
+    expected, state_dict = model.state_dict(), resize_position_tables(state_dict, model)
+    for key in (f"{conv}.weight" for conv in to_ntuple(1)(cfg.get("first_conv") or ())):
+        shape, new_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, expected))
+        if len(shape) == len(new_shape) == 4 and shape != new_shape == (shape[0], new_shape[1], *shape[2:]):
+            state_dict[key] = adapt_input_conv(new_shape[1], state_dict[key], base_chans=shape[1])
+            _logger.warning(f"{path}: {key} has {shape[1]} input channels, adapted to the model's {new_shape[1]}.")
+    heads = tuple(f"{head}." for head in to_ntuple(1)(cfg.get("classifier") or "head"))
     ckpt_count, model_count = (_length(state.get(f"{heads[0]}weight")) for state in (state_dict, expected))
     advice = "Use data with the same classes in the same order."
     if ckpt_count != model_count and not mismatch:
@@ -171,33 +163,18 @@ def fit_state_dict(
     if mismatch:
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(heads)}
         state_dict |= {key: value for key, value in expected.items() if key.startswith(heads)}
-    if differences := _differences(state_dict, expected):
-        raise CheckpointError(f"{path}: not a checkpoint of {name or architecture(model)}: {differences}")
-    if mismatch and model_count > 0:  # a model without a head needs none
-        if not new_head:
-            raise CheckpointError(f"{path}: {mismatch}. {advice}")
-        _logger.warning(f"{path}: {mismatch}. The head is initialized from scratch.")
-    return state_dict
-
-
-def _differences(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    problems = {
+    differences = {
         "keys missing": [k for k in expected if k not in state_dict and not k.endswith("num_batches_tracked")],
         "keys unexpected": [key for key in state_dict if key not in expected],
         "shapes different": [k for k in expected if k in state_dict and state_dict[k].shape != expected[k].shape],
     }
-    return ", ".join(f"{len(keys)} {problem} ({preview(keys)})" for problem, keys in problems.items() if keys)
-
-
-def _adapt_first_convs(
-    state_dict: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str], path: str | PathLike[str]
-) -> dict[str, Tensor]:
-    """Adapt convolutions to another number of input channels, as timm does."""
-    for key in (f"{name}.weight" for name in names):
-        shape, new_shape = (tuple(state[key].shape) if key in state else () for state in (state_dict, expected))
-        if len(shape) == len(new_shape) == 4 and shape != new_shape == (shape[0], new_shape[1], *shape[2:]):
-            state_dict = state_dict | {key: adapt_input_conv(new_shape[1], state_dict[key], base_chans=shape[1])}
-            _logger.warning(f"{path}: {key} has {shape[1]} input channels, adapted to the model's {new_shape[1]}.")
+    if any(differences.values()):
+        problem = ", ".join(f"{len(keys)} {kind} ({preview(keys)})" for kind, keys in differences.items() if keys)
+        raise CheckpointError(f"{path}: not a checkpoint of {name or architecture(model)}: {problem}")
+    if mismatch and model_count > 0:  # a model without a head needs none
+        if not new_head:
+            raise CheckpointError(f"{path}: {mismatch}. {advice}")
+        _logger.warning(f"{path}: {mismatch}. The head is initialized from scratch.")
     return state_dict
 
 

@@ -11,99 +11,85 @@ from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb, skip_reason
+from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb, skip_reason, walk_files
 
 _logger = logging.getLogger(__name__)
 
-PREDICT_BATCH, MAX_PREDICT_WORKERS = 32, 8
+PREDICT_BATCH = 32
 MAX_LINKS = 40  # links that lead to each other, as in Linux
 
 
-def sort_classes(names: Collection[str]) -> list[str]:
-    """Sort class names as torchvision does, except that integers sort as numbers (ImageNet-V2 has 0 to 999)."""
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+class ClassFolders(Dataset):
+    """Images in class folders, with the classes, labels and order of torchvision's ImageFolder.
 
-
-def log_contents(root: str | Path, classes: list[str], labels: Collection[int], skipped: Counter[str]) -> None:
-    """Log the number of images, of classes and of skipped files.
+    Class names that are integers sort as numbers instead (ImageNet-V2 has 0 to 999). Other files than images are
+    skipped with a warning. `names` are those of files, and of folders with a slash at the end.
 
     Raises:
         DataError: a class has no images, or there are no classes.
     """
-    counts = Counter(labels)
-    empty = [name for label, name in enumerate(classes) if not counts[label]]
-    if empty or not classes:
-        problem = f"no images in class folders {', '.join(empty[:5])}" if empty else "no class folders"
-        raise DataError(f"{root}: {problem}. Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).")
-    (most, maximum), (fewest, minimum) = counts.most_common()[0], counts.most_common()[-1]
-    spread = f"{minimum} ({classes[fewest]}) to {maximum} ({classes[most]})"
-    _logger.info(f"{root}: {len(labels)} images in {len(classes)} classes of {spread} images")
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
-        _logger.warning(f"{root}: skipped {sum(skipped.values())} files and folders: {reasons}")
+
+    def __init__(self, root: str | Path, names: Collection[str]):
+        folders = {name.partition("/")[0] for name in names if "/" in name}
+        folders = [name for name in folders if skip_reason(name) != "hidden"]
+        self.classes = sorted(folders, key=int if all(name.isdecimal() for name in folders) else None)
+        labels = {name: label for label, name in enumerate(self.classes)}
+        files = [name for name in names if not name.endswith("/")]
+        reasons = [skip_reason(name) or ("" if "/" in name else "in no class folder") for name in files]
+        images = [(n.partition("/")[0], *posixpath.split(n)) for n, reason in zip(files, reasons) if not reason]
+        self.samples = [(f"{folder}/{file}", labels[name]) for name, folder, file in sorted(images)]
+        empty = sorted({*self.classes} - {name for name, _, _ in images})
+        if empty or not self.classes:
+            problem = f"no images in class folders {', '.join(empty[:5])}" if empty else "no class folders"
+            raise DataError(f"{root}: {problem}. Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).")
+        _logger.info(f"{root}: {len(self.samples)} images in {len(self.classes)} classes")
+        if skipped := Counter(filter(None, reasons)):
+            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
+            _logger.warning(f"{root}: skipped {sum(skipped.values())} files: {counts}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
-class ImageFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder with :func:`sort_classes`; it logs what it skips. Empty classes raise DataError."""
+class ImageFolder(ClassFolders):
+    """Images in a directory of class folders."""
 
     def __init__(self, root: str | Path):
-        self.skipped: Counter[str] = Counter()
-        super().__init__(root, loader=open_rgb, is_valid_file=self._is_image, allow_empty=True)
-        log_contents(root, self.classes, self.targets, self.skipped)
+        super().__init__(root, walk_files(root))
+        self.samples = [(os.path.join(root, name), label) for name, label in self.samples]
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Return class names and their labels."""
-        entries = list(os.scandir(directory))
-        self.skipped += Counter("hidden" for entry in entries if skip_reason(entry.name) == "hidden")
-        self.skipped += Counter(
-            "in no class folder" for entry in entries if entry.is_file() and not skip_reason(entry.name)
-        )
-        classes = sort_classes([e.name for e in entries if e.is_dir() and skip_reason(e.name) != "hidden"])
-        if not classes:
-            raise DataError(f"{directory}: no class folders. Expected CLASS/IMAGE ({' '.join(IMG_EXTENSIONS)}).")
-        return classes, {name: label for label, name in enumerate(classes)}
-
-    def _is_image(self, path: str) -> bool:
-        name = path.removeprefix(str(self.root)).replace(os.sep, "/").lstrip("/")
-        if reason := skip_reason(name):
-            self.skipped[reason] += 1
-        return not reason
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return open_rgb(path), label
 
 
-class ImageTar(Dataset):
-    """Images in a tar archive, with the classes, labels and order of the folder that it packs.
+class ImageTar(ClassFolders):
+    """Images in an uncompressed tar archive of class folders.
 
     The archive holds class folders, one folder around them, or one tar per class as ImageNet's does.
 
     Raises:
-        DataError: the archive is damaged, see :func:`index_tar`, or a class has no images.
+        DataError: the archive is damaged or truncated, has a file twice, or has a link to something outside of it.
     """
 
     def __init__(self, path: str | Path):
-        self.path, places = str(path), index_tar(path)
-        files = [name for name in places if not name.endswith("/")]
-        images = [name for name in files if not skip_reason(name)]
+        self.path = str(path)
+        try:
+            with open(path, "rb") as file:
+                places = _index_tar(file, self.path)
+        except tarfile.TarError as error:
+            raise DataError(f"{path}: not a sound tar archive ({error}). Pack it again.") from error
+        images = [name for name in places if not name.endswith("/") and not skip_reason(name)]
         roots = {name.partition("/")[0] for name in images}
         is_wrapped = roots == {Path(path).stem} or (len(roots) == 1 and all(name.count("/") > 1 for name in images))
         prefix = f"{roots.pop()}/" if is_wrapped else ""  # the folder around the classes
-        folders = {n.removeprefix(prefix).partition("/")[0] for n in places if "/" in n.removeprefix(prefix)}
-        self.classes = sort_classes({name for name in folders if skip_reason(name) != "hidden"})
-        labels = {name: label for label, name in enumerate(self.classes)}
-        class_of = {n: n.removeprefix(prefix).partition("/")[0] for n in images if "/" in n.removeprefix(prefix)}
-        names = sorted(class_of, key=lambda name: (class_of[name], *posixpath.split(name)))
-        self.samples = [(name, labels[class_of[name]]) for name in names]
-        self._places = [places[name] for name in names]
-        skipped = Counter(filter(None, map(skip_reason, files)))
-        skipped += Counter("in no class folder" for name in images if name not in class_of)
-        log_contents(path, self.classes, [label for _, label in self.samples], skipped)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        super().__init__(path, [name.removeprefix(prefix) for name in places if name != prefix])
+        self.samples = [(prefix + name, label) for name, label in self.samples]
+        self._places = [places[name] for name, _ in self.samples]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         offset, size = self._places[index]
@@ -112,25 +98,11 @@ class ImageTar(Dataset):
             return decode_rgb(io.BytesIO(file.read(size))), self.samples[index][1]
 
 
-def index_tar(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Index the files in an uncompressed tar archive, and those in tar archives within it.
+def _index_tar(file: IO[bytes], path: str, start: int = 0) -> dict[str, tuple[int, int]]:
+    """Return `(offset, size)` in bytes of each file in a tar archive, and of those in tar archives within it, by name.
 
-    Links are followed within the archive.
-
-    Returns:
-        `(offset, size)` in bytes by name. A file in `a.tar` is named `a/NAME`. Names of folders end in a slash.
-
-    Raises:
-        DataError: the archive is damaged or truncated, has a file twice, or has a link to something outside of it.
+    A file in `a.tar` is named `a/NAME`. Names of folders end in a slash. Links are followed within the archive.
     """
-    try:
-        with open(path, "rb") as file:
-            return _index_tar(file, str(path), start=0)
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a sound tar archive ({error}). Pack it again.") from error
-
-
-def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -163,7 +135,7 @@ def _index_tar(file: IO[bytes], path: str, start: int) -> dict[str, tuple[int, i
 
 def image_loader(paths: list[str], transform: Callable[[Image.Image], Tensor]) -> DataLoader:
     """Build a loader of lists of `(path, image (3, H, W) float32)`. A DataError stands for an unreadable image."""
-    workers = min(len(paths) // PREDICT_BATCH, MAX_PREDICT_WORKERS, os.cpu_count() or 1)
+    workers = min(len(paths) // PREDICT_BATCH, 8, os.cpu_count() or 1)
     dataset, collate = cast(Dataset, paths), partial(_read_images, transform)
     return DataLoader(dataset, PREDICT_BATCH, num_workers=workers, collate_fn=collate)
 

@@ -25,16 +25,9 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
     """Sample a feature map at learned positions, as the input of a 2x2 stride-2 convolution.
 
     `F.conv2d(deformable_sample(x, offset), weight, bias, stride=2)` equals torchvision's
-    `deform_conv2d(x, offset, weight, bias, stride=2)`. Interpolation is bilinear, and corners outside the map are zero.
-    It is a Triton kernel on a GPU, one operator under torch.compile, and `grid_sample` in exported models.
-
-    Args:
-        x: `(B, C, H, W)`, any floating dtype; a permuted view of channels-last tokens is fastest.
-        offset: `(B, 8, H // 2, W // 2)`, see :func:`sampling_positions`.
-        dtype: dtype of the result; that of `x` by default.
-
-    Returns:
-        `(B, C, 2 * (H // 2), 2 * (W // 2))`. Positions and interpolation use float32 or float64.
+    `deform_conv2d(x, offset, weight, bias, stride=2)`. The feature map is `(B, C, H, W)`, the result
+    `(B, C, 2 * (H // 2), 2 * (W // 2))` in `dtype`, by default that of `x`. Positions and interpolation use float32 or
+    float64. It is a Triton kernel on a GPU, one operator under torch.compile, and `grid_sample` in exported models.
     """
     dtype = dtype or x.dtype
     if not is_exporting() and (torch.compiler.is_compiling() or x.is_cuda):
@@ -43,16 +36,7 @@ def deformable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype | None = Non
 
 
 def offset_statistics(offset: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Compute the mean length of DTM's offsets and the share of samples outside the feature map.
-
-    Args:
-        offset: `(B, 8, h, w)`, the output of `DeformableTokenMerging.offset`.
-        size: (H, W) of the sampled feature map.
-
-    Returns:
-        Two float32 scalars: the mean Euclidean length in pixels of the sampled map, and the share in [0, 1] of samples
-        at least one pixel outside of it, which read zero.
-    """
+    """Compute the mean length of offsets `(B, 8, h, w)` in pixels, and the share of samples outside a map of `size`."""
     offset = offset.float()
     length = offset.unflatten(1, (TAPS, 2)).norm(dim=2).mean()
     y, x = sampling_positions(offset).unbind(-1)
@@ -92,8 +76,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 class DeformableTokenMerging(nn.Module):
     """Deformable token merging: each output token reads four input tokens at learned positions.
 
-    Paper: section "Deformable Token Merging". Offsets are zero at initialization, so that training starts from a plain
-    convolution. They are computed in the dtype of the weights, also under autocast.
+    Offsets are zero at initialization, so that training starts from a plain convolution. They are computed in the dtype
+    of the weights, also under autocast.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, device=None, dtype=None):
@@ -126,9 +110,8 @@ class DeformableTokenMerging(nn.Module):
 def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int, int]]]]:
     """Collect the offsets of each merging while the model runs.
 
-    Yields:
-        A list that each forward pass extends by one pair per merging: offsets `(B, 8, h, w)` in float32, and the size
-        (H, W) of the sampled feature map.
+    A forward pass adds one pair per merging to the list: offsets `(B, 8, h, w)` in float32, and the size (H, W) of the
+    sampled feature map.
     """
     captured: list[tuple[Tensor, tuple[int, int]]] = []
 
@@ -146,18 +129,13 @@ def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int,
 
 @torch.no_grad()
 def dtm_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Measure the offsets of each DTM in a model on images `(B, 3, H, W)`.
-
-    Returns:
-        `dtm/{name}/length`, the mean length of the offsets in pixels of the input map, and `dtm/{name}/outside`, the
-        share of samples outside the map.
-    """
+    """Return :func:`offset_statistics` of each DTM for images `(B, 3, H, W)`, as `dtm/{name}/length` and `/outside`."""
     names = [name for name, module in model.named_modules() if isinstance(module, DeformableTokenMerging)]
     model.eval()
     with captured_offsets(model) as captured:
         model.forward(images)  # not model(images): a compiled model calls no hooks
-    stats = {}
-    for name, (offset, size) in zip(names, captured, strict=True):
-        length, outside = offset_statistics(offset, size)
-        stats |= {f"dtm/{name}/length": length.item(), f"dtm/{name}/outside": outside.item()}
-    return stats
+    return {
+        f"dtm/{name}/{key}": value.item()
+        for name, (offset, size) in zip(names, captured, strict=True)
+        for key, value in zip(("length", "outside"), offset_statistics(offset, size))
+    }

@@ -29,15 +29,10 @@ BILINEAR, ZEROS = 0, 0  # interpolation and padding modes of aten's sampler
 
 
 def sampling_positions(offset: Tensor) -> Tensor:
-    """Return the positions that a 2x2 stride-2 deformable convolution samples.
+    """Return the positions `(B, 2h, 2w, yx)` that a 2x2 stride-2 deformable convolution samples.
 
-    Args:
-        offset: `(B, 8, h, w)` in pixels of the input; channel `2 * (2 * ky + kx)` is dy of tap (ky, kx), and the next
-            channel is its dx.
-
-    Returns:
-        `(B, 2h, 2w, 2)`: (y, x) relative to the center of the first pixel. The dtype is float32, or float64 if that
-        is the dtype of the offsets.
+    Offsets `(B, 8, h, w)` are in pixels of the input. Channel `2 * (2 * ky + kx)` is dy of tap (ky, kx), and the next
+    channel is its dx. Positions are relative to the center of the first pixel, in float32 or for such offsets float64.
     """
     batch, _, h, w = offset.shape
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
@@ -48,29 +43,27 @@ def sampling_positions(offset: Tensor) -> Tensor:
     return offset + torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
-def _normalize(position: Tensor, size: int) -> Tensor:
-    """Convert pixels to the range [-1, 1] of `grid_sample(align_corners=True)`.
+def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
+    """Convert offsets `(B, 8, h, w)` to the grid `(B, 2h, 2w, xy)` of `grid_sample(align_corners=True)`, in [-1, 1].
 
     The derivative of bilinear sampling is one-sided at whole pixels, where every sample lies at the start of training.
     `deform_conv2d` takes the side of `floor`. Rounding during the conversion can end just below the integer, on the
     other side. Adding two ulps of the size prevents this.
     """
-    whole = position == position.floor()
-    position = position + whole * (2 * torch.finfo(position.dtype).eps * size)
-    return position * (2 / max(size - 1, 1)) - 1
-
-
-def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
-    """Convert offsets `(B, 8, h, w)` to the grid `(B, 2h, 2w, xy)` of `grid_sample`."""
-    row, column = sampling_positions(offset).unbind(-1)
-    return torch.stack((_normalize(column, width), _normalize(row, height)), dim=-1)
+    y, x = sampling_positions(offset).unbind(-1)
+    axes = []
+    for position, size in ((x, width), (y, height)):
+        whole = position == position.floor()
+        position = position + whole * (2 * torch.finfo(position.dtype).eps * size)
+        axes.append(position * (2 / max(size - 1, 1)) - 1)
+    return torch.stack(axes, dim=-1)
 
 
 def portable_sample(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Sample a feature map `(B, C, H, W)` with PyTorch's sampler; returns `(B, C, 2h, 2w)` in `dtype`."""
     grid = _sampling_grid(offset, x.shape[2], x.shape[3])
     common = torch.promote_types(x.dtype, grid.dtype)
-    # F.grid_sample may select cuDNN's sampler on a GPU, which rounds positions differently from _normalize
+    # F.grid_sample may select cuDNN's sampler on a GPU, which rounds positions differently
     return torch.ops.aten.grid_sampler_2d(x.to(common), grid.to(common), BILINEAR, ZEROS, True).to(dtype)
 
 
@@ -92,12 +85,6 @@ def _portable_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tupl
 
 
 @jit
-def _clamp(position, low, high):
-    position = tl.maximum(position, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(position, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
 def _locate(sample, offset, H, W, h, w, in_range):
     """Return image, top left corner and fraction of each sample, and its index in `offset`."""
     column, rest = sample % (2 * w), sample // (2 * w)
@@ -106,8 +93,8 @@ def _locate(sample, offset, H, W, h, w, in_range):
     dy = tl.load(offset + index, mask=in_range, other=0.0).to(tl.float32)
     dx = tl.load(offset + index + 1, mask=in_range, other=0.0).to(tl.float32)
     # Distant positions must fit in int32. Samples more than one pixel outside the map read zero anyway.
-    y = _clamp(row + dy, -2.0, H + 1.0)
-    x = _clamp(column + dx, -2.0, W + 1.0)
+    y = tl.clamp(row + dy, -2.0, H + 1.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.clamp(column + dx, -2.0, W + 1.0, propagate_nan=tl.PropagateNan.ALL)
     top, left = tl.floor(y), tl.floor(x)
     return image.to(tl.int64), top.to(tl.int32), left.to(tl.int32), y - top, x - left, index
 
@@ -223,9 +210,8 @@ def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> boo
 
 def _use_kernels(tokens: Tensor) -> bool:
     # atomic additions are not deterministic; PyTorch's sampler then raises, as PyTorch documents
-    if tokens.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
-        return False
-    return _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
+    is_supported = tokens.dtype != torch.float64 and not torch.are_deterministic_algorithms_enabled()
+    return is_supported and _has_kernels(tokens.device, tokens.dtype, tokens.shape[3])
 
 
 # ---- custom operator
@@ -233,10 +219,7 @@ def _use_kernels(tokens: Tensor) -> bool:
 
 @torch.library.custom_op("lit::deformable_sample", mutates_args=())
 def sample_tokens(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sample tokens `(B, H, W, C)` at offsets `(B, 8, h, w)`; returns `(B, 2h, 2w, C)` in `dtype`.
-
-    The operator is opaque to torch.compile, which would decompose PyTorch's sampler into slower code.
-    """
+    """Sample tokens as :func:`kernel_forward` does, opaque to torch.compile, whose decomposed sampler is slower."""
     if _use_kernels(tokens):
         return kernel_forward(tokens, offset, dtype)
     return portable_sample(tokens.permute(0, 3, 1, 2), offset, dtype).permute(0, 2, 3, 1).contiguous()

@@ -26,51 +26,53 @@ class DataError(RuntimeError):
         return printable(super().__str__().rpartition("DataError: ")[2].strip())  # without a DataLoader's traceback
 
 
-def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Return a key that sorts 9 before 10 and ignores case, as timm does, but without ties."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
-
-
 def skip_reason(name: str) -> str:
-    """Return why the file of a relative path is no image: "hidden" or its suffix; empty for images.
-
-    Hidden are files and folders of systems and notebooks: `._0.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`.
-    """
+    """Return why the file of a relative path is no image: "hidden" or its suffix; empty for images."""
+    # systems and notebooks create hidden files and folders
     if any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
         return "hidden"
     suffix = posixpath.splitext(name)[1].lower()
     return "" if suffix in IMG_EXTENSIONS else suffix or "without suffix"
 
 
-def find_images(paths: Sequence[str | Path]) -> list[str]:
-    """List the given files, and the images in and below the given directories in natural order.
-
-    Hidden files and directories are skipped, see :func:`skip_reason`.
-
-    Raises:
-        DataError: a path does not exist, or a directory is unreadable or has no images.
-    """
+def walk_files(root: str | Path) -> list[str]:
+    """List the files and folders below a directory, relative to it. Names of folders end in a slash."""
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: unreadable ({error.strerror}). Check its permissions.") from error
 
+    names: list[str] = []
+    for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = Path(os.path.realpath(parent))  # a link to a parent directory would loop
+        folders[:] = [name for name in folders if not real.is_relative_to(os.path.realpath(f"{parent}/{name}"))]
+        prefix = "" if parent == str(root) else f"{Path(os.path.relpath(parent, root)).as_posix()}/"
+        names += [prefix + name for name in files] + [f"{prefix}{name}/" for name in folders]
+    return names
+
+
+def find_images(paths: Sequence[str | Path]) -> list[str]:
+    """List the given files, and the images in and below the given directories in natural order.
+
+    Raises:
+        DataError: a path does not exist, or a directory is unreadable or has no images.
+    """
     images: list[str] = []
     for path in map(str, paths):
-        if not os.path.isdir(path):
-            if not os.path.exists(path):
-                raise DataError(f"{path}: no such file or directory.")
+        if os.path.isdir(path):
+            names = [name for name in walk_files(path) if not name.endswith("/") and not skip_reason(name)]
+            if not names:
+                raise DataError(f"{path}: no images. Supported file names end in {', '.join(IMG_EXTENSIONS)}.")
+            images += [os.path.join(path, name) for name in sorted(sorted(names), key=_natural_key)]
+        elif os.path.exists(path):
             images.append(path)
-            continue
-        files = []
-        for parent, directories, names in os.walk(path, onerror=refuse, followlinks=True):
-            real = Path(os.path.realpath(parent))  # a link to a parent directory would loop
-            directories[:] = [d for d in directories if not real.is_relative_to(os.path.realpath(f"{parent}/{d}"))]
-            directories[:] = [d for d in directories if skip_reason(d) != "hidden"]
-            files += [os.path.join(parent, name) for name in names if not skip_reason(name)]
-        if not files:
-            raise DataError(f"{path}: no images. Supported file names end in {', '.join(IMG_EXTENSIONS)}.")
-        images += sorted(files, key=natural_key)
+        else:
+            raise DataError(f"{path}: no such file or directory.")
     return images
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """Sort numbers by value. timm's function fails on digits such as a superscript 2."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:
@@ -80,27 +82,24 @@ def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:
 
 
 @contextmanager
-def wrap_decode_errors(file: str | Path, advice: str = "Repair or remove the file.") -> Iterator[None]:
+def wrap_decode_errors(file: str | Path) -> Iterator[None]:
     """Convert exceptions of image decoders to a DataError that names the file."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:  # decoders raise exceptions of many types
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise  # too many open files; the image may be valid
+        is_valid = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)  # too many open files
+        if is_valid or isinstance(error, DataError):
+            raise
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}"
-        raise DataError(f"{file}: unreadable image ({reason[:200]}). {advice}") from error
+        raise DataError(f"{file}: unreadable image ({reason[:200]}). Repair or remove the file.") from error
 
 
 def decode_rgb(file: BinaryIO, upright: bool = False) -> Image.Image:
     """Decode an image to RGB with 8 bits per channel.
 
-    Args:
-        file: opened at its start.
-        upright: rotate according to EXIF data, as mmcv does. The reference does not in classification.
+    `upright` rotates it according to EXIF data, as mmcv does. The reference does not in classification.
     """
     with Image.open(file, formats=FORMATS) as image:
         if upright:

@@ -13,24 +13,16 @@ from .biased_attention import biased_attention, is_exporting
 torch.fx.wrap("biased_attention")
 torch.fx.wrap("pad_to_multiple")
 torch.fx.wrap("resize_table")
+Layer = Callable[..., nn.Module]
 TableMode = Literal["bilinear", "bicubic"]  # interpolation of a position table
 TABLE_MODES: dict[str, TableMode] = {"pos_embed": "bilinear", "rel_pos_bias": "bicubic"}
 
 
 def resize_table(table: Tensor, height: int, width: int, mode: TableMode) -> Tensor:
-    """Interpolate a position table to another size in float32.
+    """Interpolate a position table `(1, C, h, w)` to `(1, C, height, width)` in float32; keeps the dtype.
 
     As in the reference, absolute embeddings use bilinear and relative biases bicubic interpolation, with
     `align_corners=False` and without antialiasing.
-
-    Args:
-        table: `(1, C, h, w)`, any floating dtype.
-        height: rows of the result.
-        width: columns of the result.
-        mode: interpolation mode.
-
-    Returns:
-        `(1, C, height, width)` in the dtype of the table; the table itself if it has this size.
     """
     # An export with dynamic height and width must not specialize to an example that needs no resizing.
     if not is_exporting() and tuple(table.shape[-2:]) == (height, width):
@@ -49,11 +41,7 @@ def resize_position_tables(state_dict: dict[str, Tensor], model: nn.Module) -> d
 
 
 def require_size(x: Tensor, min_size: int) -> Tensor:
-    """Return the images `(B, C, H, W)`.
-
-    Raises:
-        ValueError: height or width is less than `min_size` pixels.
-    """
+    """Return the images `(B, C, H, W)`; raises ValueError if height or width is less than `min_size` pixels."""
     if not is_exporting() and min(x.shape[2:]) < min_size:
         size = f"{x.shape[2]} x {x.shape[3]}"
         raise ValueError(f"input size {size}: too small. Use at least {min_size} x {min_size} pixels.")
@@ -62,21 +50,15 @@ def require_size(x: Tensor, min_size: int) -> Tensor:
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a feature map `(B, C, H, W)` on the right and bottom until `multiple` divides H and W."""
-    bottom = (multiple - x.shape[2] % multiple) % multiple
-    right = (multiple - x.shape[3] % multiple) % multiple
+    bottom, right = ((multiple - size % multiple) % multiple for size in x.shape[2:])
     return F.pad(x, (0, right, 0, bottom)) if is_exporting() or bottom or right else x
 
 
 class ConvMerging(nn.Module):
-    """Convolution with kernel size k and stride k, then LayerNorm.
+    """Convolution with kernel size and stride `patch_size`, then LayerNorm.
 
-    With k = 4 this is the patch embedding of LIT. With k = 2 it is the patch merging of PVT.
-
-    Args:
-        in_chs: number of input channels.
-        out_chs: number of output channels.
-        patch_size: k.
-        pad: zero-pad height and width to a multiple of k instead of dropping the remainder.
+    With 4 this is the patch embedding of LIT. With 2 it is the patch merging of PVT. `pad` zero-pads height and width
+    to a multiple of `patch_size` instead of dropping the remainder.
     """
 
     def __init__(self, in_chs: int, out_chs: int, patch_size: int, *, pad: bool = False, device=None, dtype=None):
@@ -87,7 +69,7 @@ class ConvMerging(nn.Module):
         self.norm = nn.LayerNorm(out_chs, device=device, dtype=dtype)  # eps is 1e-5 in every variant
 
     def forward(self, x: Tensor) -> Tensor:
-        """Merge tokens `(B, H, W, C)` to `(B, H / k, W / k, C')`; sizes are rounded up with `pad`, else down."""
+        """Merge tokens `(B, H, W, C)` to `(B, H/k, W/k, C')`; sizes are rounded up with `pad`, else down."""
         x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
         if self.pad:
             x = pad_to_multiple(x, self.patch_size)
@@ -113,14 +95,7 @@ class ConvBNMerging(nn.Module):
 class Attention(nn.Module):
     """Global multi-head self-attention, optionally with a relative position bias over the whole feature map.
 
-    Args:
-        dim: number of channels.
-        num_heads: number of heads; must divide `dim`.
-        map_size: (height, width) in tokens for which the bias table is stored; None for no bias. The table is resized
-            for other feature maps.
-
-    Raises:
-        ValueError: `num_heads` does not divide `dim`.
+    The bias table is stored for feature maps of `map_size` (height, width) and resized for others; None for no bias.
     """
 
     def __init__(self, dim: int, num_heads: int, *, map_size: tuple[int, int] | None = None, device=None, dtype=None):
@@ -156,25 +131,9 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Pure MLP block of LIT's early stages: `x + DropPath(MLP(LN(x)))`.
+    """Pure MLP block of LIT's early stages: `x + DropPath(MLP(LN(x)))`."""
 
-    Args:
-        dim: number of channels.
-        mlp_ratio: hidden channels of the MLP relative to `dim`.
-        drop_path: stochastic depth rate.
-        norm_layer: constructor of the norm layers.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mlp_ratio: float,
-        drop_path: float,
-        norm_layer: Callable[..., nn.Module],
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, norm_layer: Layer, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm2 = norm_layer(dim, **dd)  # norm1 belongs to attention
@@ -187,10 +146,7 @@ class MlpBlock(nn.Module):
 
 
 class AttentionBlock(MlpBlock):
-    """Pre-norm transformer block of LIT's late stages: attention, then MLP, each with a residual connection.
-
-    The arguments are those of :class:`Attention` and :class:`MlpBlock`.
-    """
+    """Pre-norm transformer block of LIT's late stages: attention, then MLP, each with a residual connection."""
 
     def __init__(
         self,
@@ -200,7 +156,7 @@ class AttentionBlock(MlpBlock):
         map_size: tuple[int, int] | None,
         mlp_ratio: float,
         drop_path: float,
-        norm_layer: Callable[..., nn.Module],
+        norm_layer: Layer,
         device=None,
         dtype=None,
     ):

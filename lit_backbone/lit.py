@@ -56,8 +56,8 @@ class Stage(nn.Module):
         blocks: Sequence[nn.Module],
         dim: int,
         *,
-        pos_embed_size: tuple[int, int] | None = None,
-        class_token: bool = False,
+        pos_embed_size: tuple[int, int] | None,
+        class_token: bool,
         device=None,
         dtype=None,
     ):
@@ -118,9 +118,6 @@ class LIT(nn.Module):
         pad_input: zero-pad the input to a multiple of 4 instead of cropping it.
         drop_rate: dropout rate before the head.
         drop_path_rate: stochastic depth rate of the last block; the rate grows linearly from 0 over all blocks.
-
-    Raises:
-        ValueError: arguments are invalid or contradict each other.
     """
 
     def __init__(
@@ -151,16 +148,14 @@ class LIT(nn.Module):
             raise ValueError(f"merging={merging!r}: unknown. Use one of {', '.join(MERGINGS)}.")
         if class_token and pos_embed == "relative":
             raise ValueError("class_token=True: has no relative position. Use pos_embed='absolute' or 'none'.")
+        if class_token and not attention[-1]:
+            raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
         num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
-        lengths = {len(depths), len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)}
-        if len(lengths) > 1:
+        if {len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)} != {num_stages}:
             raise ValueError("depths, embed_dims, num_heads, mlp_ratios, attention: numbers of stages differ")
-        if class_token and not attention[-1]:
-            raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.output_fmt = "NLC" if class_token else "NHWC"  # format of forward_features
         self.num_prefix_tokens = int(class_token)
         self._set_global_pool(global_pool)
@@ -170,25 +165,20 @@ class LIT(nn.Module):
         map_sizes = self.map_sizes(img_size, num_stages)
 
         stages = []
-        for i, (in_chs, dim) in enumerate(zip((in_chans, *embed_dims), embed_dims)):
+        for i, dim in enumerate(embed_dims):
+            if i == 0:
+                merge = ConvMerging(in_chans, dim, PATCH_SIZE, pad=pad_input, **dd)
+            else:
+                merge = MERGINGS[merging](embed_dims[i - 1], dim, **dd)
             block: Callable[..., MlpBlock] = MlpBlock
             if attention[i]:
                 map_size = map_sizes[i] if pos_embed == "relative" else None
                 block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size)
             keywords = dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
-            if i == 0:
-                merge = ConvMerging(in_chs, dim, PATCH_SIZE, pad=pad_input, **dd)
-            else:
-                merge = MERGINGS[merging](in_chs, dim, **dd)
-            stage = Stage(
-                merge,
-                [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]],
-                dim,
-                pos_embed_size=map_sizes[i] if pos_embed == "absolute" else None,
-                class_token=class_token and i == num_stages - 1,
-                **dd,
-            )
-            stages.append(stage)
+            blocks = [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]]
+            pos_embed_size = map_sizes[i] if pos_embed == "absolute" else None
+            has_token = class_token and i == num_stages - 1
+            stages.append(Stage(merge, blocks, dim, pos_embed_size=pos_embed_size, class_token=has_token, **dd))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=PATCH_SIZE * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
@@ -266,25 +256,16 @@ class LIT(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Run the model and return the feature maps of its stages, without class token.
+        """Return (final tokens, feature maps of the stages without class token) of images `(B, in_chans, H, W)`.
 
-        Args:
-            x: `(B, in_chans, H, W)`.
-            indices: stages to return; the last n if an int, all if None.
-            norm: apply the final LayerNorm to the feature map of the last stage.
-            stop_early: stop after the last returned stage.
-            output_fmt: `NCHW` or `NHWC`.
-            intermediates_only: return only the list of feature maps instead of (final tokens, feature maps).
-
-        Raises:
-            ValueError: `output_fmt` is unknown.
+        The arguments are those of other timm models. `indices` are the stages to return: the last n if an int, all if
+        None. `norm` applies the final LayerNorm to the feature map of the last stage.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: unknown. Use 'NCHW' or 'NHWC'.")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        map_sizes = self.map_sizes((x.shape[2], x.shape[3]), len(self.stages))
-        intermediates = []
+        map_sizes, intermediates = self.map_sizes((x.shape[2], x.shape[3]), len(self.stages)), []
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         for i, stage in enumerate(list(self.stages)[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
@@ -301,14 +282,14 @@ class LIT(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last of `indices` with final norm and head; returns the indices as a list."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        del self.stages[max_index + 1 :]
-        if prune_end:
+        if max_index < len(self.stages) - 1:
+            prune_norm = prune_head = True
+            del self.stages[max_index + 1 :]
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.num_prefix_tokens, self.output_fmt = 0, "NHWC"
-        if prune_norm or prune_end:
+        if prune_norm:
             self.norm = nn.Identity()
-        if prune_head or prune_end:
+        if prune_head:
             self.reset_classifier(0, "")
         return take_indices
 

@@ -27,47 +27,35 @@ RELEASED_PARTS = {
 
 
 def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a released state dict to this package's layout.
+    """Return a state dict in this package's layout; keys of neither layout are kept.
 
     Relative bias tables become `(1, heads, 2H-1, 2W-1)` and absolute embeddings `(1, C, H, W)`, with the class token's
     embedding apart. `relative_position_index` is dropped, and so is the class token's embedding if there is no class
     token. Released tables are square; others keep their shape.
-
-    Args:
-        state_dict: released or this package's layout; not modified.
-
-    Returns:
-        A new state dict in this package's layout. Keys of neither layout are kept.
     """
     out = {}
     for released_key, value in state_dict.items():
-        key = _rename(released_key)
-        if key.endswith("relative_position_index"):
+        if released_key.endswith("relative_position_index"):
             continue
+        key = released_key
+        if prefix := next(filter(key.startswith, RELEASED_PREFIXES), None):
+            key = RELEASED_PREFIXES[prefix] + key.removeprefix(prefix)
+            for released_part, part in RELEASED_PARTS.items():
+                key = key.replace(released_part, part)
         if not value.numel():
             pass  # an empty tensor cannot be reshaped
         elif key.endswith("rel_pos_bias") and value.ndim == 2 and _is_square(value.shape[0]):
             side = math.isqrt(value.shape[0])
             value = value.t().reshape(1, -1, side, side)  # (side^2, heads) -> (1, heads, side, side)
         elif key.endswith("pos_embed") and key != released_key and value.ndim == 3:
-            prefix = 0 if _is_square(value.shape[1]) else 1  # 1 with the embedding of the class token
-            side = math.isqrt(value.shape[1] - prefix)
-            if prefix and "cls_token" in state_dict:
+            first = 0 if _is_square(value.shape[1]) else 1  # 1 with the embedding of the class token
+            side = math.isqrt(value.shape[1] - first)
+            if first and "cls_token" in state_dict:
                 out[key.replace("pos_embed", "cls_pos_embed")] = value[:, :1]
-            if prefix + side**2 == value.shape[1]:
-                value = value[:, prefix:].transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
+            if first + side**2 == value.shape[1]:
+                value = value[:, first:].transpose(1, 2).reshape(1, -1, side, side)  # (1, HW, C) -> (1, C, H, W)
         out[key] = value
     return out
-
-
-def _rename(key: str) -> str:
-    for released_prefix, prefix in RELEASED_PREFIXES.items():
-        if key.startswith(released_prefix):
-            key = prefix + key.removeprefix(released_prefix)
-            for released_part, part in RELEASED_PARTS.items():
-                key = key.replace(released_part, part)
-            return key
-    return key
 
 
 def _is_square(number: int) -> bool:

@@ -22,7 +22,6 @@ from safetensors import safe_open
 from timm.models._hub import get_cache_dir
 from torch.hub import download_url_to_file
 
-DOS_DIRECTORY = 0x10  # attribute of a zip archive's member
 URL_PREFIXES = ("http://", "https://")
 DOWNLOAD_TIMEOUT = 60  # seconds without data
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
@@ -58,12 +57,8 @@ torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")
 
 def printable(text: object, limit: int = 2000) -> str:
     """Escape control characters and line breaks, and shorten a text of more than `limit` characters in the middle."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _shorten(str(text), limit))
-    return _shorten(line, limit)
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
 
 
 def preview(names: Sequence[object]) -> str:
@@ -81,10 +76,8 @@ class CheckpointError(RuntimeError):
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file to a device without running code from it.
 
-    An http(s) address is downloaded once, into the hub directory of PyTorch (`TORCH_HOME`).
-
-    Returns:
-        The dictionary in the file. Safetensors files written by this package also give classes and configuration.
+    An http(s) address is downloaded once, into the hub directory of PyTorch (`TORCH_HOME`). Safetensors files written
+    by this package also give classes and configuration.
 
     Raises:
         CheckpointError: the file is missing or corrupt, holds no dictionary, or pickles objects other than tensors and
@@ -94,10 +87,10 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
     path = _download(str(path)) if str(path).startswith(URL_PREFIXES) else Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Expected a .pth or .safetensors checkpoint.")
-    with open(path, "rb") as file:  # an OSError here, or in the check of the archive, says nothing about the content
-        is_safetensors = file.read(9)[8:] == b"{"  # the header's length in 8 bytes, then JSON
     try:
         _check_archive(path)
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"  # the header's length in 8 bytes, then JSON
         if is_safetensors:
             content = _read_safetensors(path, str(device))
         else:
@@ -111,9 +104,9 @@ def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu
         else:
             problem = f"corrupt, truncated or unreadable ({type(error).__name__}). Use a .pth or .safetensors file."
         raise CheckpointError(f"{path}: {problem}") from error
-    if isinstance(content, dict):
-        return content
-    raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}. Expected a dictionary of weights.")
+    return content
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
@@ -125,7 +118,8 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Any]:
 def _check_archive(path: Path) -> None:
     """Raise BadZipFile if a zip archive, as written by `torch.save`, is corrupt or could expand to any size.
 
-    PyTorch ignores the CRCs. It also skips members marked as directories, and their tensors keep uninitialized memory.
+    PyTorch ignores the CRCs. It also skips members marked as directories (DOS attribute 0x10), and their tensors keep
+    uninitialized memory.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -133,7 +127,7 @@ def _check_archive(path: Path) -> None:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise zipfile.BadZipFile("compressed")
-        if any(member.external_attr & DOS_DIRECTORY or member.is_dir() for member in members) or archive.testzip():
+        if any(member.external_attr & 0x10 or member.is_dir() for member in members) or archive.testzip():
             raise zipfile.BadZipFile("corrupt")
 
 

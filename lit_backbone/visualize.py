@@ -29,9 +29,8 @@ class SamplingChains(NamedTuple):
     """Positions in the image that DTM samples for each final token, followed from the last merging to the first.
 
     Attributes:
-        points: for each merging, the last one first, `(h, w, 4**level, 2)`: (y, x) in pixels from the top left corner
-            of the image, NaN where a chain has left a feature map. Sample i continues sample `i // 4` of the previous
-            entry.
+        points: for each merging, the last one first, `(h, w, 4**level, 2)`: (y, x) in pixels of the image, NaN where a
+            chain has left a feature map. Sample i continues sample `i // 4` of the previous entry.
         cell: side length of a final token's cell in pixels.
     """
 
@@ -41,8 +40,7 @@ class SamplingChains(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of final tokens."""
-        height, width = self.points[0].shape[:2]
-        return height, width
+        return tuple(self.points[0].shape[:2])  # pyrefly: ignore[bad-return]
 
     def of(self, row: int, column: int) -> Tensor:
         """Return the points `(N, 2)` of one final token, without those that have left a feature map."""
@@ -52,11 +50,7 @@ class SamplingChains(NamedTuple):
 
 @torch.inference_mode()
 def sampling_chains(model: LIT, image: Tensor) -> SamplingChains:
-    """Compute the points that a model's DTM samples in an image.
-
-    Args:
-        model: a LIT or its dense backbone, in evaluation mode.
-        image: `(3, H, W)`, normalized as in evaluation.
+    """Compute the points that the DTM of a LIT or of a dense backbone samples in a normalized image `(3, H, W)`.
 
     Raises:
         DataError: the model has no DTM.
@@ -72,16 +66,12 @@ def follow_offsets(offsets: Sequence[Tensor], map_size: tuple[int, int]) -> Samp
     """Follow each final token back through the mergings, as the reference does.
 
     The position of a sample is rounded to the nearest token, whose samples come next. A sample that leaves the feature
-    map is dropped with all samples that would follow from it.
-
-    Args:
-        offsets: offsets of one image, those of the first merging first, each `(8, h, w)`.
-        map_size: (height, width) of the feature map that the first merging samples.
+    map is dropped with all samples that would follow from it. `offsets`, each `(8, h, w)`, start with those of the
+    first merging, which samples a map of `map_size` (height, width).
     """
     sizes = [map_size, *(tuple(offset.shape[1:]) for offset in offsets)]
     height, width = sizes.pop()
-    rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
-    tokens = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)[:, :, None]  # (h, w, 1, 2)
+    tokens = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float().view(height, width, 1, 2)
     levels = []
     for level in reversed(range(len(offsets))):
         samples = sampling_positions(offsets[level][None].float())[0]  # (2h', 2w', 2)
@@ -130,8 +120,9 @@ def draw_sheet(images: Iterable[Image.Image], count: int, columns: int, max_widt
     size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
     sheet = Image.new("RGB", size, "white")
     for i, image in enumerate(chain([first], images)):
-        position = (i % columns * (width + gap), i // columns * (height + gap))
-        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), position)
+        row, column = divmod(i, columns)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
 
 
@@ -145,24 +136,14 @@ def write_offsets(
     html: Path | None = None,
     at_most: int | None = None,
 ) -> str:
-    """Draw the sampling points of an image to files.
+    """Draw the sampling points of the model input `x` `(3, H, W)` into `image` and return a one-line summary.
 
-    Args:
-        model: see :func:`sampling_chains`.
-        x: model input, `(3, H, W)`.
-        image: the same image for drawing.
-        folder: output directory for `<row>-<column>.png`, or `grid.png`.
-        grid: write one sheet instead of one image per token.
-        html: write an HTML viewer to this file instead of images.
-        at_most: maximum number of rows and of columns of tokens to draw, evenly spaced; None for all.
-
-    Returns:
-        A one-line summary.
+    The files are `<row>-<column>.png` or `grid.png` in `folder`. :func:`add_offset_arguments` describes the options.
     """
     chains = sampling_chains(model, x)
-    (height, width), total = chains.size, chains.points[-1].shape[:3].numel()
-    lost = int(chains.points[-1].isnan().any(dim=-1).sum())
-    summary = f"{height} x {width} tokens, {total - lost} sampling points, {lost} dropped outside the feature map"
+    (height, width), is_lost = chains.size, chains.points[-1].isnan().any(dim=-1)
+    summary = f"{height} x {width} tokens, {(~is_lost).sum()} sampling points"
+    summary += f", {is_lost.sum()} dropped outside the feature map"
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(render_html(image, chains, f"Sampling points of {folder.name}"), encoding="utf-8")
@@ -173,12 +154,12 @@ def write_offsets(
     if len(tokens) < height * width:
         summary += f"; {len(tokens)} tokens drawn"
     bar = tqdm(tokens, disable=None, delay=2, leave=False)
+    drawings = (draw_points(image, chains, row, column) for row, column in bar)
     if grid:
-        drawings = (draw_points(image, chains, row, column) for row, column in bar)
         draw_sheet(drawings, len(tokens), len(columns)).save(folder / "grid.png")
         return f"{folder / 'grid.png'}: {summary}"
-    for row, column in bar:
-        draw_points(image, chains, row, column).save(folder / f"{row}-{column}.png")
+    for (row, column), drawing in zip(tokens, drawings):
+        drawing.save(folder / f"{row}-{column}.png")
     return f"{folder}: {summary}"
 
 
@@ -209,16 +190,14 @@ def add_offset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add options that correspond to the keywords of :func:`write_offsets`."""
     parser.add_argument("--grid", action="store_true", help="write one sheet of all tokens instead of separate images")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML viewer instead of images")
-    help = "draw at most N rows and N columns of tokens, evenly spaced (default: all)"
-    parser.add_argument("--at-most", type=positive, metavar="N", help=help)
+    parser.add_argument("--at-most", type=positive, metavar="N", help="draw N evenly spaced rows and columns (all)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add options that choose a classifier: `--resume`, its expected `--model`, and another `--img_size`."""
     parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint of main.py, or a released one")
     parser.add_argument("--model", metavar="NAME", help="expected model (default: that of the checkpoint)")
-    help = "input size in pixels, one number or height and width (default: that of the checkpoint)"
-    parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help=help)
+    parser.add_argument("--img_size", type=_image_side, nargs="+", metavar="N", help="height and width, or one number")
 
 
 def _image_side(text: str) -> int:

@@ -8,8 +8,9 @@ growth    inference against image size
 input     the input pipeline of `classification/`
 
 The calls of a comparison take turns, so a machine that slows down slows all of them. The result is the median over
-turns, and its ratio to the first call. CPUs compute in float32, GPUs under bfloat16 autocast. Memory is the peak of a
-call on a GPU above what was allocated before. Writes DEVICE.json and DEVICE.png. Needs `bash setup_env.sh --dev`.
+turns, and its ratio to the first call. GPUs compute under bfloat16 autocast, CPUs in float32, and models also in
+bfloat16 if the CPU has it. Memory is the peak of a call on a GPU above what was allocated before. Writes DEVICE.json
+and DEVICE.png. Needs `bash setup_env.sh --dev`.
 """
 
 import argparse
@@ -36,14 +37,15 @@ from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
 from lit_backbone.dtm import DeformableTokenMerging, autocast_dtype, deformable_sample
+from lit_backbone.precision import autocast, cpu_has_bf16
 
 DTM_SHAPES = ((96, 192, 56), (192, 384, 28), (384, 768, 14))  # LIT-S at 224: input and output channels, side
 DEFORM_CONV = "lit_s, torchvision's operator"
-MODELS = {  # models of similar size
-    "S": ("lit_s", "swin_tiny_patch4_window7_224", "lit_ti", "pvt_v2_b2", "convnext_tiny", "resnet50", DEFORM_CONV),
-    "M": ("lit_m", "swin_small_patch4_window7_224", "pvt_v2_b4", "convnext_small", "resnet101"),
-    "B": ("lit_b", "swin_base_patch4_window7_224", "pvt_v2_b5", "convnext_base", "resnet152"),
-}
+MODELS = [  # groups of similar size; a CPU runs the first one
+    ["lit_s", "swin_tiny_patch4_window7_224", "lit_ti", "pvt_v2_b2", "convnext_tiny", "resnet50", DEFORM_CONV],
+    ["lit_m", "swin_small_patch4_window7_224", "pvt_v2_b4", "convnext_small", "resnet101"],
+    ["lit_b", "swin_base_patch4_window7_224", "pvt_v2_b5", "convnext_base", "resnet152"],
+]
 JPEG_SIZE = (500, 375)  # width and height, typical of ImageNet
 Calls = dict[str, Callable[[], object]]  # name: function to time
 
@@ -52,12 +54,11 @@ class Bench:
     """Time calls on a device and collect the results, also in a file after each comparison."""
 
     def __init__(self, args: argparse.Namespace):
-        self.device, self.repeats, self.compile = torch.device(args.device), args.repeats, args.compile
+        self.device, self.repeats, self.output = torch.device(args.device), args.repeats, args.output
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[args.device]
-        sizes = args.sizes or {"cpu": "S", "cuda": "SMB"}[args.device]
-        self.groups = [args.models] if args.models else [MODELS[size] for size in sizes]
-        self.output = args.output
+        self.groups = [args.models] if args.models else MODELS[: {"cpu": 1, "cuda": 3}[args.device]]
         self.rows: list[dict[str, Any]] = []
+        self.precisions = ["bf16"] if args.device == "cuda" else ["off", "bf16"] if cpu_has_bf16() else ["off"]
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:
         """Return the peak memory of the second call. The first one compiles and creates optimizer states."""
@@ -98,10 +99,6 @@ class Bench:
         return settings | {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
 
 
-def autocast(images: Tensor) -> torch.autocast:
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
-
-
 def random_images(bench: Bench, batch: int, height: int, width: int, channels: int = 3) -> Tensor:
     images = torch.randn(batch, channels, height, width, device=bench.device)
     return images.contiguous(memory_format=torch.channels_last)
@@ -122,19 +119,19 @@ def build_model(name: str, bench: Bench, **kwargs) -> nn.Module:
     return model.to(bench.device, memory_format=torch.channels_last)
 
 
-def infer(model: nn.Module, images: Tensor) -> None:
-    with torch.inference_mode(), autocast(images):
+def infer(model: nn.Module, images: Tensor, precision: str) -> None:
+    with torch.inference_mode(), autocast(precision, images.device):
         model(images)
 
 
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, images: Tensor, precision: str) -> Callable[[], None]:
     """Return a function that runs forward, cross-entropy, backward and AdamW."""
     model.train()
     targets = torch.randint(model.num_classes, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
-        with autocast(images):
+        with autocast(precision, images.device):
             loss = F.cross_entropy(model(images), targets)
         loss.backward()
         optimizer.step()
@@ -159,7 +156,7 @@ MERGINGS = {
 
 def run_operator(merge: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     """Run the forward pass and, if the inputs require gradients, the backward pass."""
-    with autocast(inputs[0]):
+    with autocast("auto", inputs[0].device):
         out = merge(*inputs)
     if out.requires_grad:
         torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
@@ -169,12 +166,12 @@ def bench_operator(bench: Bench) -> None:
     for in_chs, out_chs, side in DTM_SHAPES:
         x = random_images(bench, bench.batch, side, side, in_chs)
         offset = torch.randn(bench.batch, 8, side // 2, side // 2, device=bench.device)
-        inputs = dict.fromkeys(MERGINGS, (x, offset, torch.randn(out_chs, in_chs, 2, 2, device=bench.device)))
-        inputs["torchvision, float32"] = (x.contiguous(), *inputs["torchvision, float32"][1:])  # its kernel's layout
+        weight = torch.randn(out_chs, in_chs, 2, 2, device=bench.device)
         for backward, what in enumerate(("forward", "forward + backward")):
             calls = {}
             for name, merge in MERGINGS.items():
-                leaves = [tensor.detach().requires_grad_(bool(backward)) for tensor in inputs[name]]
+                layout = x.contiguous() if "torchvision" in name else x  # its kernel needs channels first
+                leaves = [tensor.detach().requires_grad_(bool(backward)) for tensor in (layout, offset, weight)]
                 calls[name] = partial(run_operator, merge, leaves)
             bench.compare("operator", f"{what}, {in_chs} x {side} x {side}", calls)
 
@@ -182,46 +179,56 @@ def bench_operator(bench: Bench) -> None:
 def bench_models(bench: Bench) -> None:
     images = random_images(bench, bench.batch, 224, 224)
     for names in bench.groups:
-        for compiled in (False, True) if bench.compile else (False,):
+        for compiled in (False, True):
             models = {name: build_model(name, bench) for name in names if not (compiled and name == DEFORM_CONV)}
             torch.compiler.reset()
             if compiled:
                 models = {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
-            mode = "compiled" if compiled else "eager"
-            calls = {name: partial(infer, model.eval(), images) for name, model in models.items()}
-            bench.compare("models", f"inference at 224, {mode}", calls, len(images))
-            if compiled == (bench.compile and bench.device.type == "cuda"):
-                calls = {name: training_step(model, images) for name, model in models.items()}
-                bench.compare("models", f"training step at 224, {mode}", calls, len(images))
+            for precision in bench.precisions:
+                mode = ("compiled" if compiled else "eager") + (", float32" if precision == "off" else ", bfloat16")
+                calls = {name: partial(infer, model.eval(), images, precision) for name, model in models.items()}
+                bench.compare("models", f"inference at 224, {mode}", calls, len(images))
+                if compiled == (bench.device.type == "cuda"):
+                    calls = {name: training_step(model, images, precision) for name, model in models.items()}
+                    bench.compare("models", f"training step at 224, {mode}", calls, len(images))
 
 
 def bench_growth(bench: Bench) -> None:
     models = {name: build_model(name, bench).eval() for name in ("lit_s", "pvt_v2_b2", "resnet50")}
     for side in (224, 320, 448, 640, 768, 1024):
-        calls = {name: partial(infer, model, random_images(bench, 1, side, side)) for name, model in models.items()}
+        images, precision = random_images(bench, 1, side, side), bench.precisions[0]
+        calls = {name: partial(infer, model, images, precision) for name, model in models.items()}
         bench.compare("growth", f"one image, {side} x {side}", calls)
 
 
 def bench_input(bench: Bench) -> None:
-    """Time one worker. If `models` ran before, print how many workers a training step keeps busy."""
+    """Time one worker, and one that also normalizes and erases, as the training process does on its device."""
     from sklearn.datasets import load_sample_images
 
     from lit_classification.config_reader import load_config
     from lit_classification.data import build_dataset
+    from lit_classification.distributed import Ranks
+    from lit_classification.engine import build_erasing, to_device
     from lit_classification.sampler import SampleKey
 
-    config = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
+    path = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(load_sample_images().images):
             Path(folder, "train", str(i)).mkdir(parents=True)
             Image.fromarray(image).resize(JPEG_SIZE).save(f"{folder}/train/{i}/image.jpg", quality=95)
-        dataset = build_dataset(load_config(config, ["MODEL.NUM_CLASSES", "2"], data_path=folder), is_training=True)
-        keys = [SampleKey(0, position, position % len(dataset)) for position in range(32)]
-        calls = {"1 worker": lambda: [dataset[key] for key in keys]}
-        ms = bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
-    for row in [row for row in bench.rows if row["what"].startswith("training step")][:1]:
-        workers = row["images_per_s"] * 1e-3 * ms["1 worker"] / len(keys)
-        print(f"a training step of {row['name']} keeps {workers:.1f} workers busy")
+        config, ranks = (
+            load_config(path, ["MODEL.NUM_CLASSES", "2"], data_path=folder),
+            Ranks(0, 1, torch.device("cpu")),
+        )
+        dataset, erase = build_dataset(config, is_training=True), build_erasing(config, ranks)
+        keys, empty = [SampleKey(0, i, i % len(dataset)) for i in range(32)], torch.zeros(0)
+        calls = {
+            "uint8, 1 worker": lambda: [dataset[key] for key in keys],
+            "float32, 1 worker": lambda: [
+                erase(to_device((dataset[key][0][None], empty), config, ranks)[0]) for key in keys
+            ],
+        }
+        bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
 
 
 SECTIONS = {"operator": bench_operator, "models": bench_models, "growth": bench_growth, "input": bench_input}
@@ -234,16 +241,14 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(15, 3 * lines), layout="constrained")
     for i, what in enumerate(panels, 1):
         panel = [row for row in rows if row["what"] == what]
-        unit = "images/s" if panel[0]["images_per_s"] else "ms"
         values = [row["images_per_s"] or row["ms"] for row in panel]
         colors = ["C0" if row["name"].startswith("lit") and row["name"] != DEFORM_CONV else "0.7" for row in panel]
-        axes = figure.add_subplot(lines, 3, i)
+        axes = figure.add_subplot(lines, 3, i, xlabel="images/s" if panel[0]["images_per_s"] else "ms")
         axes.set_title(what, fontsize="medium", loc="right")
         bars = axes.barh([row["name"] for row in panel], values, color=colors)
         axes.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=2)
         axes.margins(x=0.35)
         axes.invert_yaxis()
-        axes.set_xlabel(unit)
     return figure
 
 
@@ -253,11 +258,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="(all)")
-    parser.add_argument("--classes", dest="sizes", choices=("S", "M", "B", "SM", "MB", "SMB"), help="model sizes")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="models to compare instead of --classes")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="timm models to compare with each other")
     parser.add_argument("--batch-size", type=int, help="images per call (cpu: 8, cuda: 256)")
     parser.add_argument("--repeats", type=int, default=7, help="turns per call (%(default)s)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip compiled models")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="directory (%(default)s)")
     return parser.parse_args(argv)
 

@@ -3,14 +3,11 @@
 `tool.check_links` in pyproject.toml lists exempt paths.
 """
 
-import argparse
-import os
 import re
-import sys
 from itertools import count
 from pathlib import Path
 
-from tools.check_language import CONFIG, files_to_check
+from tools.check_language import main
 
 FENCE = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(FENCE.pattern + r"|(`+).+?\2", re.MULTILINE | re.DOTALL)
@@ -43,17 +40,5 @@ def broken_links(path: Path) -> list[tuple[int, str]]:
     return result
 
 
-def main() -> None:
-    """Print the broken links of the named files, or of all Markdown files, and exit with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("files", nargs="*", type=Path, help="default: all Markdown files of the project")
-    report = [
-        f"{os.path.relpath(path)}:{number}: {message}"
-        for path in files_to_check(parser.parse_args().files, ("*.md",), CONFIG["check_links"]["exclude"])
-        for number, message in broken_links(path)
-    ]
-    sys.exit("\n".join(report) or 0)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "check_links", ("*.md",), broken_links)

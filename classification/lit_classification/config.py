@@ -41,7 +41,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending), Field(strict=False)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending), Field(strict=False)]
-Precision = Literal["bf16", "fp16", "off"]
+Precision = Literal["auto", "bf16", "fp16", "off"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Shape = Literal["cosine", "linear", "step", "multistep", "poly", "constant"]
 Freeze = Annotated[int, Field(ge=0, le=4)] | Literal["backbone"]
@@ -173,12 +173,12 @@ class Aug(Section):
 
 class Test(Section):
     CROP: bool = Field(True, description="resize to IMG_SIZE * 256 / 224 and crop the center; false = resize only")
-    AMP_DTYPE: Precision = Field("off", description="autocast in evaluation; off = float32")
+    AMP_DTYPE: Precision = Field("off", description="autocast in evaluation; off = float32, auto = bf16 on a GPU")
 
 
 class Runtime(Section):
     DEVICE: Device = RuntimeField("auto", description="auto = cuda if there is a GPU, else cpu; mps is untested")
-    AMP_DTYPE: Precision = Field("bf16", description="autocast in training; off = float32")
+    AMP_DTYPE: Precision = Field("auto", description="autocast in training; auto = bf16 on a GPU, off = float32")
     COMPILE: bool = Field(False, description="run the model through torch.compile, which draws other drop paths")
     CHANNELS_LAST: bool = RuntimeField(False, description="channels-last memory format for images")
     TIMEOUT: float = RuntimeField(30.0, gt=0, description="minutes to wait for other ranks or for data")

@@ -20,7 +20,7 @@ from lit_classification.sampler import SampleKey, TrainSampler, seed_everything
 
 
 class SeededImages(Dataset):
-    """Transformed images of a dataset of `(PIL image, label)`, as `(image (3, H, W) float32, label)`.
+    """Transformed images of a dataset of `(PIL image, label)`, as `(image (3, H, W) uint8, label)`.
 
     An int key gives the image at that index. A :class:`SampleKey` also fixes the random numbers of its augmentation.
     """
@@ -99,14 +99,16 @@ def check_classes(config: Config, *datasets: SeededImages) -> None:
 
 
 def build_transform(config: Config, is_training: bool) -> Any:
-    """Build timm's transform from PIL images to normalized `(3, H, W)` float32 tensors."""
+    """Build timm's transform from PIL images to `(3, H, W)` uint8 tensors.
+
+    The training loop normalizes and erases them on its device, see :func:`lit_classification.engine.to_device`.
+    """
     if not is_training:
-        return create_transform(**eval_preprocessing(config))
+        return create_transform(**eval_preprocessing(config), use_prefetcher=True)
     aug, size, interpolation = config.AUG, (3, *config.DATA.IMG_SIZE), config.DATA.INTERPOLATION
     colors: dict[str, Any] = dict(color_jitter=aug.COLOR_JITTER or None, auto_augment=aug.AUTO_AUGMENT or None)
-    erasing = dict(re_prob=aug.REPROB, re_mode=aug.REMODE, re_count=aug.RECOUNT)
     geometry = dict(scale=aug.SCALE, ratio=aug.RATIO, hflip=aug.HFLIP, interpolation=interpolation)
-    return create_transform(size, is_training=True, **geometry, **colors, **erasing)
+    return create_transform(size, is_training=True, use_prefetcher=True, **geometry, **colors)
 
 
 def eval_preprocessing(config: Config) -> dict[str, Any]:
@@ -115,9 +117,10 @@ def eval_preprocessing(config: Config) -> dict[str, Any]:
 
 
 def build_train_loader(images: SeededImages, config: Config, ranks: Ranks) -> DataLoader:
-    """Build the loader of this rank's micro-batches `(images (b, 3, H, W), labels (b,))`, see :class:`TrainSampler`.
+    """Build the loader of this rank's micro-batches, `(images (b, 3, H, W) uint8, labels (b,))`.
 
-    Raise ConfigError if batch size and ranks do not divide the global batch, DataError if the dataset is smaller.
+    :class:`TrainSampler` defines their order. Raise ConfigError if batch size and ranks do not divide the global batch,
+    DataError if the dataset is smaller.
     """
     batch_size, total, step = config.DATA.BATCH_SIZE, config.TRAIN.GLOBAL_BATCH, 2 if config.AUG.mixing else 1
     if total % (batch_size * ranks.world_size):

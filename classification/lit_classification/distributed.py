@@ -1,4 +1,4 @@
-"""Ranks, devices, stop signals and mixed precision: a CPU, one GPU, or N ranks under torchrun."""
+"""Ranks, devices and stop signals: a CPU, one GPU, or N ranks under torchrun."""
 
 import ctypes
 import os
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from lit_backbone.precision import amp_dtype, cpu_has_bf16
 
 STOPPED = 75  # exit status of a run that saved and stopped on a signal: EX_TEMPFAIL, "try again"
 
@@ -114,26 +116,14 @@ def catch_stop_signals(received: list[str]) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype for `bf16 | fp16 | off`, or None for float32, which all devices but CUDA use."""
-    if precision == "off" or device.type != "cuda":
-        return None
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if precision == "bf16" and has_bf16 else torch.float16
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the autocast context for `bf16 | fp16 | off`."""
-    dtype = amp_dtype(precision, device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 def describe_precision(precision: str, device: torch.device) -> str:
     """Describe for the log what a model computes in, and where."""
     if dtype := amp_dtype(precision, device):
         return f"{dtype} autocast on {device}"
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] > 7
-    return f"float32 on {device}" + (", with TF32 convolutions" if tf32 else "")
+    faster = precision == "auto" and device.type == "cpu" and cpu_has_bf16()
+    note = ", with TF32 convolutions" if tf32 else ", which also has bf16: about 1.8 times as fast" if faster else ""
+    return f"float32 on {device}{note}"
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:

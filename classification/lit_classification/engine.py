@@ -5,17 +5,21 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import cache
+from typing import cast
 
 import torch
-from timm.data import Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import Module
 from torch.utils.data import DataLoader
 
+from lit_backbone.precision import autocast
 from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
 from lit_classification.config import Config
-from lit_classification.distributed import Ranks, autocast, no_sync
+from lit_classification.distributed import Ranks, no_sync
 from lit_classification.logs import RunLog, progress
 from lit_classification.optim import Schedule
 from lit_classification.sampler import TrainSampler, seed_everything
@@ -61,10 +65,25 @@ def mix_distillation(loss: Tensor, logits: Tensor, images: Tensor, teacher: Modu
 
 
 def to_device(batch: Sequence[Tensor], config: Config, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Copy images and targets to this rank's device, images in the configured memory format."""
+    """Copy uint8 images and targets to this rank's device, and normalize the images there, in float32."""
+    images, targets = (tensor.to(ranks.device, non_blocking=True) for tensor in batch)
     memory_format = torch.channels_last if config.RUNTIME.CHANNELS_LAST else torch.contiguous_format
-    images = batch[0].to(ranks.device, non_blocking=True, memory_format=memory_format)
-    return images, batch[1].to(ranks.device, non_blocking=True)
+    images = images.to(torch.float32, memory_format=memory_format) / 255  # (B, 3, H, W)
+    mean, std = _mean_and_std(ranks.device)
+    return images.sub_(mean).div_(std), targets
+
+
+@cache
+def _mean_and_std(device: torch.device) -> list[Tensor]:
+    """Return ImageNet's mean and standard deviation, each `(3, 1, 1)`; copying them in each step would block it."""
+    values = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return [torch.tensor(value, device=device).view(3, 1, 1) for value in values]
+
+
+def build_erasing(config: Config, ranks: Ranks) -> RandomErasing:
+    """Build timm's random erasing of normalized batches."""
+    aug = config.AUG
+    return RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=ranks.device)
 
 
 def train_one_epoch(
@@ -74,9 +93,8 @@ def train_one_epoch(
 
     Append loss and gradient norm of each step to `state.history`. Raise NonFiniteError if one of them is not finite.
     """
-    sampler, optimizer, scaler = loader.batch_sampler, state.optimizer, state.scaler
-    assert isinstance(sampler, TrainSampler)
-    criterion, mixup = build_criterion(config), build_mixup(config)
+    sampler, optimizer, scaler = cast(TrainSampler, loader.batch_sampler), state.optimizer, state.scaler
+    criterion, mixup, erase = build_criterion(config), build_mixup(config), build_erasing(config, ranks)
     sampler.set_epoch(state.epoch, first_step=state.step % state.steps_per_epoch)
     # on the device, so that no step waits for it
     history = state.history = state.history if sampler.first_step else []
@@ -89,8 +107,8 @@ def train_one_epoch(
         step_loss = torch.zeros((), device=ranks.device)
         for group in sampler.local_groups:  # micro-batches, whose gradients accumulate
             images, targets = to_device(next(batches), config, ranks)
-            seed_everything("mixup and drop path", config.SEED, state.step, group)
-            images, targets = mixup(images, targets) if mixup else (images, targets)
+            seed_everything("erasing, mixup and drop path", config.SEED, state.step, group)
+            images, targets = mixup(erase(images), targets) if mixup else (erase(images), targets)
             with no_sync(model, last=group == sampler.local_groups[-1]):
                 with autocast(config.RUNTIME.AMP_DTYPE, ranks.device):
                     logits = model(images)  # (b, classes)
@@ -197,7 +215,7 @@ def evaluate(
 def measure_throughput(model: Module, config: Config, ranks: Ranks) -> float:
     """Measure images per second of inference on random images, after a warm-up, as published."""
     model.eval()
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE)
+    images = torch.randint(256, (config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), dtype=torch.uint8)
     images, _ = to_device((images, torch.zeros(0)), config, ranks)
 
     def run(iterations: int, desc: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, infer_imagenet_subset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
 
 from lit_backbone import CheckpointError, read_checkpoint
@@ -25,7 +25,7 @@ from lit_backbone.checkpoints import (
 from lit_backbone.released import convert_released
 from lit_classification.config import Config, ConfigError, Lit, is_lit
 from lit_classification.config_reader import config_from_checkpoint, load_config
-from lit_classification.data import build_transform
+from lit_classification.data import eval_preprocessing
 from lit_classification.sampler import seed_everything
 
 _logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def load_classifier(
     if img_size:
         data = config.DATA.model_copy(update={"IMG_SIZE": (img_size[0], img_size[-1])})
         config = config.model_copy(update={"DATA": data})
-    return Classifier(model, config, classes, build_transform(config, is_training=False), class_names)
+    return Classifier(model, config, classes, cast(Any, create_transform(**eval_preprocessing(config))), class_names)
 
 
 def adopt_keywords(config: Config, run_dir: Path) -> Config:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_backbone import DeformableTokenMerging
-from lit_classification.config import Config
+from lit_classification.config import Config, ConfigError
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict]:
@@ -41,18 +41,21 @@ def param_groups(model: nn.Module, config: Config) -> list[dict]:
     return [group for group in groups.values() if group["params"]]
 
 
-def build_optimizer(model: nn.Module | list[nn.Parameter], config: Config) -> Optimizer:
-    """Build timm's optimizer over a model's parameter groups. Raise TypeError or ValueError for wrong keywords."""
-    if get_optimizer_info(config.TRAIN.OPTIMIZER.NAME).second_order:
-        raise ValueError(f"{config.TRAIN.OPTIMIZER.NAME} needs second derivatives, which main.py does not compute")
-    params = param_groups(model, config) if isinstance(model, nn.Module) else model
+def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
+    """Build timm's optimizer over the recipe's parameter groups. Raise ConfigError if it does not take the keywords."""
     optimizer = config.TRAIN.OPTIMIZER
     options: dict[str, Any] = dict(eps=optimizer.EPS, betas=optimizer.BETAS, momentum=optimizer.MOMENTUM)
-    accepted = inspect.signature(get_optimizer_class(optimizer.NAME, bind_defaults=False)).parameters
-    options = {name: value for name, value in options.items() if value is not None and name in accepted}
-    options |= {"fused": True} if "fused" in accepted else {}
-    options |= {"weight_decay": config.TRAIN.WEIGHT_DECAY, "lr": config.learning_rates[0]} | optimizer.KEYWORDS
-    return create_optimizer_v2(params, optimizer.NAME, **options)
+    try:
+        accepted = inspect.signature(get_optimizer_class(optimizer.NAME, bind_defaults=False)).parameters
+        options = {name: value for name, value in options.items() if value is not None and name in accepted}
+        options |= {"fused": True} if "fused" in accepted else {}
+        options |= {"weight_decay": config.TRAIN.WEIGHT_DECAY, "lr": config.learning_rates[0]} | optimizer.KEYWORDS
+        result = create_optimizer_v2(param_groups(model, config), optimizer.NAME, **options)
+    except (AssertionError, TypeError, ValueError) as error:  # AssertionError without the GPU that it needs
+        raise ConfigError(f"TRAIN.OPTIMIZER: cannot be built: {error}") from error
+    if get_optimizer_info(optimizer.NAME).second_order:
+        raise ConfigError(f"TRAIN.OPTIMIZER.NAME: {optimizer.NAME} needs second derivatives. Choose another one.")
+    return result
 
 
 class Schedule:

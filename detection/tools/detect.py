@@ -10,40 +10,35 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from torchvision.ops import nms
 
-from lit_backbone.images import find_images, open_rgb
 from lit_backbone.mm.cli import one_line_errors
-from lit_backbone.mm.inference import build_parser, load_model, process_images
+from lit_backbone.mm.inference import build_parser, load_inputs, process_images
 from lit_backbone.mm.labels import matplotlib_labels
 from lit_backbone.visualize import enlargement
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--score-thr", type=float, default=0.3, metavar="P", help="minimum score (%(default)s)")
     parser.add_argument("--json", action="store_true", help="also write the boxes next to each drawing")
     args = parser.parse_args(argv)
-    with one_line_errors():
-        images = find_images(args.images)
-        model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
-        classes = model.dataset_meta["classes"]
-        test_cfg = model.test_cfg.get("rcnn", model.test_cfg)
-        iou_threshold = test_cfg.get("nms", {}).get("iou_threshold", 0.5)
-        visualizer = DetLocalVisualizer()
-        visualizer.dataset_meta = dict(model.dataset_meta, classes=matplotlib_labels(classes))
+    images, model = load_inputs(args)
+    classes = model.dataset_meta["classes"]
+    iou_threshold = model.test_cfg.get("rcnn", model.test_cfg).get("nms", {}).get("iou_threshold", 0.5)
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = dict(model.dataset_meta, classes=matplotlib_labels(classes))
 
-        def detect(path: str, output: Path) -> str:
-            image = np.array(open_rgb(path, upright=True))  # (H, W, 3)
-            result = inference_detector(model, image[..., ::-1]).cpu()  # RGB -> BGR
-            instances = result.pred_instances[result.pred_instances.scores >= args.score_thr]
-            instances = class_agnostic_nms(instances, iou_threshold)
-            if args.json:
-                output.with_suffix(".json").write_text(describe(path, instances, classes), encoding="utf-8")
-            image, instances = enlarge(image, instances, factor=enlargement(*image.shape[:2]))
-            sample = DetDataSample(pred_instances=instances)
-            visualizer.add_datasample(path, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
-            return f"{path}: {len(instances)} detections, drawn in {output}"
+    def detect(image: np.ndarray, path: str, output: Path) -> str:
+        instances = inference_detector(model, image[..., ::-1]).cpu().pred_instances  # RGB -> BGR
+        instances = class_agnostic_nms(instances[instances.scores >= args.score_thr], iou_threshold)
+        if args.json:
+            output.with_suffix(".json").write_text(describe(path, instances, classes), encoding="utf-8")
+        image, instances = enlarge(image, instances, factor=enlargement(*image.shape[:2]))
+        sample = DetDataSample(pred_instances=instances)
+        visualizer.add_datasample(path, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
+        return f"{path}: {len(instances)} detections, drawn in {output}"
 
-        process_images(images, args.out_dir, detect)
+    process_images(images, args.out_dir, detect)
 
 
 def describe(path: str, instances: InstanceData, classes: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints import CheckpointError, fit_state_dict, unwrap_state_dict
+from ..checkpoints import fit_state_dict, unwrap_state_dict
 from ..images import DataError
 from ..lit import ARCHS, LIT
 from ..released import convert_released
@@ -78,14 +78,8 @@ class LITBackbone(LIT):
         kind, path, prefix = cfg.pop("type", None), cfg.pop("checkpoint", None), cfg.pop("prefix", "")
         if kind != "Pretrained" or path is None or cfg:
             raise ValueError(f'init_cfg={self.init_cfg}: invalid. Use dict(type="Pretrained", checkpoint=FILE).')
-        content = load_file(str(path))
-        weights = unwrap_state_dict(content)  # without a prefix that all keys share
-        keys = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-        if any(key.startswith(prefix) for key in weights) or not any(str(key).startswith(prefix) for key in keys):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        if not weights:
-            missing = f"no key starts with init_cfg.prefix={prefix!r}" if prefix else "no weights"
-            raise CheckpointError(f"{path}: {missing}. Use a checkpoint of {self.pretrained_cfg['architecture']}.")
+        weights = unwrap_state_dict(load_file(str(path)))  # without a prefix that all keys share
+        weights = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)} or weights
         state_dict = {key: value for key, value in self.state_dict().items() if key.startswith("norm")}  # output norms
         built = tuple(f"stages.{i}." for i in range(len(self.stages)))
         for key, value in convert_released(weights).items():

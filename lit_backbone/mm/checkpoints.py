@@ -1,7 +1,6 @@
 """Safe checkpoint reader for mmengine, which falls back to unrestricted unpickling."""
 
 import os
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,30 +8,18 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..checkpoints import (
-    architecture,
-    fit_state_dict,
-    preview,
-    read_checkpoint,
-    stored_classes,
-    unwrap_state_dict,
-)
+from ..checkpoints import architecture, fit_state_dict, stored_classes, unwrap_state_dict
 from ..released import convert_released_hook
-from ..safe_reader import URL_PREFIXES, Placeholder
+from ..safe_reader import URL_PREFIXES, Placeholder, preview, read_checkpoint
 
-# a HistoryBuffer pickles `getattr`
-MMENGINE_OBJECTS: list[Any] = [
-    (Placeholder, name) for name in ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
-]
+HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"  # pickles `getattr`
+MMENGINE_OBJECTS: list[Any] = [(Placeholder, HISTORY), (Placeholder, "builtins.getattr")]
 
 
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint from a file or URL without executing code in it.
+    """Read a checkpoint from a file or URL without executing code in it, or raise CheckpointError.
 
     A download is cached in the hub directory of PyTorch (`TORCH_HOME`). Metadata that no run needs is dropped.
-
-    Raises:
-        CheckpointError: the file is missing, corrupt, or contains unsafe objects.
     """
     with torch.serialization.safe_globals(MMENGINE_OBJECTS):
         return _select_metadata(read_checkpoint(os.path.expanduser(path), map_location or "cpu"))
@@ -61,29 +48,22 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_weights(
-    checkpoint: dict[str, Any],
-    model: nn.Module,
-    path: str,
-    *,
-    allow_new_head: bool = False,
-    reset_keys: Collection[str] = (),
+    checkpoint: dict[str, Any], model: nn.Module, path: str, allow_new_head: bool = False, reset_keys: Any = ()
 ) -> dict[str, Tensor]:
-    """Convert a checkpoint of a detector or segmentor to a state dict that loads strictly into `model`.
+    """Convert a checkpoint to a state dict that loads strictly into a detector or segmentor, or raise CheckpointError.
 
     The backbone may be in the released layout and have position tables of another size. With `allow_new_head`,
     mismatched weights outside the backbone and those in `reset_keys` keep the initialization of `model`.
-
-    Raises:
-        CheckpointError: the checkpoint, read from `path`, does not match the model.
     """
-    state_dict = unwrap_state_dict(checkpoint)
-    convert_released_hook(model.get_submodule("backbone"), state_dict, "backbone.")
+    state_dict, backbone = unwrap_state_dict(checkpoint), model.get_submodule("backbone")
+    convert_released_hook(backbone, state_dict, "backbone.")
     if allow_new_head:
-        model_head = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-        ckpt_head = {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
-        shared = {key for key in model_head.keys() & ckpt_head.keys() if ckpt_head[key].shape == model_head[key].shape}
-        if mismatched := [key for key in model_head | ckpt_head if key not in shared - set(reset_keys)]:
+        shapes, expected = ({key: x.shape for key, x in d.items()} for d in (state_dict, model.state_dict()))
+        differing = {key for key in shapes | expected if shapes.get(key) != expected.get(key)} | {*reset_keys}
+        mismatched = sorted(key for key in differing if not key.startswith("backbone."))
+        if mismatched:
             print_log(f"{path}: {preview(mismatched)} do not match. They keep their initialization.", level=30)
-        state_dict = model_head | {key: value for key, value in state_dict.items() if key not in mismatched}
-    name = f"{type(model).__name__} with {architecture(model.get_submodule('backbone'))}"
+        state_dict = {key: x for key, x in state_dict.items() if key not in mismatched}
+        state_dict |= {key: x for key, x in model.state_dict().items() if key in mismatched}
+    name = f"{type(model).__name__} with {architecture(backbone)}"
     return fit_state_dict(state_dict, model, path, name=name)

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,95 +22,96 @@ from .data import unwrap_datasets
 from .runner import StrictRunner
 
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
-
-
-def train(description: str, argv: list[str] | None = None) -> None:
-    """Train the model of a config."""
-    parser = _build_parser(description)
-    parser.add_argument("--amp", action="store_true", help="train in mixed precision")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch size")
-    help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help=help)
-    help = "start a new run although the work directory holds checkpoints of another run"
-    parser.add_argument("--overwrite", action="store_true", help=help)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper")
-        if args.amp:
-            cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
-        if args.auto_scale_lr:
-            if "auto_scale_lr" not in cfg:
-                raise DataError(
-                    f"{args.config}: auto_scale_lr is missing. Add auto_scale_lr=dict(base_batch_size=...)."
-                )
-            cfg.auto_scale_lr.enable = True
-        with run_lock(cfg.work_dir, args.launcher):
-            if args.resume == "auto":
-                args.resume = _find_latest(cfg.work_dir)
-            if not args.resume and not cfg.get("resume"):
-                _start_new(cfg.work_dir, args.overwrite)
-            if args.resume:
-                cfg.resume, cfg.load_from = True, args.resume
-            runner = build_runner(cfg)
-            runner.allow_new_head = not cfg.get("resume")
-            runner.train()
+CFG_OPTIONS: dict[str, Any] = dict(nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
 
 
 @contextmanager
-def run_lock(work_dir: str, launcher: str) -> Iterator[None]:
-    """Create the work directory and lock it on rank 0, or raise DataError if another training has locked it."""
-    lock = FileLock(Path(work_dir, "run.lock"), timeout=0)
-    if int(os.environ.get(RANK_VARIABLES.get(launcher, ""), 0)) == 0:  # other ranks end with rank 0
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            advice = "Wait until it has ended, or choose another --work-dir."
-            raise DataError(f"{work_dir}: another training runs there. {advice}") from None
+def one_line_errors() -> Iterator[None]:
+    """Exit with a one-line message on an error in the user's files or settings. Other exceptions propagate."""
     try:
         yield
-    finally:
-        lock.release()
+    except (CheckpointError, DataError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]  # a DataLoader worker prepends its traceback
+        sys.exit(f"error: {lines[-1]}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # keep the process group until all ranks are done
+        torch.distributed.destroy_process_group()
 
 
+@one_line_errors()
+def train(description: str, argv: list[str] | None = None) -> None:
+    """Train the model of a config."""
+    parser = _build_parser(description)
+    add = parser.add_argument
+    add("--amp", action="store_true", help="train in mixed precision")
+    add("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch size")
+    help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
+    add("--resume", nargs="?", const="auto", metavar="FILE", help=help)
+    add("--overwrite", action="store_true", help="start a new run in a work directory with checkpoints of another run")
+    args = parser.parse_args(argv)
+    scaling = ["auto_scale_lr"] if args.auto_scale_lr else []
+    cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper", *scaling)
+    if args.amp:
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.auto_scale_lr:
+        cfg.auto_scale_lr.enable = True
+    with run_lock(cfg.work_dir, args.launcher):
+        resume = _find_latest(cfg.work_dir) if args.resume == "auto" else args.resume
+        if resume:
+            cfg.resume, cfg.load_from = True, resume
+        elif not cfg.get("resume"):
+            _start_new(cfg.work_dir, args.overwrite)
+        runner = build_runner(cfg)
+        runner.allow_new_head = not cfg.get("resume")
+        runner.train()
+
+
+def run_lock(work_dir: str, launcher: str) -> AbstractContextManager[Any]:
+    """Create the work directory and lock it on rank 0, or raise DataError if another training has locked it."""
+    if int(os.environ.get(RANK_VARIABLES.get(launcher, ""), 0)):
+        return nullcontext()  # other ranks end with rank 0
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(Path(work_dir, "run.lock"), timeout=0).acquire()
+    except Timeout:
+        advice = "Wait until it has ended, or choose another --work-dir."
+        raise DataError(f"{work_dir}: another training runs there. {advice}") from None
+
+
+@one_line_errors()
 def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate a checkpoint and return the metrics."""
     parser = _build_parser(description)
-    parser.add_argument("checkpoint", help="checkpoint file, trained here or released by the authors")
-    parser.add_argument("--out", metavar="PATH", help="write the predictions to a .pkl file, or masks to a directory")
-    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument("--show-dir", metavar="DIR", help="save images with the predictions")
-    parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
-    parser.add_argument("--tta", action="store_true", help="use test-time augmentation")
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file, trained here or released by the authors")
+    add("--out", metavar="PATH", help="write the predictions to a .pkl file, or masks to a directory")
+    add("--show", action="store_true", help="show the predictions in a window")
+    add("--show-dir", metavar="DIR", help="save images with the predictions")
+    add("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
+    add("--tta", action="store_true", help="use test-time augmentation")
     args = parser.parse_args(argv)
-    with one_line_errors():
-        cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
-        cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
-        for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
-            cfg.pop(key, None)
-        _configure_outputs(cfg, args)
-        if args.tta:
-            if "mask_head" in cfg.model.get("roi_head", ()):
-                raise DataError("--tta: mmdetection cannot average masks. Test a model with a mask head without --tta.")
-            for dataset in unwrap_datasets(cfg.test_dataloader.dataset):
-                dataset.pipeline = cfg.tta_pipeline
-            cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-        return build_runner(cfg).test()
+    cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
+    cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        cfg.pop(key, None)
+    _configure_outputs(cfg, args)
+    if args.tta:
+        if "mask_head" in cfg.model.get("roi_head", ()):
+            raise DataError("--tta: mmdetection cannot average masks. Test a model with a mask head without --tta.")
+        for dataset in unwrap_datasets(cfg.test_dataloader.dataset):
+            dataset.pipeline = cfg.tta_pipeline
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    return build_runner(cfg).test()
 
 
 def _build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file, for example one in configs/lit")
     parser.add_argument("--work-dir", metavar="DIR", help="work directory (work_dirs/<name of the config>)")
-    add_cfg_options(parser, "for example train_dataloader.batch_size=4 model.backbone.with_cp=True")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    help = "override keys of the config, for example train_dataloader.batch_size=4 model.backbone.with_cp=True"
+    parser.add_argument("--cfg-options", **CFG_OPTIONS, help=help)
     return parser
-
-
-def add_cfg_options(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add the option that overrides keys of the config."""
-    help = f"override keys of the config, {example}"
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=help)
 
 
 def _load_config(args: argparse.Namespace, *required: str) -> Config:
@@ -121,22 +122,13 @@ def _load_config(args: argparse.Namespace, *required: str) -> Config:
 
 
 def read_config(path: str, *required: str, **overrides: Any) -> Config:
-    """Execute a config file, which is a Python program, and override some of its keys.
-
-    Raises:
-        DataError: the config raises an exception or lacks one of the `required` keys.
-        FileNotFoundError: the file or one of its base files is missing.
-    """
+    """Execute a config file and override some keys. Raise DataError if it fails or lacks one of the `required` keys."""
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(overrides)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a program can raise any exception
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(
-            f"{path}: reading the config failed ({reason:.300}). Fix the config or --cfg-options."
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise DataError(f"{path}: reading the config failed ({reason}). Fix the config or --cfg-options.") from error
     if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
         raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
     return cfg
@@ -147,8 +139,9 @@ def build_runner(cfg: Config) -> StrictRunner:
     if not torch.cuda.is_available():
         if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             print_log("No GPU is available. Training in float32 instead of mixed precision.")
-            amp = ("type", "loss_scale", "dtype", "use_fsdp")
-            cfg.optim_wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key not in amp}
+            cfg.optim_wrapper.type = "OptimWrapper"
+            for key in ("loss_scale", "dtype", "use_fsdp"):
+                cfg.optim_wrapper.pop(key, None)
         if cfg.launcher == "pytorch":  # mmengine would assign a GPU to each process
             torch.distributed.init_process_group("gloo")
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
@@ -157,9 +150,7 @@ def build_runner(cfg: Config) -> StrictRunner:
 
 def _start_new(work_dir: str, overwrite: bool) -> None:
     """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`."""
-    old = sorted(
-        path.name for path in Path(work_dir).glob("*.pth") if path.name.startswith(("best_", "epoch_", "iter_"))
-    )
+    old = sorted(path.name for kind in ("best", "epoch", "iter") for path in Path(work_dir).glob(f"{kind}_*.pth"))
     if old and not overwrite:
         advice = "Add --resume to continue that run, --work-dir for another directory, or --overwrite."
         raise DataError(f"{work_dir}: holds checkpoints of another run ({preview(old)}). {advice}")
@@ -185,22 +176,9 @@ def _configure_outputs(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = args.show_dir
     if args.out and args.out.endswith((".pkl", ".pickle")):
         metric = dict(type="DumpDetResults" if is_detection else "DumpMasks", out_file_path=args.out)
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-        cfg.test_evaluator = [*evaluators, metric]
+        metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*metrics, metric]
     elif args.out and is_detection:
         raise DataError(f"--out {args.out}: unknown file type. Use a name that ends in .pkl.")
     elif args.out:
         cfg.test_evaluator.output_dir = args.out
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exit with a one-line message on an error in the user's files or settings. Other exceptions propagate."""
-    try:
-        yield
-    except (CheckpointError, DataError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]  # a DataLoader worker prepends its traceback
-        sys.exit(f"error: {lines[-1]}")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # keep the process group until all ranks are done
-        torch.distributed.destroy_process_group()

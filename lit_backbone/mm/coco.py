@@ -6,213 +6,135 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from mmengine.fileio import get_text
 from mmengine.logging import print_log
 
 from ..images import DataError
-from ..safe_reader import printable
+from ..safe_reader import preview, printable
 
 Entry = dict[str, Any]
 CROWD = "iscrowd is 1"
 MARGIN, MAX_SHARE = 1.1, 0.2  # boxes beyond MARGIN times the image size are counted; share of images with such boxes
 
 
-class CocoFile(NamedTuple):
-    """Contents of an annotation file.
+def _are_numbers(*values: Any) -> bool:
+    return all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
-    Attributes:
-        path: the file.
-        categories: its categories, in order.
-        count: number of annotations, without those of categories that the config does not use.
-        dropped: number of annotations that mmdetection drops, by reason.
-        first: id of the first dropped annotation.
-        far: share of the annotated images that have a box far outside the image.
-    """
+
+def _is_mask(x: Any) -> bool:
+    """Return True for run lengths, and for polygons of three or more points. pycocotools reads two points as a box."""
+    if isinstance(x, dict):
+        return isinstance(x.get("counts"), list | str) and isinstance(x.get("size"), list)
+    polygons = x if isinstance(x, list) and x else [None]
+    return all(isinstance(y, list) and len(y) > 5 and len(y) % 2 == 0 and _are_numbers(*y) for y in polygons)
+
+
+INTEGER = (lambda x: type(x) is int, "an integer")  # test of a value, and a description of valid values
+TEXT = (lambda x: isinstance(x, str) and x, "a text")
+PIXELS = (lambda x: _are_numbers(x) and x > 0, "a number of pixels")
+BOX = (lambda x: isinstance(x, list) and len(x) == 4 and _are_numbers(*x), "[x, y, width, height]")
+AREA = (_are_numbers, "width * height")
+FLAG = (lambda x: x in (None, 0, 1), "0 or 1")
+MASK = (_is_mask, "polygons of three or more points, or run lengths, or set with_mask=False")
+FIELDS = {
+    "images": dict(id=INTEGER, file_name=TEXT, width=PIXELS, height=PIXELS),
+    "categories": dict(id=INTEGER, name=TEXT),
+    "annotations": dict(id=INTEGER, image_id=INTEGER, category_id=INTEGER, bbox=BOX, area=AREA, iscrowd=FLAG),
+}
+
+
+class CocoFile(NamedTuple):
+    """Categories of an annotation file, and its annotations of the categories that the config uses."""
 
     path: str
     categories: list[Entry]
     count: int
-    dropped: Counter[str]
-    first: int | None
-    far: float
+    dropped: Counter[str]  # number of annotations that mmdetection drops, by reason
+    far: float  # share of the annotated images that have a box far outside the image
 
 
-# ---- structure of the file
-
-
-def _is_number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
-
-
-Field = tuple[Callable[[Any], bool], str]  # test of a value, and a description of valid values
-INTEGER: Field = (lambda x: type(x) is int, "an integer")
-TEXT: Field = (lambda x: isinstance(x, str) and bool(x), "a text")
-PIXELS: Field = (lambda x: _is_number(x) and x > 0, "a number of pixels")
-FIELDS: dict[str, dict[str, Field]] = {
-    "images": {"id": INTEGER, "file_name": TEXT, "width": PIXELS, "height": PIXELS},
-    "categories": {"id": INTEGER, "name": TEXT},
-    "annotations": {
-        "id": INTEGER,
-        "image_id": INTEGER,
-        "category_id": INTEGER,
-        "bbox": (_is_box, "[x, y, width, height]"),
-        "area": (_is_number, "width * height"),
-    },
-}
-SINGULAR = {"images": "image", "categories": "category", "annotations": "annotation"}
-
-
-def is_coco(cls: Any) -> bool:
-    """Return True for dataset classes that read their file as CocoDataset of mmdetection does."""
-    methods = [getattr(cls, name, None) for name in ("load_data_list", "parse_data_info")]
-    names = [getattr(method, "__qualname__", "").partition(".")[0] for method in methods]
-    return names == ["CocoDataset"] * 2 and cls.COCOAPI.__name__ == "COCO"
-
-
-def read_coco(dataset: Any) -> CocoFile:
-    """Read and check the annotation file of a CocoDataset, whose data need not be loaded.
-
-    Raises:
-        DataError: the file is no valid COCO file.
-    """
-    file = dataset.ann_file
+def read_annotations(file: str, backend_args: Any = None, test_mode: bool = True, with_mask: bool = False) -> Entry:
+    """Read an annotation file. Raise DataError if an entry lacks a field or has an invalid one."""
     try:
-        content = json.loads(get_text(file, backend_args=dataset.backend_args))
+        content = json.loads(get_text(file, backend_args=backend_args))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: no valid JSON ({error}). The file may be truncated. Export it again.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: holds a {type(content).__name__}. Use a COCO file with {', '.join(FIELDS)}.")
-    for name in FIELDS:
-        if name == "annotations" and dataset.test_mode:
-            content.setdefault(name, [])  # not published for many test sets
-        _check_entries(content.get(name), name, file)
-    images = {image["id"]: image for image in content["images"]}
-    if any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms):
-        for annotation in content["annotations"]:
-            if problem := _mask_problem(annotation.get("segmentation"), images.get(annotation["image_id"])):
-                raise DataError(f"{file}: annotation {annotation['id']}: {problem}")
-    return _count(file, content, images, dataset.metainfo.get("classes"))
+    if test_mode and isinstance(content, dict):
+        content.setdefault("annotations", [])  # not published for many test sets
+    for name, fields in FIELDS.items():
+        fields = fields | (dict(segmentation=MASK) if with_mask and name == "annotations" else {})
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise DataError(f"{file}: has no list {name!r}. Use a COCO file with {', '.join(FIELDS)}.")
+        for i, entry in enumerate(entries):
+            for key, (is_valid, expected) in fields.items():
+                if not is_valid(x := entry.get(key) if isinstance(entry, dict) else None):
+                    actual = "missing" if x is None else printable(repr(x), 200)
+                    raise DataError(f"{file}: {name}[{i}].{key} is {actual}. Use {expected}.")
+        if duplicates := [i for i, count in Counter(entry["id"] for entry in entries).items() if count > 1]:
+            raise DataError(f"{file}: {name}: ids are not unique ({preview(duplicates)}). Renumber the {name}.")
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for i, annotation in enumerate(content["annotations"] if with_mask else ()):
+        mask, expected = annotation["segmentation"], sizes.get(annotation["image_id"])
+        if isinstance(mask, dict) and expected and mask["size"] != expected:
+            raise DataError(f"{file}: annotations[{i}].segmentation.size is {mask['size']}. Use {expected}.")
+    return content
 
 
-def _check_entries(entries: Any, name: str, file: str) -> None:
-    """Raise DataError if a list of an annotation file is missing, or an entry lacks a field or has an invalid one."""
-    if not isinstance(entries, list):
-        raise DataError(f"{file}: has no list {name!r}. Use a COCO file with {', '.join(FIELDS)}.")
-    ids = set()
-    for i, entry in enumerate(entries):
-        label = f"{SINGULAR[name]} at index {i}"
-        if not isinstance(entry, dict):
-            raise DataError(printable(f"{file}: {label}: is {entry!r}. Use an object with {', '.join(FIELDS[name])}."))
-        if type(entry.get("id")) is int:
-            label = f"{SINGULAR[name]} {entry['id']}"
-        for key, (is_valid, expected) in FIELDS[name].items():
-            if entry.get(key) is None:
-                raise DataError(f"{file}: {label}: has no {key}. Add it ({expected}).")
-            if not is_valid(entry[key]):
-                raise DataError(printable(f"{file}: {label}: {key} is {entry[key]!r}. Use {expected}.", 500))
-        if entry["id"] in ids:
-            raise DataError(f"{file}: {label}: its id is not unique. Give each of the {name} another id.")
-        ids.add(entry["id"])
-        if entry.get("iscrowd", 0) not in (0, 1):
-            raise DataError(printable(f"{file}: {label}: iscrowd is {entry['iscrowd']!r}. Use 0 or 1.", 500))
+def read_coco(dataset: Any) -> CocoFile | None:
+    """Read and check the file of a CocoDataset, whose data need not be loaded; return None for other datasets."""
+    methods = [getattr(dataset, name, None) for name in ("load_data_list", "parse_data_info")]
+    is_coco = {getattr(method, "__qualname__", "").partition(".")[0] for method in methods} == {"CocoDataset"}
+    if not is_coco or dataset.COCOAPI.__name__ != "COCO":  # LVIS and panoptic files have other fields
+        return None
+    with_mask = any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms)
+    file, classes = dataset.ann_file, dataset.metainfo.get("classes")
+    content = read_annotations(file, dataset.backend_args, dataset.test_mode, with_mask)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    unused = {i for i, name in names.items() if classes is not None and name not in classes}
+    annotations = [annotation for annotation in content["annotations"] if annotation["category_id"] not in unused]
+    start, size = np.array([x["bbox"] for x in annotations], float).reshape(-1, 2, 2).swapaxes(0, 1)  # (N, 2) each
+    end, limit = start + size, np.array([images.get(x["image_id"], (np.nan,) * 2) for x in annotations]).reshape(-1, 2)
 
+    def where(test: Callable[[Entry], Any]) -> np.ndarray:
+        return np.array([test(annotation) for annotation in annotations], bool)
 
-def _mask_problem(mask: Any, image: Entry | None) -> str:
-    """Describe the problem of a segmentation of an image; empty if it is valid."""
-    if not mask or mask == [[]]:
-        return "has no segmentation. Add polygons or run lengths, or load boxes only (with_mask=False)."
-    if isinstance(mask, list):
-        for polygon in mask:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                length = len(polygon) if isinstance(polygon, list) else "no"
-                return f"a polygon has {length} coordinates. Use three points (six numbers) or more."
-            if not all(map(_is_number, polygon)):
-                return "a coordinate of a polygon is not a finite number. Replace it."
-        return ""
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), list | str) or "size" not in mask:
-        return "the segmentation is neither polygons nor run lengths. Use a list, or a dictionary of size and counts."
-    if image and mask["size"] != [image["height"], image["width"]]:
-        return f"the mask has size {mask['size']}. Use that of the image, {[image['height'], image['width']]}."
-    return ""
-
-
-# ---- instances
-
-
-def _count(file: str, content: Entry, images: dict[int, Entry], classes: Any) -> CocoFile:
-    """Count the annotations that mmdetection drops, without those of categories that the config does not use."""
-    categories = {category["id"]: category["name"] for category in content["categories"]}
-    count, dropped, first, far = 0, Counter(), None, set()
-    classes = None if classes is None else set(classes)
-    for annotation in content["annotations"]:
-        name, image = categories.get(annotation["category_id"]), images.get(annotation["image_id"])
-        if name is not None and classes is not None and name not in classes:
-            continue
-        count += 1
-        if image:
-            x, y, width, height = annotation["bbox"]
-            if x + width > MARGIN * image["width"] or y + height > MARGIN * image["height"]:
-                far.add(image["id"])
-        reason = "category_id is not in categories" if name is None else _drop_reason(annotation, image)
-        if reason:
-            dropped[reason] += 1
-            first = annotation["id"] if first is None else first
-    annotated = {annotation["image_id"] for annotation in content["annotations"]}
-    return CocoFile(file, content["categories"], count, dropped, first, len(far) / max(len(annotated), 1))
-
-
-def _drop_reason(annotation: Entry, image: Entry | None) -> str:
-    """Return why mmdetection drops or ignores an annotation of a known category; empty if it does not."""
-    if image is None:
-        return "image_id is not in images"
-    x, y, width, height = annotation["bbox"]
-    reasons = {
-        "ignore is set": annotation.get("ignore", False),
-        "width or height of the box is negative": min(width, height) < 0,
-        "the box is in 0..1, not in pixels": 0 < min(width, height) < 1 and max(x, y, x + width, y + height) <= 1.01,
-        "the box is smaller than a pixel": min(width, height) < 1,
-        "the box is outside the image": x >= image["width"] or y >= image["height"] or min(x + width, y + height) <= 0,
-        "area is 0 or negative": annotation["area"] <= 0,
-        CROWD: annotation.get("iscrowd", 0),
+    reasons = {  # the first that applies is counted
+        "category_id is not in categories": where(lambda x: x["category_id"] not in names),
+        "image_id is not in images": where(lambda x: x["image_id"] not in images),
+        "ignore is set": where(lambda x: x.get("ignore")),
+        "the box is smaller than a pixel (are coordinates in 0..1?)": (size < 1).any(1),
+        "the box is outside the image": ((start >= limit) | (end <= 0)).any(1),
+        "area is 0 or negative": where(lambda x: x["area"] <= 0),
+        CROWD: where(lambda x: x.get("iscrowd")),
     }
-    return next((reason for reason, applies in reasons.items() if applies), "")
+    dropped = Counter(filter(None, np.select([*reasons.values()], [*reasons], "").tolist()))
+    image_ids, is_far = np.array([x["image_id"] for x in annotations]), (end > MARGIN * limit).any(1)
+    far = len(np.unique(image_ids[is_far])) / max(len(np.unique(image_ids)), 1)
+    return CocoFile(file, content["categories"], len(annotations), dropped, far)
 
 
 def check_instances(coco: CocoFile, kept: Counter[str], *, required: bool) -> None:
-    """Compare an annotation file with the instances that mmdetection keeps.
+    """Warn if mmdetection keeps other instances, counted per class, than the file has.
 
-    Args:
-        coco: the file.
-        kept: number of instances per class in the dataset, without crowds.
-        required: raise DataError if no instance is left; else only log a warning.
+    Raise DataError if it keeps none and `required`.
     """
-    reasons = ", ".join(f"{count}: {reason}" for reason, count in coco.dropped.most_common())
-    if not kept.total():
-        problem = f"none of {coco.count} annotations is left ({reasons}). Fix annotation {coco.first} and all others."
-        if not reasons:
-            problem = f"none of {coco.count} annotations is left. Annotate images of the classes in metainfo.classes."
-        if required:
+    total, empty = kept.total(), [name for name, count in kept.items() if not count]
+    reasons = coco.dropped + Counter({"the image is filtered out": coco.count - coco.dropped.total() - total})
+    counts = f"{coco.count} annotations" + "".join(f", {count}: {reason}" for reason, count in reasons.most_common())
+    format = "Write them as x, y, width, height instead of x1, y1, x2, y2."
+    problems = {
+        f"no instance of metainfo.classes is left ({counts}). Fix or add annotations.": not total,
+        f"annotations are left out ({counts}). Fix them if needed.": coco.count - coco.dropped[CROWD] > total > 0,
+        f"no instances of {printable(', '.join(empty), 300)}. Add some, or remove the classes.": total and empty,
+        f"boxes reach far outside {coco.far:.0%} of the annotated images. {format}": total and coco.far > MAX_SHARE,
+    }
+    for problem in (problem for problem, applies in problems.items() if applies):
+        if required and not total:
             raise DataError(f"{coco.path}: {problem}")
-        _warn(f"{coco.path}: {problem}")
-        return
-    left_out = coco.count - coco.dropped[CROWD] - kept.total()
-    if left_out > 0:
-        filtered = left_out - coco.dropped.total() + coco.dropped[CROWD]
-        reasons += f"{', ' * bool(reasons)}{filtered}: the image is filtered out" * (filtered > 0)
-        _warn(f"{coco.path}: {left_out} of {coco.count} annotations are left out ({reasons}). Fix them if needed.")
-    if empty := [name for name, count in kept.items() if not count]:
-        _warn(f"{coco.path}: no instances of {printable(', '.join(empty), 300)}. Add some, or remove the classes.")
-    if coco.far > MAX_SHARE:
-        problem = f"boxes reach far outside {coco.far:.0%} of the annotated images"
-        _warn(f"{coco.path}: {problem}. Write them as x, y, width, height instead of x1, y1, x2, y2.")
-
-
-def _warn(text: str) -> None:
-    print_log(text, "current", 30)
+        print_log(f"{coco.path}: {problem}", "current", 30)
 
 
 def repair_ground_truth(coco: Any) -> None:
@@ -221,8 +143,7 @@ def repair_ground_truth(coco: Any) -> None:
     pycocotools reads the id 0 as "no match".
     """
     annotations = coco.dataset.get("annotations", [])
-    shift = 1 - min((annotation["id"] for annotation in annotations), default=1)
+    shift = max(1 - min((annotation["id"] for annotation in annotations), default=1), 0)
     for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
-        annotation["id"] += max(shift, 0)
+        annotation.update(id=annotation["id"] + shift, iscrowd=annotation.get("iscrowd") or 0)
     coco.anns = {annotation["id"]: annotation for annotation in annotations}

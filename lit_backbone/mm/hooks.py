@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.evaluator import DumpResults, Evaluator
+from mmengine.evaluator import DumpResults
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import Runner
 from timm.utils import distribute_bn
@@ -31,19 +30,16 @@ class AverageBuffersHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Average if CheckpointHook saves after this step."""
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and not hook.by_epoch:
-                last = hook.save_last and hook.is_last_train_iter(runner)
-                if last or hook.every_n_train_iters(runner, hook.interval, hook.save_begin):
-                    return self.after_train_epoch(runner)
+        for hook in (hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch):
+            is_last = hook.save_last and hook.is_last_train_iter(runner)
+            if is_last or hook.every_n_train_iters(runner, hook.interval, hook.save_begin):
+                return self.after_train_epoch(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Average the statistics of the model and of its EMA."""
-        if get_world_size() > 1:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-            for module in (model, *averages):
-                distribute_bn(module, get_world_size(), reduce=True)
+        for model in (runner.model, *(hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))):
+            if get_world_size() > 1:
+                distribute_bn(model, get_world_size(), reduce=True)
 
     before_val_epoch = after_train_epoch
 
@@ -55,40 +51,32 @@ class CheckDataHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check the training and validation data."""
         data.check_num_classes(runner.model, runner.train_dataloader.dataset.metainfo.get("classes"))
-        self._check(runner.train_dataloader, all_classes=not runner.cfg.get("allow_absent_classes", False))
+        train = self._check(runner.train_dataloader, all_classes=not runner.cfg.get("allow_absent_classes", False))
         if runner.val_loop is not None:
-            self._check(runner.val_dataloader, runner.val_evaluator)
-            data.check_equal_classes(
-                data.unwrap_datasets(runner.train_dataloader) + data.unwrap_datasets(runner.val_dataloader)
-            )
+            data.check_equal_classes(train + self._check(runner.val_dataloader, runner.val_evaluator))
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
         self._check(runner.test_dataloader, runner.test_evaluator, required=False)
 
     def _check(
-        self,
-        loader: DataLoader,
-        evaluator: Evaluator | None = None,
-        *,
-        required: bool = True,
-        all_classes: bool = False,
-    ) -> None:
-        """Check datasets. See `required` of `check_dataset` and, for `all_classes`, of `check_masks`."""
-        datasets = data.unwrap_datasets(loader)
-        for metric in evaluator.metrics if evaluator else ():
+        self, loader: DataLoader, evaluator: Any = None, *, required: bool = True, all_classes: bool = False
+    ) -> list[Any]:
+        """Check datasets and return them. `required` is that of `check_dataset`, `all_classes` of `check_masks`."""
+        datasets, metrics = data.unwrap_datasets(loader), evaluator.metrics if evaluator else ()
+        for metric in metrics:
             if coco := getattr(metric, "_coco_api", None):
                 repair_ground_truth(coco)
         is_single = len(datasets) == 1
         for dataset in datasets:
+            data.check_loaded_files(dataset.pipeline, dataset)
             if is_main_process():
                 coco = getattr(dataset, "coco_file", None)  # one of several files may have images without boxes only
                 data.check_dataset(dataset, required and (is_single or bool(coco and coco.count)))
-                for metric in evaluator.metrics if evaluator and is_single else ():
+                for metric in metrics if is_single else ():
                     data.check_metric(dataset, metric)
-            data.check_loaded_files(dataset.pipeline, dataset)
-            if is_main_process():
                 data.check_masks(dataset, required=all_classes and is_single)
+        return datasets
 
 
 @HOOKS.register_module()
@@ -98,23 +86,18 @@ class DrawingHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Change the labels and the output paths of the visualizer."""
         visualizer, dataset = runner.visualizer, runner.test_dataloader.dataset
-        classes = visualizer.dataset_meta.get("classes") or ()
         is_detection = runner.cfg.get("default_scope") == "mmdet"  # mmsegmentation numbers its files, and draws ASCII
-        labels = (matplotlib_labels if is_detection else ascii_labels)(classes)
+        labels = (matplotlib_labels if is_detection else ascii_labels)(visualizer.dataset_meta.get("classes") or ())
         visualizer.dataset_meta = dict(visualizer.dataset_meta, classes=labels)
-        draw, folders = visualizer.add_datasample, {os.path.dirname(path) for path in _image_paths(dataset)}
+        draw, infos = visualizer.add_datasample, map(dataset.get_data_info, range(len(dataset)))
+        root = os.path.commonpath({os.path.dirname(info["img_path"]) for info in infos})
 
         def draw_in_folder(*args: Any, data_sample: Any, out_file: str | None = None, **kwargs: Any) -> None:
             if out_file:
-                path = os.path.relpath(data_sample.img_path, os.path.commonpath(folders))
-                out_file = os.path.join(os.path.dirname(out_file), path)
+                out_file = os.path.join(os.path.dirname(out_file), os.path.relpath(data_sample.img_path, root))
             draw(*args, data_sample=data_sample, out_file=out_file, **kwargs)
 
         visualizer.add_datasample = draw_in_folder
-
-
-def _image_paths(dataset: Any) -> list[str]:
-    return [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
 
 
 @METRICS.register_module()
@@ -123,19 +106,13 @@ class DumpMasks(DumpResults):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the predictions on the CPU."""
-        self.results += [
-            dict(img_path=sample["img_path"], pred_sem_seg=sample["pred_sem_seg"]["data"].cpu())
-            for sample in data_samples
-        ]
+        for sample in data_samples:
+            self.results.append(dict(img_path=sample["img_path"], pred_sem_seg=sample["pred_sem_seg"]["data"].cpu()))
 
 
 @HOOKS.register_module()
 class OffsetHook(Hook):
-    """Log the largest share of DTM's samples outside the feature map, and warn once if it exceeds a half.
-
-    Args:
-        interval: number of steps between measurements.
-    """
+    """Log the largest share of DTM's samples outside the feature map every `interval` steps. Warn if above a half."""
 
     def __init__(self, interval: int = 50):
         self.interval, self.has_warned = interval, False
@@ -144,8 +121,7 @@ class OffsetHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Capture the offsets of this step."""
         if self.every_n_train_iters(runner, self.interval):
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            self.captured = self.stack.enter_context(captured_offsets(model))
+            self.captured = self.stack.enter_context(captured_offsets(runner.model))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Log the share."""
@@ -157,6 +133,5 @@ class OffsetHook(Hook):
             runner.message_hub.update_scalar("train/dtm_outside", share)
             if share > 0.5 and not self.has_warned:
                 self.has_warned = True
-                problem = f"{share:.0%} of the samples of a DTM are outside the feature map"
                 advice = "Set optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult=0.01, or lower the learning rate."
-                runner.logger.warning(f"{problem}. {advice}")
+                runner.logger.warning(f"{share:.0%} of the samples of a DTM are outside the feature map. {advice}")

@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints import CheckpointError, stored_classes
+from ..checkpoints import stored_classes
 from ..images import DataError, find_images, open_rgb
 from ..safe_reader import printable
 from ..visualize import add_offset_arguments, write_offsets
 from .checkpoints import fit_weights, load_file
-from .cli import add_cfg_options, one_line_errors, read_config
+from .cli import CFG_OPTIONS, one_line_errors, read_config
 from .data import check_num_classes, unwrap_datasets
 
 
@@ -31,7 +32,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, or folders that are searched")
     parser.add_argument("--config", required=True, metavar="FILE", help="config of the training run")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="trained here or released by the authors")
-    add_cfg_options(parser, "for example model.backbone.arch=lit_ti, as in training")
+    parser.add_argument("--cfg-options", **CFG_OPTIONS, help="override keys of the config, as in training")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_usable_device, default=device, help="(%(default)s)")
@@ -47,81 +48,66 @@ def _usable_device(name: str) -> torch.device:
 
 
 def load_model(config: str, checkpoint: str, device: str | torch.device, **overrides: Any) -> nn.Module:
-    """Build the model of a config and load a checkpoint, in evaluation mode.
+    """Build the model of a config in evaluation mode and load a checkpoint.
 
     The class names in the checkpoint take precedence over those of the test data in the config.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read safely, or does not match the model.
     """
     cfg = read_config(config, "model", "test_dataloader", **overrides)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     cfg.model.backbone.init_cfg = None
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    content = load_file(checkpoint)
+    model, content = revert_sync_batchnorm(MODELS.build(cfg.model)), load_file(checkpoint)
     model.load_state_dict(fit_weights(content, model, checkpoint))
     cfg.test_pipeline = unwrap_datasets(cfg.test_dataloader.dataset)[0].pipeline  # used by inference_model of mmseg
-    model.cfg = cfg
-    dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-    classes = stored_classes(content) or dataset.metainfo.get("classes")
-    model.dataset_meta = dict(dataset.metainfo, classes=classes)
-    try:
-        check_num_classes(model, classes)
-    except DataError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
+    metainfo = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
+    classes = stored_classes(content) or metainfo.get("classes")
+    model.cfg, model.dataset_meta = cfg, dict(metainfo, classes=classes)
+    check_num_classes(model, classes, checkpoint)
     return model.to(device).eval()
 
 
-def output_paths(images: list[str], folder: Path, suffix: str = ".png") -> Iterator[tuple[str, Path]]:
-    """Yield (image, unique output path) with a progress bar. No output path is an input."""
-    folder.mkdir(parents=True, exist_ok=True)
-    used = set(map(os.path.realpath, images))
-    for image in tqdm(images, disable=None, delay=1):
-        output, number = folder / f"{Path(image).stem}{suffix}", 1
-        while os.path.realpath(output) in used:
-            number += 1
-            output = folder / f"{Path(image).stem}-{number}{suffix}"
-        used.add(os.path.realpath(output))
-        yield image, output
+def load_inputs(args: argparse.Namespace) -> tuple[list[str], Any]:
+    """List the images and load the model that the options of :func:`build_parser` name."""
+    return find_images(args.images), load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
 
 
-def process_images(images: list[str], folder: Path, process: Callable[[str, Path], str], suffix: str = ".png") -> None:
+def process_images(
+    images: list[str], folder: Path, process: Callable[[np.ndarray, str, Path], str], suffix: str = ".png"
+) -> None:
     """Process each image and print a message. Skip and report unusable images, and exit with status 1 at the end.
 
-    Args:
-        images: image files.
-        folder: output directory.
-        process: function of the image and its output path that returns the message.
-        suffix: suffix of the output paths.
+    `process` is a function of an image `(H, W, 3)` in RGB, its path and its output path. It returns the message. Output
+    paths are in `folder`, end in `suffix`, are unique, and are never an input.
     """
-    num_errors = 0
-    for path, output in output_paths(images, folder, suffix):
+    folder.mkdir(parents=True, exist_ok=True)
+    used, has_errors = set(map(os.path.realpath, images)), False
+    for path in tqdm(images, disable=None, delay=1):
+        names = (f"{Path(path).stem}{number}{suffix}" for number in chain([""], map("-{}".format, count(2))))
+        output = next(folder / name for name in names if os.path.realpath(folder / name) not in used)
+        used.add(os.path.realpath(output))
         try:
-            tqdm.write(printable(process(path, output)))
+            tqdm.write(printable(process(np.array(open_rgb(path, upright=True)), path, output)))
         except (DataError, cv2.error) as error:
-            num_errors += 1
+            has_errors = True
             text = str(error) if str(error).startswith(path) else f"{path}: {error}"
             tqdm.write(f"error: {printable(text)}", file=sys.stderr)
-    if num_errors:
+    if has_errors:
         sys.exit(1)
 
 
+@one_line_errors()
 def visualize_offset(description: str, argv: list[str] | None = None) -> None:
     """Draw the sampling positions of the DTM layers of a backbone, at the size of each image."""
     parser = build_parser(description)
     add_offset_arguments(parser)
     args = parser.parse_args(argv)
-    with one_line_errors():
-        images = find_images(args.images)
-        if args.html and len(images) > 1:
-            raise DataError(f"--html {args.html}: {len(images)} images, but the viewer shows one. Pass a single image.")
-        model: Any = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
-        mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
-        options = dict(grid=args.grid, html=args.html, at_most=args.at_most)
+    images, model = load_inputs(args)
+    if args.html and len(images) > 1:
+        raise DataError(f"--html {args.html}: {len(images)} images, but the viewer shows one. Pass a single image.")
+    mean, std = model.data_preprocessor.mean, model.data_preprocessor.std  # (3, 1, 1)
+    options = dict(grid=args.grid, html=args.html, at_most=args.at_most)
 
-        def visualize(path: str, output: Path) -> str:
-            image = np.array(open_rgb(path, upright=True))  # (H, W, 3)
-            x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
-            return write_offsets(model.backbone, x, Image.fromarray(image), output, **options)
+    def visualize(image: np.ndarray, path: str, output: Path) -> str:
+        x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
+        return write_offsets(model.backbone, x, Image.fromarray(image), output, **options)
 
-        process_images(images, args.out_dir, visualize, suffix="")
+    process_images(images, args.out_dir, visualize, suffix="")

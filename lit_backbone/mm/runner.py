@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.evaluator import Evaluator
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -19,14 +20,13 @@ from torch.utils.data import DataLoader
 from ..checkpoints import CheckpointError, check_optimizer_state, class_mismatch
 from ..images import DataError
 from .checkpoints import fit_weights, load_file
-from .coco import is_coco, read_coco
-from .data import check_dataset, check_metainfo, unwrap_datasets
+from .coco import read_annotations, read_coco
+from .data import check_dataset, unwrap_datasets
 
-HALF = (torch.float16, torch.bfloat16)
 FROM_WEIGHTS = "start a new run from the weights with --cfg-options load_from=FILE"
 # Keys of schedulers and parameter groups that are not settings
-STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter"}
-STATE_KEYS |= {"params", "foreach", "fused"}
+STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter", "params"}
+STATE_KEYS |= {"foreach", "fused"}
 
 
 class StrictRunner(Runner):
@@ -39,33 +39,33 @@ class StrictRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """Build a dataloader. Raise DataError if the classes are invalid or the dataset is empty."""
+        """Build a dataloader. Raise DataError if an annotation file is invalid or the dataset is empty."""
         configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
-        check_metainfo(configs)
-        with DATASETS.switch_scope_and_registry(None) as registry:
-            types = [registry.get(x) if isinstance(x := config.get("type"), str) else x for config in configs]
-        files = [
-            read_coco(DATASETS.build(dict(config, lazy_init=True))) if is_coco(cls) else None
-            for config, cls in zip(configs, types)
-        ]
+        drafts = [DATASETS.build(dict(config, lazy_init=True, serialize_data=False)) for config in configs]
+        for draft in drafts:
+            draft.coco_file = read_coco(draft)
         try:
             loader = Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
             if "need at least one array" in str(error):  # NumPy's error for an empty dataset
-                for config, file in zip(configs, files):
-                    dataset = DATASETS.build(dict(config, serialize_data=False))
-                    dataset.coco_file = file
-                    check_dataset(dataset)
+                for draft in drafts:
+                    draft.full_init()
+                    check_dataset(draft)
             raise
-        if configs:
-            for dataset, file in zip(unwrap_datasets(loader), files):
-                dataset.coco_file = file
+        for dataset, draft in zip(unwrap_datasets(loader), drafts):
+            dataset.coco_file = draft.coco_file
         return loader
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator. Raise DataError if its annotation file is invalid."""
+        for config in evaluator if isinstance(evaluator, list) else [evaluator]:
+            if isinstance(config, dict) and str(config.get("type")).endswith("CocoMetric") and config.get("ann_file"):
+                read_annotations(config["ann_file"], config.get("backend_args"))
+        return super().build_evaluator(evaluator)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
-        if not torch.cuda.is_available():
-            model = revert_sync_batchnorm(model)
+        model = model if torch.cuda.is_available() else revert_sync_batchnorm(model)
         keep_float32(model)
         return super().wrap_model(model_wrapper_cfg, model)
 
@@ -86,18 +86,16 @@ class StrictRunner(Runner):
         checkpoint["state_dict"] = fit(checkpoint, model, filename)
         if self._resume and isinstance(ema := checkpoint.get("ema_state_dict"), dict):
             averages = {key.removeprefix("module."): x for key, x in ema.items() if key.startswith("module.")}
-            averages = {f"module.{key}": x for key, x in fit({"state_dict": averages}, model, filename).items()}
-            checkpoint["ema_state_dict"] = {**ema, **averages}
+            fitted = fit({"state_dict": averages}, model, filename)
+            checkpoint["ema_state_dict"] = ema | {f"module.{key}": x for key, x in fitted.items()}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         if self._resume:
-            if "optimizer" not in checkpoint:
-                raise CheckpointError(f"{filename}: no optimizer state to resume from. Instead, {FROM_WEIGHTS}.")
-            check_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer, filename)
-            if changes := self.overridden_settings(checkpoint):
-                problem = f"the checkpoint overrides settings of the config: {', '.join(changes)}"
+            check_optimizer_state(checkpoint.get("optimizer", {}), self.optim_wrapper.optimizer, filename)
+            if changes := ", ".join(self.overridden_settings(checkpoint)):
+                problem = f"the checkpoint overrides settings of the config: {changes}"
                 self.logger.warning(f"{filename}: {problem}. To use those of the config, {FROM_WEIGHTS}.")
             # mmengine compares the metainfo; the classes are compared above, other fields are not read
-            checkpoint["meta"]["dataset_meta"] = getattr(self.train_dataloader.dataset, "metainfo", None)
+            checkpoint["meta"]["dataset_meta"] = getattr(dataset, "metainfo", None)
         model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
         self.logger.info(f"Loaded checkpoint {filename}")
@@ -108,17 +106,16 @@ class StrictRunner(Runner):
         for i, config in enumerate(scheduler if isinstance(scheduler, list) else [scheduler]):
             if not isinstance(config, dict) or "type" not in config:
                 continue
-            key, length = "max_epochs", self.max_epochs
-            if not config.get("by_epoch", True):
-                key, length = "max_iters", self.max_iters
+            key = "max_epochs" if config.get("by_epoch", True) else "max_iters"
+            length = getattr(self, key)
             begin, end = config.get("begin", 0), config.get("end", length)
             if begin >= end:
                 raise DataError(f"param_scheduler.{i}.begin={begin}: is not before its end ({end}). Lower it.")
-            end = max(config.get("milestones", [begin + config["T_max"] if config.get("T_max") else end]))
+            last = max(config.get("milestones", [begin + config["T_max"] if config.get("T_max") else end]))
             decays_to_end = str(config["type"]).endswith(("CosineAnnealingLR", "PolyLR"))
-            if end > length or (decays_to_end and max(end, config.get("end", 0)) < length):
+            if last > length or (decays_to_end and max(last, config.get("end", 0)) < length):
                 advice = "Change its milestones, T_max or end. Without T_max and end, it ends with the training."
-                self.logger.warning(f"param_scheduler.{i}: ends at {end}, but {key} is {length}. {advice}")
+                self.logger.warning(f"param_scheduler.{i}: ends at {last}, but {key} is {length}. {advice}")
         return super().build_param_scheduler(scheduler)
 
     def overridden_settings(self, checkpoint: dict[str, Any]) -> list[str]:
@@ -178,6 +175,7 @@ def keep_float32(model: nn.Module) -> None:
 
 
 def _call_in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = apply_to((args, kwargs), lambda x: isinstance(x, Tensor) and x.dtype in HALF, Tensor.float)
+    half = (torch.float16, torch.bfloat16)
+    args, kwargs = apply_to((args, kwargs), lambda x: isinstance(x, Tensor) and x.dtype in half, Tensor.float)
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         return function(*args, **kwargs)

@@ -6,16 +6,16 @@ import numpy as np
 from mmseg.apis import inference_model
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_backbone.images import find_images, open_rgb
 from lit_backbone.mm.cli import one_line_errors
-from lit_backbone.mm.inference import build_parser, load_model, process_images
-from lit_backbone.mm.labels import Labels, drawable_labels
+from lit_backbone.mm.inference import build_parser, load_inputs, process_images
+from lit_backbone.mm.labels import drawable_labels
 from lit_backbone.visualize import enlargement
 
 FONT_SIZE = 0.02  # size of the legend, relative to the shorter side of the image; at least 14 pixels
 MIN_AREA = 0.001  # minimum share of the image for a class to appear in the legend
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--opacity", type=float, default=0.6, metavar="A", help="of the overlay, 0 to 1 (%(default)s)")
@@ -23,57 +23,41 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1:
         parser.error(f"argument --opacity: {args.opacity} is not between 0 and 1")
-    with one_line_errors():
-        images = find_images(args.images)
-        model = load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
-        labels, palette = (
-            drawable_labels(model.dataset_meta["classes"]),
-            np.array(model.dataset_meta["palette"], np.uint8),
-        )
-        first_class = int(model.dataset_meta.get("reduce_zero_label", False))  # in the masks of the data
+    images, model = load_inputs(args)
+    names, font = drawable_labels(model.dataset_meta["classes"])
+    palette = np.array(model.dataset_meta["palette"], np.uint8)  # (classes, 3)
+    first_class = int(model.dataset_meta.get("reduce_zero_label", False))  # in the masks of the data
 
-        def segment(path: str, output: Path) -> str:
-            image = np.array(open_rgb(path, upright=True))  # (H, W, 3)
-            result = inference_model(model, image[..., ::-1])  # RGB -> BGR
-            classes = result.pred_sem_seg.data[0].cpu().numpy()  # (H, W)
-            draw_overlay(image, classes, labels, palette, args.opacity).save(output)
-            if args.masks:
-                (args.out_dir / "masks").mkdir(exist_ok=True)
-                Image.fromarray((classes + first_class).astype(np.uint8)).save(args.out_dir / "masks" / output.name)
-            return f"{path}: {len(np.unique(classes))} classes, drawn in {output}"
+    def segment(image: np.ndarray, path: str, output: Path) -> str:
+        classes = inference_model(model, image[..., ::-1]).pred_sem_seg.data[0].cpu().numpy()  # RGB -> BGR; (H, W)
+        blend = ((1 - args.opacity) * image + args.opacity * palette[classes]).round().astype(np.uint8)
+        factor = enlargement(*classes.shape)
+        overlay = Image.fromarray(blend.repeat(factor, 0).repeat(factor, 1))
+        areas = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
+        listed = [i for i in np.argsort(-areas, kind="stable") if areas[i] >= MIN_AREA]
+        entries = [(f"{names[i]}  {areas[i]:.1%}", tuple(palette[i].tolist())) for i in listed]
+        add_legend(overlay, entries, font.fname).save(output)
+        if args.masks:
+            (args.out_dir / "masks").mkdir(exist_ok=True)
+            Image.fromarray((classes + first_class).astype(np.uint8)).save(args.out_dir / "masks" / output.name)
+        return f"{path}: {len(np.unique(classes))} classes, drawn in {output}"
 
-        process_images(images, args.out_dir, segment)
+    process_images(images, args.out_dir, segment)
 
 
-def draw_overlay(
-    image: np.ndarray, classes: np.ndarray, labels: Labels, palette: np.ndarray, opacity: float
-) -> Image.Image:
-    """Blend an image with the colors of its classes, and draw a legend with the area of each class.
-
-    Args:
-        image: `(H, W, 3)` uint8, RGB.
-        classes: `(H, W)`, indices into the labels and the palette.
-        labels: class names and their font.
-        palette: `(classes, 3)` uint8, RGB.
-        opacity: opacity of the colors, 0 to 1.
-    """
-    factor = enlargement(*classes.shape)
-    blend = (1 - opacity) * image + opacity * palette[classes]
-    overlay = Image.fromarray(blend.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
-    areas = np.bincount(classes.ravel(), minlength=len(labels.names)) / classes.size
-    listed = [i for i in np.argsort(-areas, kind="stable") if areas[i] >= MIN_AREA]
-    size = max(14, round(FONT_SIZE * min(overlay.size)))
-    font, line = ImageFont.truetype(labels.font.fname, size), round(1.6 * size)
-    entries = [f"{labels.names[i]}  {areas[i]:.1%}" for i in listed]
-    width, height = 3 * line + round(max(map(font.getlength, entries))), (len(entries) + 1) * line
-    canvas = Image.new("RGB", (overlay.width + width, max(overlay.height, height)), "white")
-    canvas.paste(overlay)
+def add_legend(image: Image.Image, entries: list[tuple[str, tuple[int, ...]]], font_file: str) -> Image.Image:
+    """Add texts with colors on the right of an image."""
+    size = max(14, round(FONT_SIZE * min(image.size)))
+    font, line = ImageFont.truetype(font_file, size), round(1.6 * size)
+    width = 3 * line + round(max(font.getlength(text) for text, _ in entries))
+    canvas = Image.new("RGB", (image.width + width, max(image.height, (len(entries) + 1) * line)), "white")
+    canvas.paste(image)
     draw = ImageDraw.Draw(canvas)
-    x = overlay.width + line // 2
-    for row, (i, entry) in enumerate(zip(listed, entries)):
+    x = image.width + line // 2
+    for row, (text, color) in enumerate(entries):
         y = line // 2 + row * line
-        draw.rectangle((x, y, x + size, y + size), fill=tuple(palette[i].tolist()), outline="black")
-        draw.text((x + line, y + size / 2), entry, "black", font, anchor="lm")
+        draw.rectangle((x, y, x + size, y + size), fill=color, outline="black")
+        draw.text((x + line, y + size / 2), text, "black", font, anchor="lm")
     return canvas
 
 

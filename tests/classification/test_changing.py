@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 import main
-from lit_backbone import read_checkpoint
+import predict
+from lit_backbone import precision, read_checkpoint
 from lit_backbone.images import open_rgb
+from lit_classification import distributed
 from lit_classification import engine as main_engine
 from lit_classification.checkpointing import LATEST
 from lit_classification.config import ConfigError
@@ -79,8 +81,6 @@ def test_optimizer_keywords(tiny_cfg):
     "opts, problem",
     [
         (["TRAIN.OPTIMIZER.NAME", "adamv"], "TRAIN.OPTIMIZER.NAME: timm has no such optimizer; did you mean adam"),
-        (["TRAIN.OPTIMIZER.NAME", "adahessian"], "TRAIN.OPTIMIZER: cannot be built: "),
-        (["TRAIN.OPTIMIZER.KEYWORDS", "{amsgard: true}"], "TRAIN.OPTIMIZER: cannot be built: .*amsgard"),
         (["TRAIN.LR_SCHEDULER.NAME", "multistep"], "MILESTONES: multistep needs"),
         (["MODEL.FREEZE", "1", "MODEL.NAME", "resnet18", "MODEL.LIT", "{}"], "FREEZE: resnet18 has no stages of LIT"),
         (["MODEL.FREEZE", "5"], "MODEL.FREEZE"),
@@ -91,6 +91,13 @@ def test_wrong_keys_are_named(tiny_cfg, opts, problem):
     sections = {"MODEL": {"LIT": {}}} if "resnet18" in opts else {}
     with pytest.raises(ConfigError, match=problem):
         load_config(tiny_cfg(**sections), opts)
+
+
+def test_unusable_optimizer_is_refused(tiny_cfg):
+    keys = {"TRAIN.OPTIMIZER.NAME": "adahessian", "TRAIN.OPTIMIZER.KEYWORDS": "{amsgard: true}"}
+    for key, value in keys.items():
+        with pytest.raises(SystemExit, match="second derivatives" if "NAME" in key else "cannot be built: .*amsgard"):
+            main.main(["--cfg", str(tiny_cfg()), "--opts", key, value])
 
 
 RATES = {  # in the epochs 0 to 9 after a warm-up of one epoch; rates are in force one epoch late
@@ -112,7 +119,7 @@ def test_schedule(tiny_cfg, name, unit):
     optimizer = build_optimizer(timm.create_model(**config.model_keywords), config)
     schedule, rates = Schedule(optimizer, config, 4), []
     for epoch in range(10):
-        # by update, step 4 * epoch - 3 reads the rate of 4 * (epoch - 1); multistep compares the next one
+        # with STEP update, step 4 * epoch - 3 reads the rate of 4 * (epoch - 1); multistep compares the next one
         is_early = unit == "update" and name != "multistep" or epoch < 2
         schedule.set(max(4 * epoch - 3, 0) if is_early else 4 * epoch)
         rates.append(optimizer.param_groups[0]["lr"])
@@ -243,6 +250,51 @@ def test_part_of_the_classes(train, tmp_path, image_folder, capsys):
             logits = classifier.model(classifier.transform(open_rgb(path))[None])[0]
             hits.append((logits[2] > logits[1]).item() == (name == "cat"))
     assert result["acc1"] == pytest.approx(100 * sum(hits) / 8)
+
+
+# ---- precision
+
+
+def test_bf16_on_a_cpu(train, image_folder, monkeypatch, tmp_path, capsys):
+    """A CPU computes in bfloat16 on request, resumes exactly, and by default computes in float32."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: True)
+    keys = {
+        "RUNTIME": {"DEVICE": "cpu", "AMP_DTYPE": "bf16"},
+        "TEST": {"AMP_DTYPE": "bf16"},
+        "TRAIN": {"SAVE_STEPS": 1},
+    }
+    whole = train(tag="whole", **keys)
+    assert "torch.bfloat16 autocast on cpu" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.Ranks, "stop_signal", lambda ranks: "SIGTERM")
+        with pytest.raises(SystemExit):
+            train(**keys)
+    assert same(whole["model"], train(**keys)["model"])
+    assert not same(whole["model"], train(tag="float32")["model"])
+    assert "float32 on cpu, which also has bf16" in capsys.readouterr().out
+
+    image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/whole" / LATEST
+    results = []
+    for amp in ("off", "bf16"):
+        predict.main([str(image), "--checkpoint", str(checkpoint), "--json", "--amp", amp])
+        results.append(json.loads(capsys.readouterr().out)["predictions"])
+    a, b = ({entry["class"]: entry["probability"] for entry in result} for result in results)
+    assert a == pytest.approx(b, abs=0.02) and a != b
+
+
+def test_missing_precision_is_an_error(tiny_cfg, image_folder, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    for keys, problem in {
+        ("RUNTIME.AMP_DTYPE", "bf16"): "RUNTIME.AMP_DTYPE: cpu has no bfloat16",
+        ("TEST.AMP_DTYPE", "fp16"): "TEST.AMP_DTYPE: fp16 needs an NVIDIA GPU",
+    }.items():
+        with pytest.raises(SystemExit, match=problem):
+            main.main(["--cfg", str(tiny_cfg()), "--opts", *keys])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        predict.main(["image.jpg", "--checkpoint", "x.pth", "--amp", "bf16"])
+    assert "argument --amp: cpu has no bfloat16" in capsys.readouterr().err
 
 
 # ---- custom modules

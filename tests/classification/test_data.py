@@ -1,11 +1,12 @@
 """Sampler, loaders, transforms and datasets: batches are a function of config, seed and position alone."""
 
 import gzip
-import io
+import logging
 import lzma
 import os
-import pickle
 import random
+import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +25,10 @@ from lit_classification.config import Config, ConfigError
 from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset, build_train_loader, build_val_loader, check_classes
 from lit_classification.distributed import Ranks
+from lit_classification.engine import build_erasing, to_device
 from lit_classification.sampler import SampleKey, TrainSampler, seed_everything
 from tests.classification.conftest import CLASSES
+from tests.images import EPS
 
 CPU = torch.device("cpu")
 ONE_RANK = Ranks(0, 1, CPU)
@@ -53,10 +56,9 @@ class TestTrainSampler:
     def test_steps_do_not_depend_on_the_number_of_ranks(self, world_size, batch_size, repeats):
         expected = steps_of_epoch(100, world_size=1, batch_size=24, repeats=repeats)
         assert steps_of_epoch(100, world_size, batch_size, repeats=repeats) == expected
-
-    def test_micro_batches_do_not_depend_on_the_number_of_ranks(self):
-        pair = [list(TrainSampler(100, 24, 4, rank=rank, world_size=2)) for rank in range(2)]
-        assert [batch for both in zip(*pair, strict=True) for batch in both] == list(TrainSampler(100, 24, 4))
+        ranks = [list(TrainSampler(100, 24, 4, rank=rank, world_size=2, repeats=repeats)) for rank in range(2)]
+        micro_batches = [batch for pair in zip(*ranks, strict=True) for batch in pair]
+        assert micro_batches == list(TrainSampler(100, 24, 4, repeats=repeats))
 
     def test_order_follows_from_seed_and_epoch(self):
         def order(seed: int, epoch: int) -> tuple[int, ...]:
@@ -73,12 +75,6 @@ class TestTrainSampler:
         assert set(images.values()) == {3} and len(images) == 96 // 3
         assert all(len({key.index for key in batch}) == 8 for batch in batches)  # no two copies in a micro-batch
         assert len({key.position for batch in batches for key in batch}) == 96  # each copy is augmented differently
-
-    def test_epoch_can_start_at_any_step(self):
-        sampler = TrainSampler(100, 24, 8)
-        batches = list(sampler)
-        sampler.set_epoch(0, first_step=2)
-        assert list(sampler) == batches[2 * 3 :]
 
 
 def test_seeding_covers_all_generators():
@@ -104,6 +100,8 @@ def accumulation_steps(world_size: int, *opts: str) -> int:
 
 def test_accumulation_follows_from_the_global_batch():
     assert [accumulation_steps(world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="33 is odd"):  # mixup and cutmix pair images
+        accumulation_steps(2, "DATA.BATCH_SIZE", "33", "TRAIN.GLOBAL_BATCH", "66")
 
 
 NO_MIXING = ("AUG.MIXUP", "0", "AUG.CUTMIX", "0")
@@ -112,23 +110,13 @@ BATCH_900 = ("DATA.BATCH_SIZE", "100", "TRAIN.GLOBAL_BATCH", "900")
 
 @pytest.mark.parametrize(
     ("world_size", "opts", "size"),
-    [(16, (), 64), (8, ("DATA.BATCH_SIZE", "96"), 64), (6, BATCH_900, 50), (6, (*BATCH_900, *NO_MIXING), 75)]
-    + [(3, (), None), (1024, (), None)],
+    [(16, (), 64), (6, BATCH_900, 50), (6, (*BATCH_900, *NO_MIXING), 75), (3, (), None)],
 )
 def test_message_for_an_indivisible_batch_proposes_one_that_works(world_size, opts, size):
-    problem = rf"^DATA.BATCH_SIZE: \d+ images on each of {world_size} ranks do not divide TRAIN.GLOBAL_BATCH \d+; "
-    fix = f"use --batch-size {size}$" if size else "use another number of ranks$"
-    with pytest.raises(ConfigError, match=problem + fix):
+    with pytest.raises(ConfigError, match=f"--batch-size {size}" if size else "another number of ranks"):
         accumulation_steps(world_size, *opts)
     if size:
         assert accumulation_steps(world_size, *opts, "DATA.BATCH_SIZE", str(size)) >= 1
-
-
-def test_odd_batch_size_is_refused_with_mixing_only():
-    opts = ("DATA.BATCH_SIZE", "33", "TRAIN.GLOBAL_BATCH", "66", *NO_MIXING)
-    assert accumulation_steps(2, *opts) == 1
-    with pytest.raises(ConfigError, match="DATA.BATCH_SIZE: mixup and cutmix pair images, but 33 is odd; use 34"):
-        accumulation_steps(2, *opts, "AUG.CUTMIX_MINMAX", "[0.2, 0.8]")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -165,21 +153,34 @@ def test_samples_do_not_depend_on_workers_or_global_state(tiny_cfg):
 
 
 def test_transforms_are_those_of_the_paper(tiny_cfg):
-    """Compare with timm's training transform, and with torchvision's resize to 256 and crop to 224."""
+    """Compare with timm's training transform, and with torchvision's resize to 256 and crop to 224.
+
+    The workers return uint8; the training process normalizes, then erases and mixes.
+    """
     config = load_config(tiny_cfg(DATA={"IMG_SIZE": 224}))
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 400, 3), dtype=np.uint8))
     options = dict(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
-    expected = create_transform(224, is_training=True, re_prob=0.25, re_mode="pixel", re_count=1, **options)
+    ranks, targets = Ranks(0, 1, torch.device("cpu")), torch.zeros(1)
+    expected = create_transform(224, is_training=True, re_prob=0, **options)
     actual = build_dataset(config, is_training=True).transform
     for seed in range(20):
         outputs = [(seed_everything("test", seed), transform(image))[1] for transform in (actual, expected)]
-        assert torch.equal(*outputs)
+        assert outputs[0].dtype == torch.uint8
+        assert torch.equal(to_device((outputs[0][None], targets), config, ranks)[0][0], outputs[1])
+
+    erase, x = build_erasing(config, ranks), torch.zeros(2000, 3, 32, 32)
+    erased = erase(x).abs().sum(dim=1) > 0  # (2000, 32, 32)
+    shares = erased.flatten(1).float().mean(dim=1)
+    noise = x[erased[:, None].expand_as(x)]
+    assert 0.21 < (shares > 0).float().mean() < 0.29 and noise.std() == pytest.approx(1, abs=0.05)
+    assert 0.02 - 0.01 < shares[shares > 0].min() and shares.max() < 1 / 3 + 0.02
 
     resized = torchvision.transforms.functional.resize(image, 256, torchvision.transforms.InterpolationMode.BICUBIC)
     cropped = torchvision.transforms.functional.center_crop(resized, 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (torch.from_numpy(np.array(cropped)).float() / 255 - mean) / std
-    actual = build_dataset(config, is_training=False).transform(image)
+    actual = build_dataset(config, is_training=False).transform(image)[None]
+    actual = to_device((actual, targets), config, ranks)[0][0]
     torch.testing.assert_close(actual, expected.permute(2, 0, 1), rtol=0, atol=1e-6)
 
 
@@ -189,7 +190,7 @@ def test_training_transform_augments_every_image(tiny_cfg):
     image = Image.effect_noise((40, 40), 100).convert("RGB")
     for seed in range(500):
         seed_everything("test", seed)
-        assert transform(image).isfinite().all()
+        assert transform(image).shape == (3, 32, 32)
 
 
 def test_evaluation_without_crop_keeps_the_whole_image(tiny_cfg):
@@ -197,7 +198,7 @@ def test_evaluation_without_crop_keeps_the_whole_image(tiny_cfg):
     image = Image.new("RGB", (200, 50))
     image.paste((255, 255, 255), (0, 0, 4, 50))  # a bar at the left edge, which a crop would lose
     tensor = build_dataset(config, is_training=False).transform(image)
-    assert tensor.shape == (3, 32, 64) and tensor[0, 16, 0] > 1.5 > 0 > tensor[0, 16, 40]
+    assert tensor.shape == (3, 32, 64) and tensor[0, 16, 0] > 200 > 50 > tensor[0, 16, 40]
 
 
 # Folders and archives
@@ -213,28 +214,27 @@ def write_tree(root: Path, *names: str) -> Path:
     return root
 
 
-def write_links(root: Path) -> Path:
-    write_tree(root, "ant/0.png", "bee/1.png", "cat/x/2.png")
-    (root / "bee" / "0.png").symlink_to("../ant/0.png")
-    (root / "cat" / "0.png").symlink_to("../bee/0.png")  # a link to a link
-    (root / "cat" / "x" / "3.png").hardlink_to(root / "bee" / "1.png")
-    return root
-
-
-NAMES = {
+TREES = {
     "flat": "b/0.png b/10.png b/9.png a/1.png B/1.png ä/ü.png",
     "kinds": "a/0.JPG a/1.webp b/2.bmp b/3.TIFF b/4.jpeg b/notes.txt",
     "nested": "ant/z.png ant/a-b/0.png ant/a/1.png ant/a/b/2.png bee/x/0.png",
     "long names": f"{'a' * 90}/{'b' * 120}.png b/0.png",
     "integers": " ".join(f"{i}/{j}.png" for i in (0, 1, 2, 10, 100, 21) for j in (9, 10)),
     "integers and text": "10/0.png 9/0.png x/0.png",
-    "hidden": "a/0.png a/._0.png a/.DS_Store b/1.png b/.x/2.png .ipynb_checkpoints/0.png",
+    "hidden": "a/0.png a/._0.png a/.DS_Store b/1.png b/.x/2.png .ipynb_checkpoints/0.png a/@eaDir/0.jpg",
     "outside of classes": "0.png a/1.png b/2.png notes.txt",
+    "links": "ant/0.png bee/1.png cat/x/2.png",
 }
-TREES: dict[str, Callable[[Path], Path]] = {
-    key: lambda root, names=names: write_tree(root, *names.split()) for key, names in NAMES.items()
-}
-TREES["links"] = write_links
+
+
+@pytest.fixture(params=TREES)
+def tree(request, tmp_path) -> Path:
+    root = write_tree(tmp_path / request.param, *TREES[request.param].split())
+    if request.param == "links":
+        (root / "bee" / "0.png").symlink_to("../ant/0.png")
+        (root / "cat" / "0.png").symlink_to("../bee/0.png")  # a link to a link
+        (root / "cat" / "x" / "3.png").hardlink_to(root / "bee" / "1.png")
+    return root
 
 
 def pack(tree: Path, archive: Path, arcname: str = ".", **options) -> Path:
@@ -243,37 +243,14 @@ def pack(tree: Path, archive: Path, arcname: str = ".", **options) -> Path:
     return archive
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_folder_is_read_as_by_torchvision(name, tmp_path):
+def test_folder_is_read_as_by_torchvision(tree):
     """Compare all but hidden files. Integers sort as numbers."""
-    tree = TREES[name](tmp_path)
     actual, expected = ImageFolder(tree), torchvision.datasets.ImageFolder(tree)
     classes = [name for name in expected.classes if not name.startswith(".")]
-    assert actual.classes == (["0", "1", "2", "10", "21", "100"] if name == "integers" else classes)
-    files = [[(path, d.classes[i]) for path, i in d.samples if "/." not in path] for d in (actual, expected)]
+    assert actual.classes == (["0", "1", "2", "10", "21", "100"] if tree.name == "integers" else classes)
+    is_hidden = re.compile("/[.@]").search
+    files = [[(path, d.classes[i]) for path, i in d.samples if not is_hidden(path)] for d in (actual, expected)]
     assert files[0] == files[1] and len(files[0]) == len(actual)
-
-
-@pytest.mark.parametrize("layout", ["pax", "gnu", "one folder around"])
-@pytest.mark.parametrize("name", TREES)
-def test_archive_equals_its_folder(name, layout, tmp_path):
-    tree = TREES[name](tmp_path / "tree")
-    if layout == "one folder around":
-        (tree / "0.png").unlink(missing_ok=True)  # with an image in it, the folder around would be a class
-    format = tarfile.GNU_FORMAT if layout == "gnu" else tarfile.PAX_FORMAT
-    prefix = "val/" if layout == "one folder around" else ""
-    folder, archive = ImageFolder(tree), ImageTar(pack(tree, tmp_path / "tree.tar", prefix or ".", format=format))
-    assert archive.classes == folder.classes
-    assert archive.samples == [(prefix + os.path.relpath(path, tree), label) for path, label in folder.samples]
-    for i in range(len(folder)):
-        assert np.array_equal(*(np.asarray(dataset[i][0]) for dataset in (folder, archive)))
-
-
-def test_skipped_files_are_counted_in_a_warning(tmp_path, caplog):
-    tree = TREES["hidden"](tmp_path / "tree")
-    ImageFolder(tree), ImageTar(pack(tree, tmp_path / "tree.tar"))
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{place}: skipped 4 files and folders: 4 hidden" for place in (tree, tmp_path / "tree.tar")]
 
 
 def write_ilsvrc(tree: Path, path: Path) -> Path:
@@ -285,12 +262,36 @@ def write_ilsvrc(tree: Path, path: Path) -> Path:
     return path
 
 
-def test_archive_of_one_archive_per_class(tmp_path):
-    tree = write_tree(tmp_path / "tree", "n01440764/n01440764_1.png", "n01440764/n01440764_10.png", "n01443537/0.png")
-    folder, archive = ImageFolder(tree), ImageTar(write_ilsvrc(tree, tmp_path / "train.tar"))
+@pytest.mark.parametrize("layout", ["pax", "gnu", "one folder around", "one archive per class"])
+def test_archive_equals_its_folder(tree, layout, tmp_path):
+    path, prefix = tmp_path / "tree.tar", "val/" if layout == "one folder around" else ""
+    if layout.startswith("one"):
+        for name in ("0.png", "notes.txt"):  # an image beside the classes would make the folder around a class
+            (tree / name).unlink(missing_ok=True)
+    folder = ImageFolder(tree)
+    if layout == "one archive per class":
+        if tree.name == "links":
+            pytest.skip("the links lead from one archive to another")
+        archive = ImageTar(write_ilsvrc(tree, path))
+    else:
+        format = tarfile.GNU_FORMAT if layout == "gnu" else tarfile.PAX_FORMAT
+        archive = ImageTar(pack(tree, path, prefix or ".", format=format))
     assert archive.classes == folder.classes
-    assert [(str(tree / name), label) for name, label in archive.samples] == folder.samples
-    assert all(np.array_equal(folder[i][0], archive[i][0]) for i in range(3))
+    assert archive.samples == [(prefix + os.path.relpath(path, tree), label) for path, label in folder.samples]
+    for i in range(len(folder)):
+        assert np.array_equal(*(np.asarray(dataset[i][0]) for dataset in (folder, archive)))
+
+
+def test_what_is_skipped_is_logged(tmp_path, caplog):
+    names = "ant/0.png bee/1.png bee/2.png bee/notes.txt ant/._0.png .x/0.png ant/@eaDir/0.png __MACOSX/0.png 0.png"
+    tree = write_tree(tmp_path / "tree", *names.split())
+    caplog.set_level(logging.INFO)
+    for kind, path in ((ImageFolder, tree), (ImageTar, pack(tree, tmp_path / "tree.tar"))):
+        dataset = kind(path)
+        assert dataset.classes == ["ant", "bee"] and len(dataset) == 3
+        assert "3 images in 2 classes of 1 (ant) to 2 (bee)" in caplog.text
+        assert "4 hidden" in caplog.text and "1 .txt" in caplog.text and "1 in no class folder" in caplog.text
+        caplog.clear()
 
 
 DAMAGES: dict[str, Callable[[bytes, list[int]], list[bytes]]] = {  # bytes of an archive, offsets of its headers
@@ -311,7 +312,7 @@ def test_damaged_archive_is_refused(damage, is_nested, tmp_path):
     headers = [i for i in range(0, len(data), 512) if data[i + 257 : i + 262] == b"ustar"]
     for version in DAMAGES[damage](data, headers):
         path.write_bytes(version)
-        with pytest.raises(DataError, match=rf"^{path}: not a sound tar archive \(.+\)\. Pack it again\.$"):
+        with pytest.raises(DataError, match=f"^{path}: not a sound tar archive"):
             ImageTar(path)
 
 
@@ -320,7 +321,7 @@ def test_class_that_was_appended_again_is_refused(tmp_path):
     path = pack(tree, tmp_path / "val.tar")
     with tarfile.open(path, "a") as tar:
         tar.add(tree / "ant", "ant")
-    with pytest.raises(DataError, match=rf"^{path}: ant/0.png: is in the archive twice\. Pack it again\.$"):
+    with pytest.raises(DataError, match=f"^{path}: ant/0.png: "):
         ImageTar(path)
 
 
@@ -329,68 +330,42 @@ def test_link_to_no_file_of_the_archive_is_refused(target, tmp_path):
     tree = write_tree(tmp_path / "tree", "ant/0.png", "bee/1.png")
     (tree / "bee" / "2.png").symlink_to(target)
     path = pack(tree, tmp_path / "val.tar")
-    with pytest.raises(DataError, match=rf"^{path}: bee/2.png: links to .*, no file of the archive\. Use tar --deref"):
+    with pytest.raises(DataError, match=f"^{path}: bee/2.png: "):
         ImageTar(path)
 
 
-@pytest.mark.parametrize("names", [(), ("0.png", "notes.txt"), ("a/notes.txt", "a/._0.png")])
-def test_folders_and_archives_without_class_folders_are_refused(names, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ((), "no class folders"),
+        (("0.png", "notes.txt"), "no class folders"),
+        (("a/notes.txt", "a/._0.png", "b/0.png"), "class folders a"),
+    ],
+)
+def test_folders_and_archives_without_classes_or_with_empty_ones_are_refused(names, problem, tmp_path):
     tree = write_tree(tmp_path / "tree", *names)
     tree.mkdir(exist_ok=True)
-    path = pack(tree, tmp_path / "val.tar")
-    with pytest.raises(DataError, match=rf"^{path}: no (images in )?class folders.* Expected CLASS/IMAGE \(.jpg "):
-        ImageTar(path)
-    with pytest.raises(DataError, match=rf"^{tree}: no (images in )?class folders.* Expected CLASS/IMAGE \(.jpg "):
-        ImageFolder(tree)
-
-
-def test_empty_class_folder_is_named(own_folder):
-    write_tree(own_folder / "train", "asp/notes.txt")
-    with pytest.raises(DataError, match="train: no images in class folders asp. Expected CLASS/IMAGE"):
-        ImageFolder(own_folder / "train")
+    for kind, path in ((ImageFolder, tree), (ImageTar, pack(tree, tmp_path / "val.tar"))):
+        with pytest.raises(DataError, match=f"^{path}: .*{problem}"):
+            kind(path)
 
 
 # Datasets
 
 
-def brightest_channels(dataset) -> list[tuple[int, int]]:
-    """Return (label, brightest channel) of every image."""
-    samples = map(dataset.read, range(len(dataset)))
-    return [(label, int(np.asarray(image).mean((0, 1)).argmax())) for image, label in samples]
-
-
 @pytest.mark.parametrize("is_archive", [False, True])
 def test_images_and_labels_match(is_archive, tiny_cfg, image_folder, tmp_path):
+    """The brightest channel is the label."""
     if is_archive:
         pack(image_folder / "train", tmp_path / "train.tar")
     config = load_config(tiny_cfg(), ["DATA.NUM_WORKERS", "2"], data_path=str(tmp_path if is_archive else image_folder))
     dataset = build_dataset(config, is_training=True)
     assert dataset.classes == list(CLASSES) and len(dataset) == 33
-    assert all(label == channel for label, channel in brightest_channels(dataset))
+    for image, label in map(dataset.read, range(33)):
+        assert np.asarray(image).mean((0, 1)).argmax() == label
     images, _ = next(iter(build_train_loader(dataset, config, ONE_RANK)))
     assert images.shape == (4, 3, 32, 32)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".tar", ".yaml"}  # no index is left beside the data
-
-
-def test_cifar100(tiny_cfg, tmp_path, monkeypatch):
-    """Read CIFAR-100's file format, with 6 images of noise."""
-    folder, pixels = tmp_path / "cifar-100-python", np.random.RandomState(0).randint(0, 255, (6, 3072), dtype=np.uint8)
-    folder.mkdir()
-    for name, content in {
-        "train": {"data": pixels, "fine_labels": [3, 1, 4, 1, 5, 99]},
-        "test": {"data": pixels[:2], "fine_labels": [3, 1]},
-        "meta": {"fine_label_names": [f"class {i}" for i in range(100)]},
-    }.items():
-        (folder / name).write_bytes(pickle.dumps(content))
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
-    options = ["DATA.DATASET", "torch/cifar100", "MODEL.NUM_CLASSES", "100"]
-    config = load_config(tiny_cfg(), options, data_path=str(tmp_path))
-    train, val = (build_dataset(config, is_training) for is_training in (True, False))
-    check_classes(config, train, val)
-    assert len(train) == 6 and len(val) == 2 and train.classes[99] == "class 99"
-    image, label = train.read(2)
-    assert label == 4 and np.array_equal(np.asarray(image), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert train[SampleKey(0, 0, 2)][0].shape == (3, 32, 32)
 
 
 def test_inaturalist(tiny_cfg, tmp_path):
@@ -399,58 +374,49 @@ def test_inaturalist(tiny_cfg, tmp_path):
         for split in ("2021_train", "2021_valid"):
             folder = tmp_path / split / f"{i:05}_Animalia_Phylum_Class_Order_Family_{species}"
             folder.mkdir(parents=True)
-            Image.new("RGB", (50, 40), tuple(255 * (channel == i) for channel in range(3))).save(folder / "0.jpg")
+            Image.new("RGB", (50, 40), (i, 0, 0)).save(folder / "0.png")
     config = load_config(tiny_cfg(), ["DATA.DATASET", "torch/inaturalist"], data_path=str(tmp_path))
     train, val = (build_dataset(config, is_training) for is_training in (True, False))
     check_classes(config, train, val)
     assert len(train.classes) == 3 and train.classes[1].endswith("Apis_mellifera")
-    assert brightest_channels(train) == [(0, 0), (1, 1), (2, 2)]
-    (folder / "0.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\n%%EndComments\n")
-    with pytest.raises(DataError, match=r"Felis_catus/0\.jpg: unreadable image \(none of BMP"):
+    assert all(np.asarray(image).max() == label for image, label in map(train.read, range(3)))
+    assert train[SampleKey(0, 0, 2)][0].shape == (3, 32, 32)
+    (folder / "0.png").write_bytes(EPS)  # Pillow would start Ghostscript
+    with pytest.raises(DataError, match=r"Felis_catus/0\.png: unreadable image"):
         val.read(2)
 
 
 # Unusable data
 
 
-@pytest.mark.parametrize("opts", [["DATA.DATA_PATH", ""], ["DATA.DATA_PATH", "/no/such/place"]])
-def test_missing_dataset(tiny_cfg, opts):
-    message = rf"^DATA.DATA_PATH '{opts[1]}': has neither train/ nor train.tar\. Name it with --data-path\.$"
-    with pytest.raises(DataError, match=message):
-        build_dataset(load_config(tiny_cfg(), opts), is_training=True)
+def remove_two_classes(data: Path) -> None:
+    for name in ("ant", "bee"):
+        for split in ("train", "val"):
+            shutil.rmtree(data / split / name)
 
 
-def test_unknown_dataset(tiny_cfg):
-    with pytest.raises(DataError, match="^DATA.DATASET 'torch/no_such_set' in "):
-        build_dataset(load_config(tiny_cfg(), ["DATA.DATASET", "torch/no_such_set"]), is_training=True)
+@pytest.mark.parametrize(
+    ("change", "opts", "problem"),
+    [
+        (shutil.rmtree, [], "DATA.DATA_PATH .*train.tar.*--data-path"),
+        (None, ["DATA.DATASET", "torch/no_such_set"], "DATA.DATASET 'torch/no_such_set'"),
+        (None, ["MODEL.NUM_CLASSES", "5"], "3 classes.*5 outputs.*MODEL.NUM_CLASSES 3"),
+        (None, ["TRAIN.GLOBAL_BATCH", "40"], "TRAIN.GLOBAL_BATCH: 40 is more than the 12 training images"),
+        (lambda data: (data / "val/cat").rename(data / "val/dog"), [], r"train and val have different .*cat.* dog"),
+        (remove_two_classes, ["MODEL.NUM_CLASSES", "1"], "one class"),
+    ],
+)
+def test_unusable_data_is_refused(tiny_cfg, own_folder, change, opts, problem):
+    if change:
+        change(own_folder)
+    config = load_config(tiny_cfg(), opts, data_path=str(own_folder))
+    with pytest.raises(DataError, match=problem):
+        train, val = (build_dataset(config, is_training) for is_training in (True, False))
+        check_classes(config, train, val)
+        build_train_loader(train, config, ONE_RANK)
 
 
-def test_number_of_classes_must_be_that_of_the_head(tiny_cfg):
-    config = load_config(tiny_cfg(), ["MODEL.NUM_CLASSES", "5"])
-    message = r"has 3 classes, but the head has 5 outputs\. To train on them, set MODEL.NUM_CLASSES 3\.$"
-    with pytest.raises(DataError, match=message):
-        check_classes(config, build_dataset(config, is_training=True))
-
-
-def test_train_and_val_must_have_the_same_classes(tiny_cfg, own_folder):
-    (own_folder / "val" / "cat").rename(own_folder / "val" / "dog")
-    config = load_config(tiny_cfg(), data_path=str(own_folder))
-    with pytest.raises(DataError, match=rf"^{own_folder}: train and val have different classes \(cat, dog\)\. Give"):
-        check_classes(config, *(build_dataset(config, is_training) for is_training in (True, False)))
-
-
-def test_global_batch_must_not_exceed_the_dataset(tiny_cfg):
-    config = load_config(tiny_cfg(), ["TRAIN.GLOBAL_BATCH", "40"])
-    with pytest.raises(DataError, match=r": 33 training images do not fill TRAIN.GLOBAL_BATCH 40\. Lower it\.$"):
-        build_train_loader(build_dataset(config, is_training=True), config, ONE_RANK)
-
-
-def jpeg() -> bytes:
-    Image.effect_noise((64, 64), 100).save(buffer := io.BytesIO(), "JPEG")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("content", [b"", b"text", jpeg()[:1000]], ids=["empty", "text", "truncated"])
+@pytest.mark.parametrize("content", [b"", EPS], ids=["empty", "eps"])
 @pytest.mark.parametrize("is_archive", [False, True])
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unreadable_image_is_named(tiny_cfg, own_folder, content, is_archive, workers):
@@ -464,4 +430,4 @@ def test_unreadable_image_is_named(tiny_cfg, own_folder, content, is_archive, wo
     loader = build_val_loader(build_dataset(config, is_training=False), config, ONE_RANK)
     with pytest.raises(DataError) as info:
         list(loader)
-    assert str(info.value).startswith(f"{name}: unreadable image (") and "\n" not in str(info.value)
+    assert str(info.value).startswith(f"{name}: unreadable image") and "\n" not in str(info.value)

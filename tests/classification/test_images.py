@@ -16,7 +16,7 @@ from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images, open_rgb
 from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset
-from tests.images import GRAY, RGB, UNREADABLE
+from tests.images import GRAY, UNREADABLE
 
 
 @pytest.fixture(params=["training", "predict", "visualize_offset"])
@@ -50,23 +50,18 @@ def read(request, tmp_path, tiny_cfg, monkeypatch) -> Callable[[Path], np.ndarra
     return {"training": training, "visualize_offset": visualize, "predict": files}[request.param]
 
 
-def test_16_bits_are_scaled_by_every_program(read, tmp_path):
-    Image.fromarray((GRAY.astype(np.uint16) << 8) + 7).save(tmp_path / "16-bit.png")
-    assert np.array_equal(read(tmp_path / "16-bit.png"), np.repeat(GRAY[..., None], 3, axis=2))
-
-
-def test_exif_orientation_is_ignored_by_every_program(read, tmp_path):
+def test_16_bits_are_scaled_and_exif_orientation_is_ignored(read, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.fromarray(RGB).save(tmp_path / "rotated.png", exif=exif)
-    assert np.array_equal(read(tmp_path / "rotated.png"), RGB)
+    Image.fromarray((GRAY.astype(np.uint16) << 8) + 7).save(tmp_path / "16-bit.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "16-bit.png"), np.repeat(GRAY[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_file_is_refused_by_every_program(name, read, tmp_path):
     write, problem = UNREADABLE[name]
     write(tmp_path / name)
-    with pytest.raises(DataError, match=rf"^\S*/{name}: unreadable image \(.*({problem}).*\)\. Repair or remove "):
+    with pytest.raises(DataError, match=rf"^\S*/{name}: unreadable image .*({problem})"):
         read(tmp_path / name)
 
 

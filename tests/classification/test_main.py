@@ -24,19 +24,14 @@ from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset
 from lit_classification.distributed import Ranks
 from lit_classification.engine import to_device
-from lit_classification.model import build_model, load_classifier
+from lit_classification.model import build_model
 from lit_classification.optim import Schedule
-from tests.classification.conftest import CLASSES
+from tests.classification.conftest import CLASSES, read_log, refusal
 from tests.programs import Program, start_pair
 
 MAIN = Path(main.__file__)
 CPU = torch.device("cpu")
 SHORT = {"EPOCHS": 1, "WARMUP_EPOCHS": 0}
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "output" / "tiny" / "default"
 
 
 @pytest.fixture
@@ -53,15 +48,8 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
 def assert_fails(args: list, *parts: str) -> None:
     """Check that main.py ends with one line that holds the parts."""
-    with pytest.raises(SystemExit) as error:
-        main.main(list(map(str, args)))
-    message = str(error.value)
-    assert message.startswith("error: ") and "\n" not in message
+    message = refusal(main, *args)
     assert all(part in message for part in parts), message
-
-
-def read_log(run_dir: Path, tag: str) -> list[float]:
-    return [json.loads(line)[tag] for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 # ---- run directory
@@ -80,7 +68,7 @@ def test_run_directory(tiny_cfg, run_dir):
     console = (run_dir / "log_rank0.txt").read_text()
     assert console.count("\n") >= 9 and all(line in printed for line in console.splitlines())
     assert "global batch 8 = 4 images x 1 ranks x 2 accumulation steps, 4 steps per epoch" in console
-    assert re.search(r"epoch 2 \[4/4\] eta 0:00:00 lr \S+ loss \S+ \(\S+\) grad norm \S+ \S+ img/s", console)
+    assert re.search(r"epoch 2 \[4/4\] .*lr \S+ loss \S+ .*grad norm \S+ \S+ img/s", console)
 
     events = EventAccumulator(str(run_dir)).Reload()
     tags = set(events.Tags()["scalars"])
@@ -92,81 +80,56 @@ def test_run_directory(tiny_cfg, run_dir):
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_warnings_about_the_recipe(tiny_cfg, run):
+def test_warnings_about_learning_rates_and_ema(tiny_cfg, run):
     options = ["TRAIN.MIN_LR", "0.01", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.EMA", "0.999"]
     out = run("--cfg", tiny_cfg(), "--opts", *options)
-    assert "learning rates of offset rise to MIN_LR, 0.000156" in out
-    assert "TRAIN.EMA 0.999: 99% of the last average are initial weights" in out
+    assert re.search("learning rates of offset .*MIN_LR", out) and "TRAIN.EMA 0.999: 99%" in out
 
 
-def test_finished_run_is_kept(tiny_cfg, run, run_dir):
-    """Other weights are ignored with a warning. Other settings are refused, unless more epochs are asked for."""
-    run("--cfg", tiny_cfg())
-    before = [(run_dir / name).read_bytes() for name in (LATEST, "starts.jsonl", "log.jsonl")]
-    assert "finished already, after 2 epochs" in run("--cfg", tiny_cfg())
+def test_finished_run_is_kept(tiny_cfg, run, finished_run):
+    """Other weights are ignored with a warning. More epochs are trained on demand."""
+    before = [(finished_run / name).read_bytes() for name in (LATEST, "starts.jsonl", "log.jsonl")]
     out = run("--cfg", tiny_cfg(), "--pretrained", "other.pth")
-    assert f"{run_dir / LATEST}, not other.pth; to start a new run, pass --tag NAME" in out and "already" in out
-    longer = ["--cfg", tiny_cfg(), "--opts", "TRAIN.EPOCHS", "3"]
-    assert_fails(longer, "TRAIN.EPOCHS 2", "TRAIN.RESUME_CHANGED true")
-    assert [(run_dir / name).read_bytes() for name in (LATEST, "starts.jsonl", "log.jsonl")] == before
-    assert "finished 3 epochs" in run(*longer, "TRAIN.RESUME_CHANGED", "true")
-    assert read_checkpoint(run_dir / LATEST)["update"] == 12
+    assert f"{finished_run / LATEST}, not other.pth" in out and "finished already, after 2 epochs" in out
+    assert [(finished_run / name).read_bytes() for name in (LATEST, "starts.jsonl", "log.jsonl")] == before
+    run("--cfg", tiny_cfg(), "--opts", "TRAIN.EPOCHS", "3", "TRAIN.RESUME_CHANGED", "true")
+    assert read_checkpoint(finished_run / LATEST)["update"] == 12
 
 
-def test_config_of_a_run_continues_it(tiny_cfg, run_dir, run, tmp_path, monkeypatch):
-    """Use the config from any directory. `--tag` and `--output` start other runs, and a copy is an ordinary file."""
-    monkeypatch.chdir(tmp_path)
-    longer = ["--opts", "TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS"]
-    run("--cfg", tiny_cfg(OUTPUT="output"))
-    run("--cfg", run_dir.relative_to(tmp_path) / "config.yaml", *longer, "3")
-    monkeypatch.chdir(run_dir)
-    run("--cfg", "config.yaml", *longer, "4")
-    starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
-    assert [start["step"] for start in starts] == [0, 8, 12]
-    run("--cfg", "config.yaml", "--tag", "1", "--opts", "TRAIN.EPOCHS", "2")
-    run("--cfg", "config.yaml", "--opts", "TAG", '"1"', "TRAIN.RESUME_CHANGED", "true")
-    run("--cfg", "config.yaml", "--output", tmp_path / "new")
-    shutil.copy("config.yaml", tmp_path)
-    run("--cfg", tmp_path / "config.yaml", "--output", tmp_path / "copied")
-    runs = ["copied/config/default", "new/tiny/default", "output/tiny/1", "output/tiny/default"]
+def test_config_of_a_run_continues_it(finished_run, run, tmp_path, monkeypatch):
+    """`--tag` and `--output` start other runs, and a copy of the file is an ordinary config."""
+    monkeypatch.chdir(finished_run)
+    run("--cfg", "config.yaml", "--opts", "TRAIN.RESUME_CHANGED", "true", "TRAIN.EPOCHS", "3")
+    starts = [json.loads(line) for line in (finished_run / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 8]
+    shutil.copy("config.yaml", tmp_path / "copy.yaml")
+    short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    run("--cfg", "config.yaml", "--tag", "1", *short)
+    run("--cfg", "config.yaml", "--output", tmp_path / "new", *short)
+    run("--cfg", tmp_path / "copy.yaml", "--output", tmp_path / "new", *short)
+    runs = ["new/copy/default", "new/tiny/default", "output/tiny/1", "output/tiny/default"]
     assert sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(LATEST)) == runs
-    assert read_checkpoint(tmp_path / "output/tiny/1" / LATEST)["update"] == 16  # for the epochs in the file
 
 
 # ---- evaluation
 
 
-def accuracy_by_hand(cfg: Path, checkpoint: Path) -> float:
+def test_evaluation_prints_the_published_lines(tiny_cfg, finished, run):
+    cfg, before = tiny_cfg(), set(finished.iterdir())
     config = load_config(cfg)
     model = build_model(config, CPU).eval()
-    model.load_state_dict(load_checkpoint(checkpoint))
+    model.load_state_dict(load_checkpoint(finished / BEST))
     images = build_dataset(config, is_training=False)
+    batch = torch.stack([images[i][0] for i in range(12)]), torch.tensor([images[i][1] for i in range(12)])
+    x, labels = to_device(batch, config, Ranks(0, 1, CPU))
     with torch.no_grad():
-        hits = [model(image[None]).argmax().item() == label for image, label in map(images.__getitem__, range(12))]
-    return 100 * sum(hits) / len(hits)
-
-
-def test_evaluation_prints_the_published_lines(tiny_cfg, run_dir, run):
-    cfg = tiny_cfg()
-    run("--cfg", cfg)
-    before = set(run_dir.iterdir())
-    accuracy = accuracy_by_hand(cfg, run_dir / BEST)
+        accuracy = 100 * (model(x).argmax(dim=1) == labels).float().mean().item()
     lines = f" * Acc@1 {accuracy:.3f} Acc@5 100.000\nAccuracy of the network on the 12 test images: {accuracy:.1f}%\n"
-    assert f"\n{lines}" in Program(MAIN, "--cfg", cfg, "--eval", "--resume", run_dir / BEST).finish()
-    assert f"\n{lines}" in run("--eval", "--resume", run_dir / BEST)
-    assert accuracy == pytest.approx(read_checkpoint(run_dir / BEST)["best"])
-    created = {path.name for path in set(run_dir.iterdir()) - before}
-    assert created == {"eval.json", "predictions.csv", "confusion.png"}
-
-
-def test_evaluation_of_ema_weights(tiny_cfg, run_dir, run):
-    """A slow average, which still is near the initial weights, is evaluated with any config and batch size."""
-    run("--cfg", tiny_cfg(TRAIN={"EMA": 0.999}))
-    accuracy = accuracy_by_hand(tiny_cfg(), run_dir / LATEST)
-    for options in ([], ["--cfg", tiny_cfg(), "--batch-size", "5"]):
-        assert f" * Acc@1 {accuracy:.3f} " in run("--eval", "--resume", run_dir / LATEST, *options)
-    content = read_checkpoint(run_dir / LATEST)
-    assert not torch.equal(content["model"]["head.weight"], content["model_ema"]["head.weight"])
+    assert f"\n{lines}" in Program(MAIN, "--cfg", cfg, "--eval", "--resume", finished / BEST).finish()
+    assert f"\n{lines}" in run("--eval", "--resume", finished / BEST)
+    assert accuracy == pytest.approx(read_checkpoint(finished / BEST)["best"])
+    created = {path.name for path in set(finished.iterdir()) - before}
+    assert created <= {"eval.json", "predictions.csv", "confusion.png"}
 
 
 def test_stored_config_replaces_the_file(tiny_cfg, run_dir, run):
@@ -178,70 +141,21 @@ def test_stored_config_replaces_the_file(tiny_cfg, run_dir, run):
     for options in ([], ["--cfg", cfg]):
         out = run("--eval", "--resume", run_dir / LATEST, *options)
         assert f" * Acc@1 {acc1:.3f} " in out and f"loss {loss:.3f}\n" in out
-        assert (f"{run_dir / LATEST} stores its config, which replaces {cfg} except for" in out) == bool(options)
+        assert ("stores its config" in out) == bool(options)
     out = run("--eval", "--resume", run_dir / LATEST, "--opts", "DATA.IMG_SIZE", "64")
     assert "Acc@1" in out and f"loss {loss:.3f}\n" not in out
 
 
-def test_stored_config_of_another_version(tiny_cfg, run_dir, run):
-    """Unknown keys are ignored with one warning. Missing keys have their defaults."""
-    run("--cfg", tiny_cfg(DATA={"INTERPOLATION": "bicubic"}))  # the default
-    expected = run("--eval", "--resume", run_dir / LATEST).splitlines()[-2:]
-    content = read_checkpoint(run_dir / LATEST)
-    content["config"]["AUG"]["FUTURE"] = content["config"]["FUTURE"] = {"A": [1, {"B": 2}]}
-    del content["config"]["DATA"]["INTERPOLATION"], content["config"]["TEST"]
-    torch.save(content, run_dir / "other.pth")
-    out = run("--eval", "--resume", run_dir / "other.pth").splitlines()
-    assert out[-2:] == expected
-    warnings = [line for line in out if "unknown key" in line]
-    assert len(warnings) <= 1
-    classifier = load_classifier(run_dir / "other.pth", CPU)
-    assert classifier.config == load_classifier(run_dir / LATEST, CPU).config
-
-
+@pytest.mark.slow
 def test_released_weights_are_recognized(own_folder, run, tmp_path):
     """Weights without a config are those of the variant with their shapes, also at another size."""
     model = timm.create_model("lit_ti", num_classes=3, img_size=64)
     torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
     args = ["--eval", "--resume", tmp_path / "released.pth", "--data-path", own_folder, "--opts", "DATA.NUM_WORKERS"]
     assert "on the 12 test images" in run(*args, "0")
-    classifier = load_classifier(tmp_path / "released.pth", CPU)
-    assert (classifier.config.MODEL.NAME, classifier.config.DATA.IMG_SIZE) == ("lit_ti", (64, 64))
-    del model.stages[0]
-    torch.save(model.state_dict(), tmp_path / "other.pth")
-    assert_fails(["--eval", "--resume", tmp_path / "other.pth"], "other.pth: holds weights of no known LIT", "--cfg")
 
 
-def test_published_checkpoint_loads():
-    """The checkpoint of the CIFAR-10 study stores the config of an earlier version."""
-    classifier = load_classifier(MAIN.parents[1] / "experiments/cifar10/lit.pth", CPU)
-    side = classifier.config.DATA.IMG_SIZE
-    assert classifier.model(torch.zeros(1, 3, *side)).shape == (1, len(classifier.classes))
-    assert len(classifier.class_names) == len(classifier.classes)
-
-
-def test_exported_classifier_is_the_same(own_folder, tiny_cfg, run_dir, run, tmp_path, capsys):
-    """ImageNet's folder n01440764 is shown as tench, and stays the name that is compared with data."""
-    from tools import export
-
-    for split in ("train", "val"):
-        for name, synset in zip(CLASSES, ("n01440764", "n01443537", "n01484850")):
-            (own_folder / split / name).rename(own_folder / split / synset)
-    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder)}, TRAIN=SHORT, TEST={"CROP": False})
-    run("--cfg", cfg)
-    exported = tmp_path / "exported.safetensors"
-    export.main([str(run_dir / LATEST), "--format", "safetensors", "--output", str(exported)])
-    outputs = []
-    for file in (run_dir / LATEST, exported):
-        out = run("--cfg", cfg, "--eval", "--resume", file)
-        predict.main([str(own_folder / "val"), "--checkpoint", str(file)])
-        lines = (out + capsys.readouterr().out).splitlines()
-        outputs.append([line for line in lines if line.startswith((" ", "Accuracy"))])
-    assert outputs[0] == outputs[1] and "tench" in "".join(outputs[1])
-    assert "head" not in run("--cfg", cfg, "--pretrained", exported, "--tag", "tuned")
-
-
-def test_another_timm_model_takes_its_keywords_from_yaml(tiny_cfg, run_dir, run, image_folder):
+def test_another_timm_model_takes_its_keywords_from_yaml(tiny_cfg, run_dir, run):
     """A checkpoint brings no keywords, because nothing bounds what they make timm do."""
     keywords = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
     cfg = tiny_cfg(MODEL={"NAME": "pvt_v2_b0", "LIT": {}, "KEYWORDS": keywords}, TRAIN=SHORT)
@@ -250,8 +164,6 @@ def test_another_timm_model_takes_its_keywords_from_yaml(tiny_cfg, run_dir, run,
     loss = f"loss {read_log(run_dir, 'val/loss')[0]:.3f}\n"
     assert loss in run(*evaluate)
     assert_fails([*evaluate, "--opts", "MODEL.KEYWORDS.depths", "[1, 1, 1, 2]"], "latest.pth", "missing")
-    with pytest.raises(SystemExit, match="latest.pth: holds weights of no known LIT"):
-        predict.main([str(image_folder), "--checkpoint", str(run_dir / LATEST)])
 
 
 def test_throughput_needs_no_data(tiny_cfg, run):
@@ -272,92 +184,80 @@ def link_classes(image_folder: Path, root: Path, **folders: str) -> Path:
     return root
 
 
-def test_class_order_is_logged_for_weights_without_names(tiny_cfg, image_folder, run_dir, run, tmp_path):
+def test_exported_classifier_is_the_same(tiny_cfg, finished, image_folder, run, tmp_path, capsys):
+    """ImageNet's folder n01440764 is shown as tench, and stays the name that is compared with data."""
+    from tools import export
+
+    names = dict(zip(("n01440764", "n01443537", "n01484850"), CLASSES))
+    data = link_classes(image_folder, tmp_path / "synsets", **names)
+    torch.save(read_checkpoint(finished / LATEST) | {"classes": [*names]}, tmp_path / "run.pth")
+    export.main([str(tmp_path / "run.pth"), "--format", "safetensors"])
+    outputs = []
+    for file in ("run.pth", "run.safetensors"):
+        out = run("--eval", "--resume", tmp_path / file, "--data-path", data)
+        predict.main([str(data / "val"), "--checkpoint", str(tmp_path / file)])
+        lines = (out + capsys.readouterr().out).splitlines()
+        outputs.append([line for line in lines if line.startswith((" ", "Accuracy"))])
+    assert outputs[0] == outputs[1] and "tench" in "".join(outputs[1])
+    tuned = ["--cfg", tiny_cfg(TRAIN=SHORT), "--data-path", data, "--pretrained", tmp_path / "run.safetensors"]
+    assert "head" not in run(*tuned)
+
+
+def test_class_order_is_logged_for_weights_without_names(tiny_cfg, finished, image_folder, run, tmp_path):
     """Folders 9, 10 and 11 sort as numbers. torchvision, and so the original, sorts 10 and 11 before 9."""
     numbers = link_classes(image_folder, tmp_path / "numbers", **dict(zip(("9", "10", "11"), CLASSES)))
-    command = ["--cfg", tiny_cfg(), "--data-path", numbers]
-    run(*command)
-    weights = read_checkpoint(run_dir / LATEST)["model"]
+    command, weights = ["--cfg", tiny_cfg(), "--data-path", numbers], read_checkpoint(finished / LATEST)["model"]
     torch.save({"model": weights}, tmp_path / "bare.pth")
     torch.save({"model": weights, "classes": ["10", "11", "9"]}, tmp_path / "named.pth")
     assert run(*command, "--eval", "--resume", tmp_path / "bare.pth").count("9, 10, 11") == 1
-    assert_fails(
-        [*command, "--eval", "--resume", tmp_path / "named.pth"], "class names differ", "10 / 9, 11 / 10, 9 / 11"
-    )
+    assert_fails([*command, "--eval", "--resume", tmp_path / "named.pth"], "10 / 9, 11 / 10, 9 / 11")
 
 
-def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, run_dir, run, image_folder, tmp_path):
-    run("--cfg", tiny_cfg())
+def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, finished, run, image_folder, tmp_path):
     two = link_classes(image_folder, tmp_path / "two", ant="ant", cat="cat")
     cfg = tiny_cfg("fine", DATA={"IMG_SIZE": [64, 96], "DATA_PATH": str(two)}, MODEL={"NUM_CLASSES": 2})
-    out = run("--cfg", cfg, "--pretrained", run_dir / LATEST, "--opts", "TRAIN.BASE_LR", "1e-9")
-    assert re.search(f"{run_dir / LATEST}: class names differ: 3 / 2 in .*The head is initialized", out)
-    before, after = (read_checkpoint(path / LATEST)["model"] for path in (run_dir, tmp_path / "output/fine/default"))
+    out = run("--cfg", cfg, "--pretrained", finished / LATEST, "--opts", "TRAIN.BASE_LR", "1e-9")
+    assert re.search(f"{finished / LATEST}: class names differ: 3 / 2 .*head is initialized", out)
+    before, after = (read_checkpoint(path / LATEST)["model"] for path in (finished, tmp_path / "output/fine/default"))
     assert after["head.weight"].shape == (2, 32) and after["stages.2.blocks.0.attn.rel_pos_bias"].shape == (1, 3, 7, 11)
     weight = "stages.2.blocks.0.mlp.fc1.weight"
     assert torch.allclose(before[weight], after[weight], atol=1e-6)
 
 
-def test_renamed_classes(tiny_cfg, run_dir, run, image_folder, tmp_path):
+def test_renamed_classes(tiny_cfg, finished_run, run, image_folder, tmp_path):
     """Resuming and evaluation refuse two renamed classes of three. Fine-tuning starts with a new head."""
-    run("--cfg", tiny_cfg(TRAIN={"EPOCHS": 2}))
     renamed = link_classes(image_folder, tmp_path / "renamed", ant="ant", cow="bee", wasp="cat")
-    other, latest = ["--cfg", tiny_cfg(), "--data-path", renamed], run_dir / LATEST
+    other, latest = ["--cfg", tiny_cfg(), "--data-path", renamed], finished_run / LATEST
     mismatch, before = "(bee / cow, cat / wasp)", latest.read_bytes()
     assert_fails([*other, "--eval", "--resume", latest], f"{latest}: ", mismatch)
     assert_fails([*other, "--opts", "TRAIN.EPOCHS", "3"], f"{latest}: ", mismatch, "TRAIN.RESUME_CHANGED true")
     assert latest.read_bytes() == before
     assert mismatch in run(*other, "--tag", "new", "--pretrained", latest, "--opts", "TRAIN.BASE_LR", "1e-9")
-    old, new = (read_checkpoint(path / LATEST)["model"] for path in (run_dir, run_dir.with_name("new")))
+    old, new = (read_checkpoint(path / LATEST)["model"] for path in (finished_run, finished_run.with_name("new")))
     initial = build_model(load_config(tiny_cfg()), CPU).head.weight
     assert torch.allclose(new["head.weight"], initial, atol=1e-6) and not torch.allclose(old["head.weight"], initial)
-    torch.save(old, tmp_path / "bare.pth")  # without names, which could be compared
-    assert "Acc@1" in run(*other, "--eval", "--resume", tmp_path / "bare.pth")
-
-
-def test_other_timm_weights_keep_their_names(tmp_path):
-    """Some names of a vision transformer look like those of a released LIT."""
-    small = dict(img_size=32, embed_dim=32, depth=1, num_heads=1)
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **small)
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **small)
-    model.load_state_dict(load_checkpoint(tmp_path / "vit.pth", model))
-    assert torch.equal(model.patch_embed.proj.weight, vit.patch_embed.proj.weight)
-    assert model.head.out_features == 5
 
 
 # ---- training options
 
 
-def test_activation_checkpointing_changes_nothing(tiny_cfg, run_dir, run, monkeypatch):
+def test_activation_checkpointing_changes_nothing(tiny_cfg, finished, run_dir, run, monkeypatch):
     recomputed, checkpoint_seq = [], lit.checkpoint_seq
     monkeypatch.setattr(lit, "checkpoint_seq", lambda *args: recomputed.append(1) or checkpoint_seq(*args))
-    run("--cfg", tiny_cfg())
-    assert not recomputed
-    run("--cfg", tiny_cfg(), "--tag", "other", "--opts", "TRAIN.USE_CHECKPOINT", "true")
+    run("--cfg", tiny_cfg(), "--opts", "TRAIN.USE_CHECKPOINT", "true")
     assert len(recomputed) == 8 * 2 * 4  # steps, micro-batches, stages; none in evaluation
-    losses = (read_log(path, "train/loss_epoch") for path in (run_dir, run_dir.with_name("other")))
+    losses = (read_log(path, "train/loss_epoch") for path in (run_dir, finished))
     assert next(losses) == pytest.approx(next(losses), rel=1e-3)
 
 
 @pytest.mark.parametrize("enabled, memory_format", [(True, torch.channels_last), (False, torch.contiguous_format)])
 def test_channels_last(tiny_cfg, enabled, memory_format):
     config = load_config(tiny_cfg(), ["RUNTIME.CHANNELS_LAST", str(enabled).lower()])
-    images, _ = to_device((torch.rand(2, 3, 32, 32), torch.zeros(2)), config, Ranks(0, 1, CPU))
+    images, _ = to_device((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2)), config, Ranks(0, 1, CPU))
     assert images.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.slow
-def test_compiled_training(tiny_cfg, run_dir, run):
-    """Compiled kernels round differently, so the losses agree only roughly."""
-    run("--cfg", tiny_cfg())
-    run("--cfg", tiny_cfg(), "--tag", "compiled", "--opts", "RUNTIME.COMPILE", "true")
-    losses = (read_log(path, "train/loss_epoch") for path in (run_dir, run_dir.with_name("compiled")))
-    assert next(losses) == pytest.approx(next(losses), rel=1e-2)
-
-
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_training_and_evaluation_are_compiled(tiny_cfg, run, monkeypatch, ema):
+def test_training_and_evaluation_are_compiled(tiny_cfg, run, monkeypatch):
     """Compile with a backend that only records if the code runs in training or in evaluation."""
     modes = set()
 
@@ -366,12 +266,11 @@ def test_training_and_evaluation_are_compiled(tiny_cfg, run, monkeypatch, ema):
 
     compile_model = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=backend))
-    run("--cfg", tiny_cfg(TRAIN={"EMA": ema, **SHORT}, RUNTIME={"COMPILE": True, "DEVICE": "cpu"}))
+    run("--cfg", tiny_cfg(TRAIN={"EMA": 0.9, **SHORT}, RUNTIME={"COMPILE": True, "DEVICE": "cpu"}))
     assert modes == {True, False}
 
 
-@pytest.mark.parametrize("cutmix", [0.0, 1.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("cutmix, smoothing", [(0.0, 0.0), (0.0, 0.1), (1.0, 0.1)])
 def test_every_criterion_learns(tiny_cfg, run_dir, run, cutmix, smoothing):
     aug = {"MIXUP": 0.0, "CUTMIX": cutmix, "AUTO_AUGMENT": "", "REPROB": 0.0, "COLOR_JITTER": 0.0, "SCALE": [0.8, 1.0]}
     cfg = tiny_cfg(AUG=aug, MODEL={"LABEL_SMOOTHING": smoothing})
@@ -437,34 +336,25 @@ def test_two_ranks_are_two_accumulated_batches(tiny_cfg, run_dir, run):
         (["--resume", "/no/such/file.pth"], ["/no/such/file.pth"]),
         (["--pretrained", "/no/such/file.pth"], ["/no/such/file.pth"]),
         (["--eval"], ["--resume"]),
+        (["--tag", "without RANK"], ["WORLD_SIZE", "torchrun"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
-def test_bad_input_is_one_clear_line(tiny_cfg, args, parts):
+def test_bad_input_is_one_clear_line(tiny_cfg, args, parts, monkeypatch):
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    if "without RANK" in args:
+        monkeypatch.setenv("WORLD_SIZE", "4")
     assert_fails(["--cfg", tiny_cfg(), *args], *parts)
-
-
-def test_world_size_without_rank_is_one_clear_line(tiny_cfg, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert_fails(["--cfg", tiny_cfg()], "WORLD_SIZE is 4, but RANK is not set. Start with torchrun")
-
-
-def test_checkpoint_of_another_model(tiny_cfg, run_dir, run):
-    run("--cfg", tiny_cfg())
-    other = ["--opts", "MODEL.LIT.depths", "[1, 1, 1, 2]"]
-    for args in (["--eval", "--resume", run_dir / LATEST], ["--pretrained", run_dir / LATEST, "--tag", "other"]):
-        assert_fails(["--cfg", tiny_cfg(), *args, *other], str(run_dir / LATEST), "stages.3.blocks.1.")
 
 
 def test_config_is_needed_except_for_evaluation(capsys):
     for args in ([], ["--throughput"]):
         with pytest.raises(SystemExit):
             main.main(args)
-        assert "arguments are required: --cfg" in capsys.readouterr().err
+        assert "required: --cfg" in capsys.readouterr().err
 
 
-def test_options_can_be_given_in_parts(tiny_cfg):
+def test_options_can_be_given_in_parts():
     args = main.parse_args(["--cfg", "x", "--opts", "SEED", "1", "--tag", "t", "--opts", "PRINT_FREQ", "2"])
-    assert load_config(tiny_cfg(), args.opts).SEED == 1 and load_config(tiny_cfg(), args.opts).PRINT_FREQ == 2
+    assert args.opts == ["SEED", "1", "PRINT_FREQ", "2"] and args.tag == "t"

@@ -1,9 +1,10 @@
-"""All readers of a run's checkpoint get the same weights: the EMA if the run kept one."""
+"""All readers of a run's checkpoint get the same weights, the EMA if the run kept one, and refuse unsuitable ones."""
 
 import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,11 +22,12 @@ import main
 import predict
 import visualize_attention
 import visualize_offset
-from lit_backbone import load_checkpoint, read_checkpoint
+from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
 from lit_classification.checkpointing import LATEST, TrainState, save_checkpoint
 from lit_classification.config_reader import load_config
-from lit_classification.data import build_dataset
+from lit_classification.data import build_dataset, eval_preprocessing
 from lit_classification.distributed import Ranks
+from lit_classification.engine import to_device
 from lit_classification.model import build_model, load_classifier
 from lit_classification.optim import build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
@@ -36,9 +38,8 @@ KEYWORDS = TINY_LIT | {"num_classes": len(CLASSES), "img_size": 32}
 
 
 @pytest.fixture
-def run(tiny_cfg, tmp_path, monkeypatch) -> tuple[Path, Path, nn.Module, nn.Module]:
+def run(tiny_cfg, tmp_path, on_cpu) -> tuple[Path, Path, nn.Module, nn.Module]:
     """Return the config and checkpoint of a run, its raw weights, and EMA weights that differ in every tensor."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = tiny_cfg(TEST={"CROP": False}, TRAIN={"EMA": 0.9})
     config = load_config(cfg)
     raw, average = (build_model(config, CPU).eval() for _ in range(2))
@@ -69,14 +70,15 @@ def load_into_a_model(cfg: Path, file: Path) -> nn.Module:
     return model
 
 
-def load_pretrained(cfg: Path, file: Path) -> nn.Module:
-    cache = file.parent / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    shutil.copy(file, cache / Path(timm.get_pretrained_cfg("lit_s").url).name)
+def load_pretrained(cfg: Path, file: Path, **kwargs) -> nn.Module:
+    """Copy the file to torch.hub's cache of downloads, and create a model with `pretrained=True`."""
+    cached = file.parent / "hub" / "checkpoints" / Path(timm.get_pretrained_cfg("lit_s").url).name
+    cached.parent.mkdir(parents=True)
+    shutil.copy(file, cached)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(file.parent))
         overlay = dict(num_classes=len(CLASSES))
-        return timm.create_model("lit_s", **KEYWORDS, pretrained=True, pretrained_cfg_overlay=overlay)
+        return timm.create_model("lit_s", **KEYWORDS | kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def fine_tune(cfg: Path, file: Path) -> dict[str, Tensor]:
@@ -104,9 +106,12 @@ def export_safetensors(cfg: Path, file: Path) -> dict[str, Tensor]:
 def visualize(program, option: str, cfg: Path, file: Path) -> nn.Module:
     """Return the model that a visualizer loads."""
     models, load = [], program.load_classifier
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(program, "load_classifier", lambda *args: models.append(load(*args).model) or sys.exit())
-        program.main(["--resume", str(file), option, str(photo(cfg))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "load_classifier", lambda *args: models.append(load(*args).model) or sys.exit("loaded"))
+        with pytest.raises(SystemExit) as info:
+            program.main(["--resume", str(file), option, str(photo(cfg))])
+    if info.value.code != "loaded":
+        raise info.value
     return models[0]
 
 
@@ -138,13 +143,16 @@ READERS = {
 @torch.no_grad()
 def expected_result(model: nn.Module, cfg: Path, actual: dict | float) -> dict | float:
     """Compute what a reader returns for the weights of `model`, in the form of `actual`."""
-    images = build_dataset(load_config(cfg), is_training=False)
+    config = load_config(cfg)
+    images = build_dataset(config, is_training=False)
     if isinstance(actual, float):
-        logits = torch.stack([model(images[i][0][None])[0] for i in range(len(images))])
+        batch = torch.stack([images[i][0] for i in range(len(images))]), torch.zeros(())
+        logits = model(to_device(batch, config, Ranks(0, 1, torch.device("cpu")))[0])
         return nn.functional.cross_entropy(logits, torch.tensor([images[i][1] for i in range(len(images))])).item()
     if set(actual) == set(CLASSES):
         with Image.open(photo(cfg)) as image:
-            return dict(zip(CLASSES, model(images.transform(image)[None]).softmax(-1)[0].tolist()))
+            x = timm.data.create_transform(**eval_preprocessing(config))(image)[None]
+            return dict(zip(CLASSES, model(x).softmax(-1)[0].tolist()))
     return {key: value for key, value in model.state_dict().items() if key in actual}
 
 
@@ -157,3 +165,28 @@ def test_every_reader_gets_the_ema_weights(reader, run):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(actual, other, rtol=1e-3, atol=1e-3)
+
+
+DOORS = {name: reader for name, reader in READERS.items() if name != "checkpoint_path"}  # timm's own code
+DOORS |= {
+    "pretrained, other classes": lambda cfg, file: load_pretrained(cfg, file, num_classes=7),
+    "pretrained, no head": lambda cfg, file: load_pretrained(cfg, file, num_classes=0),
+    "pretrained, features": lambda cfg, file: load_pretrained(cfg, file, features_only=True),
+}
+FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "half": (lambda weights: dict(list(weights.items())[::2]), "missing"),
+    "deeper": (lambda weights: weights | {"stages.2.blocks.1.norm1.weight": torch.ones(24)}, "unexpected"),
+    "wider": (lambda weights: weights | {"stages.2.blocks.0.norm1.weight": torch.ones(25)}, "shapes different"),
+    "NaN": (lambda weights: weights | {"stages.3.blocks.0.norm1.weight": torch.full((32,), torch.nan)}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_refuses_unsuitable_weights(door, fault, run):
+    cfg, file, *_ = run
+    change, words = FAULTS[fault]
+    content = read_checkpoint(file)
+    torch.save(content | {key: change(content[key]) for key in ("model", "model_ema")}, file)
+    with pytest.raises((CheckpointError, SystemExit), match=words):
+        DOORS[door](cfg, file)

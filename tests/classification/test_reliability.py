@@ -9,8 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -31,7 +29,8 @@ from lit_classification import engine
 from lit_classification.checkpointing import BEST, DAMAGED, LATEST, PREVIOUS, find_resumable
 from lit_classification.config import Config
 from lit_classification.distributed import STOPPED, catch_stop_signals
-from lit_classification.optim import Schedule, param_groups
+from lit_classification.optim import Schedule
+from tests.classification.conftest import read_log, refusal
 from tests.classification.test_resume import STEPS, assert_same, train, without_config
 from tests.damage import damaged
 from tests.programs import Program, start_pair
@@ -42,8 +41,8 @@ LONG = {"EPOCHS": 1000, "SAVE_STEPS": 1}
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output" / "tiny"
+def output(run_dir: Path) -> Path:
+    return run_dir.parent
 
 
 def start(*args: str | Path, ranks: int = 0, restarts: int = 0) -> Program:
@@ -90,16 +89,13 @@ def assert_same_end(a: Path, b: Path) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGUSR1))]
-)
-def test_signal_saves_and_exits(tiny_cfg, output, number):
+def test_signal_saves_and_exits(tiny_cfg, output):
     """The exit status is the documented one, and the same command finishes as if the run had not been stopped."""
     cfg = tiny_cfg(TRAIN={"EPOCHS": 12})
     run = start("--cfg", cfg, "--tag", "stopped", "--opts", "SAVE_FREQ", "1000", "DATA.NUM_WORKERS", "2")
     wait_for_epoch(output / "stopped", run)
-    os.killpg(run.pid, number)
-    printed = run.finish(f"stopped by {number.name} at step", status=STOPPED)
+    os.killpg(run.pid, signal.SIGINT)
+    printed = run.finish("stopped by SIGINT at step", status=STOPPED)
     assert "Traceback" not in printed
     assert printed.splitlines()[-1].endswith(f"; the same command resumes {output / 'stopped'}")
     stopped = read_checkpoint(output / "stopped" / LATEST)["update"]
@@ -107,30 +103,6 @@ def test_signal_saves_and_exits(tiny_cfg, output, number):
     start("--cfg", cfg, "--tag", "stopped").finish(f"at epoch {stopped // 4}, step {stopped % 4}")
     main.main(["--cfg", str(cfg), "--tag", "whole"])
     assert_same_end(output / "stopped", output / "whole")
-
-
-@pytest.mark.slow
-def test_signal_to_one_of_two_ranks_stops_both(tiny_cfg, output):
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 16, "SAVE_STEPS": 1})
-    run = start("--cfg", cfg, "--tag", "stopped", ranks=2)
-    wait_for_epoch(output / "stopped", run)
-    os.kill(rank_pids(run)[1], signal.SIGUSR1)
-    assert "stopped by SIGUSR1" in run.finish(status=1)  # torchrun's own status
-    assert 4 <= read_checkpoint(output / "stopped" / LATEST)["update"] < 64
-    for tag in ("stopped", "whole"):
-        start("--cfg", cfg, "--tag", tag, ranks=2).finish()
-    assert_same_end(output / "stopped", output / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_forwards_signals(tiny_cfg, output, number):
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 1000}, DATA={"NUM_WORKERS": 1}, SAVE_FREQ=1000)
-    run = start("--cfg", cfg, ranks=2)
-    wait_for_epoch(output / "default", run)
-    os.kill(run.pid, number)
-    assert TRACEBACK not in run.finish(f"stopped by {number.name}", status=1)
-    assert read_checkpoint(output / "default" / LATEST)["update"] >= 4
 
 
 def test_no_process_outlives_torchrun(tiny_cfg, output):
@@ -178,8 +150,7 @@ def test_two_trainings_in_one_directory_are_refused(tiny_cfg, output):
     before = files()
     for others in ([start("--cfg", cfg)], start_pair(*2 * [[MAIN, "--cfg", cfg]])):
         for error in [other.finish(status=1) for other in others]:
-            assert error.startswith(f"error: {output / 'default'}: another training runs there")
-            assert error.count("\n") == 1
+            assert error.startswith(f"error: {output / 'default'}: another training") and error.count("\n") == 1
     main.main(["--eval", "--resume", str(output / "default" / BEST)])
     main.main(["--cfg", str(cfg), "--tag", "other", "--opts", "TRAIN.EPOCHS", "2"])
     assert files() == before
@@ -191,7 +162,7 @@ def test_two_trainings_in_one_directory_are_refused(tiny_cfg, output):
 
 @pytest.mark.parametrize(
     "options, difference",
-    [(["SEED", "1"], "SEED: is 1 on rank 1 and 0 on rank 0"), ([], "val images: is 13 on rank 1 and 12 on rank 0")],
+    [(["SEED", "1"], "SEED: is 1 on rank 1 and 0"), ([], "val images: is 13 on rank 1 and 12")],
 )
 def test_ranks_that_would_train_differently_are_refused(own_folder, tiny_cfg, output, tmp_path, options, difference):
     """Start two ranks as on two nodes, each with its data and its command."""
@@ -200,42 +171,17 @@ def test_ranks_that_would_train_differently_are_refused(own_folder, tiny_cfg, ou
         shutil.copy(copy / "val" / "bee" / "1.jpg", copy / "val" / "bee" / "new.jpg")
     commands = ["--data-path", own_folder], ["--data-path", copy, "--opts", "DATA.NUM_WORKERS", "1", *options]
     for rank in start_pair(*([MAIN, "--cfg", tiny_cfg(), *command] for command in commands)):
-        error = rank.finish(status=1).splitlines()[-1]
-        assert error == f"error: {difference}; give all ranks the same config and data"
+        assert f"error: {difference}" in rank.finish(status=1).splitlines()[-1]
     assert not (output / "default" / "starts.jsonl").exists()
 
 
 # ---- kills and hangs
 
 
-def train_until_killed(cfg: Path, tag: str, fault: str, instant: float) -> None:
-    """Train, and die after `instant` seconds or, with a fault, while a file is written or renamed."""
+def train_until_killed(cfg: Path, tag: str, seconds: float) -> None:
     torch.set_num_threads(1)
-    countdown = iter(range(round(8 * instant), -1, -1))  # selects the file
-    save, replace = torch.save, os.replace
-
-    def die(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def save_half(content: Any, file: Any) -> None:
-        save(content, file)
-        if next(countdown) == 0:
-            file.truncate(file.tell() // 2)
-            file.flush()
-            die()
-
-    def die_before_replacing(source: Path, target: Path) -> None:
-        if next(countdown) == 0:
-            die()
-        replace(source, target)
-
-    if fault == "half written":
-        torch.save = save_half
-    elif fault == "not in place":
-        os.replace = die_before_replacing
-    else:
-        signal.signal(signal.SIGALRM, die)
-        signal.setitimer(signal.ITIMER_REAL, instant)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     main.main(["--cfg", str(cfg), "--tag", tag])
     os._exit(0)
 
@@ -248,32 +194,35 @@ def run_until_killed(*args: Any) -> int | None:
 
 
 @pytest.mark.slow
-def test_killed_seven_times(tiny_cfg, output):
-    """A run that is killed at seven instants, four of them while it saves, ends as if it had not been killed."""
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 20, "SAVE_STEPS": 1, "EMA": 0.9}, DATA={"NUM_WORKERS": 0})
+def test_killed_five_times(tiny_cfg, output):
+    """A run that saves each step and is killed at five instants ends as if it had not been killed."""
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 12, "SAVE_STEPS": 1, "EMA": 0.9})
     started = time.monotonic()
-    assert run_until_killed(cfg, "whole", "", 1000) == 0
-    seconds = time.monotonic() - started
-    draw, steps = random.Random(0), []
-    faults = [*2 * ["half written"], *2 * ["not in place"], *3 * [""]]
-    for fault in draw.sample(faults, len(faults)):
-        instant = draw.random() if fault else draw.uniform(0.3, 1) * seconds / len(faults)
-        assert run_until_killed(cfg, "killed", fault, instant) == -signal.SIGKILL
+    assert run_until_killed(cfg, "whole", 1000) == 0
+    seconds, draw, steps = time.monotonic() - started, random.Random(0), []
+    for _ in range(5):
+        assert run_until_killed(cfg, "killed", draw.uniform(0.3, 1) * seconds / 5) == -signal.SIGKILL
         if latest := find_resumable(output / "killed"):
             steps.append(latest[1]["update"])
     assert steps == sorted(steps) and steps[-1] > steps[0]  # what was saved is never lost
-    assert run_until_killed(cfg, "killed", "", 1000) == 0
+    assert run_until_killed(cfg, "killed", 1000) == 0
     assert_same_end(output / "killed", output / "whole")
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_rank_died(tiny_cfg, output):
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 12, "SAVE_STEPS": 1}, DATA={"NUM_WORKERS": 1})
-    run = start("--cfg", cfg, "--tag", "killed", ranks=2, restarts=1)
+def test_two_ranks_restart_after_a_kill_and_stop_on_a_signal(tiny_cfg, output):
+    """Torchrun restarts a run of which one rank was killed. A signal to one rank stops both."""
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 16, "SAVE_STEPS": 1}, DATA={"NUM_WORKERS": 1})
+    run, starts = start("--cfg", cfg, "--tag", "killed", ranks=2, restarts=1), output / "killed" / "starts.jsonl"
     wait_for_epoch(output / "killed", run)
     os.kill(rank_pids(run)[0], signal.SIGKILL)
-    assert "resuming " in run.finish()
-    start("--cfg", cfg, "--tag", "whole", ranks=2).finish()
+    wait_for(lambda: starts.read_text().count("\n") == 2, run)
+    os.kill(rank_pids(run)[1], signal.SIGUSR1)
+    run.finish("resuming ", "stopped by SIGUSR1", status=1)  # torchrun's own status
+    assert 4 <= read_checkpoint(output / "killed" / LATEST)["update"] < 64
+    for tag in ("killed", "whole"):
+        for rank in start_pair(*2 * [[MAIN, "--cfg", cfg, "--tag", tag]]):
+            rank.finish()
     assert_same_end(output / "killed", output / "whole")
 
 
@@ -282,7 +231,7 @@ def test_killed_worker_is_an_error(tiny_cfg, output):
     wait_for_epoch(output / "default", run)
     for pid in children(run.pid):
         os.kill(pid, signal.SIGKILL)
-    assert run.finish(status=1).splitlines()[-1].startswith("error: a DataLoader worker was killed")
+    assert "DATA.NUM_WORKERS" in run.finish(status=1).splitlines()[-1]
 
 
 def test_hanging_worker_is_an_error(tiny_cfg):
@@ -296,15 +245,16 @@ def test_hanging_worker_is_an_error(tiny_cfg):
 
     cfg = tiny_cfg(DATA={"NUM_WORKERS": 1}, RUNTIME={"TIMEOUT": 0.02, "DEVICE": "cpu"})
     run = Program(MAIN, "--cfg", cfg, prepare=lambda: setattr(Image, "open", hang_in_workers))
-    assert run.finish(status=1).splitlines()[-1].startswith("error: no data for RUNTIME.TIMEOUT minutes")
+    assert "RUNTIME.TIMEOUT" in run.finish(status=1).splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_hanging_rank_ends_the_run(tiny_cfg, output):
-    run = start("--cfg", tiny_cfg(TRAIN={"EPOCHS": 1000}, RUNTIME={"TIMEOUT": 0.1, "DEVICE": "cpu"}), ranks=2)
-    wait_for_epoch(output / "default", run)
-    os.kill(rank_pids(run)[1], signal.SIGSTOP)
-    assert re.search("timed out|timeout", run.finish(status=1), re.IGNORECASE)
+    cfg = tiny_cfg(TRAIN={"EPOCHS": 1000}, RUNTIME={"TIMEOUT": 0.1, "DEVICE": "cpu"})
+    first, second = start_pair(*2 * [[MAIN, "--cfg", cfg]])
+    wait_for_epoch(output / "default", first)
+    os.kill(second.pid, signal.SIGSTOP)
+    assert re.search("timed out|timeout", first.finish(status=1), re.IGNORECASE)
 
 
 # ---- damaged checkpoints
@@ -321,14 +271,13 @@ def test_damaged_checkpoint_gives_way_to_the_previous_one(tiny_cfg, output, caps
     capsys.readouterr()
     main.main(["--cfg", str(cfg), "--tag", "damaged"])
     printed = capsys.readouterr().out
-    assert f"Renamed to {DAMAGED}; " in printed and f"resuming {previous} at epoch 1, step 2" in printed
+    assert f"Renamed to {DAMAGED}" in printed and f"resuming {previous} at epoch 1, step 2" in printed
     assert_same_end(output / "damaged", output / "whole")
     assert latest.with_name(DAMAGED).read_bytes() == content
 
     for path in (latest, previous):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match=f"error: {previous}: .*Remove it to start"):
-        main.main(["--cfg", str(cfg), "--tag", "damaged"])
+    assert re.match(f"{latest}: .*{latest.name} and {previous.name}", refusal(main, "--cfg", cfg, "--tag", "damaged"))
 
 
 def test_checkpoint_is_read_whole_or_not_at_all(tmp_path):
@@ -351,21 +300,14 @@ def test_checkpoint_is_read_whole_or_not_at_all(tmp_path):
 # ---- losses and images
 
 
-def build_sgd(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    return torch.optim.SGD(param_groups(model, config), lr=config.learning_rates[0], momentum=0.9)
-
-
-@pytest.mark.parametrize("build_optimizer", [main.build_optimizer, build_sgd])
 @pytest.mark.parametrize("save_steps", [0, 1])
-def test_non_finite_loss_is_never_saved(tiny_cfg, output, monkeypatch, build_optimizer, save_steps):
+def test_non_finite_loss_is_never_saved(tiny_cfg, output, save_steps):
     """The first step makes the weights infinite. The run stops before the next save."""
-    monkeypatch.setattr(main, "build_optimizer", build_optimizer)
     rates = {"BASE_LR": 1e38, "WARMUP_LR": 1e38, "WARMUP_EPOCHS": 1, "CLIP_GRAD": None}
     cfg, latest = tiny_cfg(TRAIN=rates | {"SAVE_STEPS": save_steps}, PRINT_FREQ=4), output / "default" / LATEST
-    with pytest.raises(SystemExit, match="^error: loss nan, .* epoch 0, step 1, learning rates decay .*, ") as error:
-        main.main(["--cfg", str(cfg)])
-    assert "\n" not in str(error.value)
-    assert (f"resumes {latest}" if save_steps else "No checkpoint was saved") in str(error.value)
+    message = refusal(main, "--cfg", cfg)
+    assert re.match("loss nan, .* epoch 0, step 1, ", message)
+    assert (str(latest) if save_steps else "No checkpoint") in message
     if save_steps:
         saved = read_checkpoint(latest)
         assert saved["update"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
@@ -413,34 +355,22 @@ def test_gradients_that_overflow_without_scaling_stop_the_run(tiny_cfg, output, 
     """The loss scale is 1, so it cannot be the reason."""
     break_gradients(monkeypatch)
     monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=1.0))
-    with pytest.raises(SystemExit, match="^error: loss 0.0, gradient norm nan in epoch 0, step 2, "):
-        main.main(["--cfg", str(tiny_cfg()), "--opts", "PRINT_FREQ", "4"])
+    message = refusal(main, "--cfg", tiny_cfg(), "--opts", "PRINT_FREQ", "4")
+    assert message.startswith("loss 0.0, gradient norm nan in epoch 0, step 2")
     assert not (output / "default" / LATEST).exists()
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_image_stops_the_run_and_is_named(own_folder, tiny_cfg, workers):
-    bad = own_folder / "train" / "ant" / "0.jpg"
-    bad.write_bytes(bad.read_bytes()[:500])
-    with pytest.raises(SystemExit, match=f"error: {bad}: unreadable image") as error:
-        main.main(["--cfg", str(tiny_cfg()), "--data-path", str(own_folder), "--opts", "DATA.NUM_WORKERS", workers])
-    assert "\n" not in str(error.value)
-
-
-# ---- the rest of the machine
-
-
-def test_run_opens_no_port_and_writes_only_to_its_directory(tiny_cfg, output, tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = os.environ | dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(home))
-    run = subprocess.Popen([sys.executable, MAIN, "--cfg", tiny_cfg(TRAIN=LONG)], cwd=home, env=environment)
-    while not (output / "default" / BEST).exists():
-        assert run.poll() is None
-        time.sleep(0.01)
-    sockets = {os.readlink(entry) for entry in Path(f"/proc/{run.pid}/fd").iterdir() if entry.is_symlink()}
-    tables = [line.split() for kind in ("tcp", "tcp6") for line in open(f"/proc/{run.pid}/net/{kind}")]
-    assert not {f"socket:[{columns[9]}]" for columns in tables if columns[3] == "0A"} & sockets  # listening ones
-    run.terminate()
-    assert run.wait(60) == STOPPED
-    assert not list(home.iterdir())
+def test_unreadable_validation_image_does_not_cost_the_epoch(own_folder, tiny_cfg, run_dir):
+    """The split has another name. The probe of DTM reads some images at the start, so the last of many is damaged."""
+    (own_folder / "val").rename(own_folder / "test")
+    for i in range(40):
+        shutil.copy(own_folder / "test" / "cat" / "0.jpg", own_folder / "test" / "cat" / f"x{i}.jpg")
+    bad = own_folder / "test" / "cat" / "x9.jpg"
+    sound = bad.read_bytes()
+    bad.write_bytes(sound[:200])
+    cfg = tiny_cfg(DATA={"DATA_PATH": str(own_folder), "VAL_SPLIT": "test"})
+    assert str(bad) in refusal(main, "--cfg", cfg)
+    assert read_checkpoint(run_dir / LATEST)["update"] == 12 // 8
+    bad.write_bytes(sound)
+    main.main(["--cfg", str(cfg)])
+    assert read_log(run_dir, "epoch") == [0, 1]

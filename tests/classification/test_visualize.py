@@ -1,6 +1,7 @@
 """The visualizers: sampling points of DTM, and attention maps."""
 
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,65 +13,58 @@ from PIL import Image
 
 import visualize_attention
 import visualize_offset
+from lit_backbone import read_checkpoint
 from lit_backbone.visualize import sampling_chains
+from lit_classification.config_reader import config_from_checkpoint
 from lit_classification.model import load_classifier
+from tests.classification.conftest import refusal
 from tests.programs import Program
 
 CLASSIFICATION = Path(__file__).parents[2] / "classification"
 DEMO = CLASSIFICATION / "visualization" / "demo.JPEG"
 SMALL = CLASSIFICATION.parent / "experiments" / "cifar10" / "lit.pth"  # for 64 x 64 pixels
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture
+def long_offsets(tmp_path: Path) -> Path:
+    """Write the weights of a small LIT with offsets of which some lead out of the feature map."""
+    torch.manual_seed(0)
+    content = read_checkpoint(SMALL)
+    for key, value in content["model"].items():
+        if ".offset." in key:
+            content["model"][key] = torch.randn_like(value) * (2 if key.endswith("bias") else 0.05)
+    torch.save(content, tmp_path / "long.pth")
+    return tmp_path / "long.pth"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write weights of LIT-Ti, with long offsets, and of PVT-Small."""
-    root, files = tmp_path_factory.mktemp("weights"), {}
-    for name in ("lit_ti", "pvt_small_full_msa"):
-        torch.manual_seed(0)
-        model = timm.create_model(name)
-        for module in model.modules():
-            if hasattr(module, "offset"):
-                torch.nn.init.normal_(module.offset.weight, std=0.05)
-                torch.nn.init.normal_(module.offset.bias, std=2)
-        files[name] = root / f"{name}.pth"
-        torch.save({"model": model.state_dict()}, files[name])
-    return files
-
-
-def error(program, *args, capsys) -> str:
-    with pytest.raises(SystemExit) as info:
+def usage_error(capsys, program, *args) -> str:
+    with pytest.raises(SystemExit):
         program.main(list(map(str, args)))
-    return info.value.code if isinstance(info.value.code, str) else capsys.readouterr().err
+    return capsys.readouterr().err
 
 
 # Offsets
 
 
-def test_published_command(weights, tmp_path):
+def test_published_command(long_offsets, tmp_path):
     """Run it in a new directory, with relative paths and the default output."""
     (tmp_path / "visualization").mkdir()
-    (tmp_path / "visualization" / "demo.JPEG").write_bytes(DEMO.read_bytes())
-    command = [CLASSIFICATION / "visualize_offset.py", "--model", "lit_ti"]
-    command += ["--resume", weights["lit_ti"], "--vis_image", "visualization/demo.JPEG"]
+    shutil.copy(DEMO, tmp_path / "visualization")
+    command = [CLASSIFICATION / "visualize_offset.py", "--model", "lit_s", "--resume", long_offsets]
+    command += ["--vis_image", "visualization/demo.JPEG"]
     output = Program(*command, prepare=lambda: os.chdir(tmp_path)).finish()
-    files = sorted((tmp_path / "visualization" / "demo").iterdir())
-    assert [path.name for path in files] == [f"{row}-{column}.png" for row in range(7) for column in range(7)]
-    assert {Image.open(path).size for path in files} == {(448, 448)}
+    drawn = {path.name: np.array(Image.open(path)) for path in (tmp_path / "visualization" / "demo").iterdir()}
+    assert drawn.keys() == {"0-0.png", "0-1.png", "1-0.png", "1-1.png"}
 
-    classifier = load_classifier(weights["lit_ti"], torch.device("cpu"))
+    classifier = load_classifier(long_offsets, torch.device("cpu"))
     chains = sampling_chains(classifier.model, classifier.transform(Image.open(DEMO).convert("RGB")))
-    kept = sum(len(chains.of(row, column)) for row in range(7) for column in range(7))
-    assert 0 < kept < 7 * 7 * 64
-    counts = f"{kept} sampling points, {7 * 7 * 64 - kept} dropped outside the feature map"
-    assert output == f"visualization/demo: 7 x 7 tokens, {counts}\n"
-    drawn = np.array(Image.open(tmp_path / "visualization" / "demo" / "3-4.png"))
-    for y, x in (2 * chains.of(3, 4)).tolist():
-        near = drawn[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].reshape(-1, 3)
+    kept = sum(len(chains.of(row, column)) for row in range(2) for column in range(2))
+    assert 0 < kept < 2 * 2 * 64 and len(chains.of(1, 0))
+    assert f"visualization/demo: 2 x 2 tokens, {kept} sampling points, {2 * 2 * 64 - kept} dropped" in output
+    scale = len(drawn["1-0.png"]) // 64
+    for y, x in (scale * chains.of(1, 0)).tolist():
+        near = drawn["1-0.png"][max(0, int(y) - 1) : int(y) + 2, max(0, int(x) - 1) : int(x) + 2].reshape(-1, 3)
         assert (255, 0, 0) in map(tuple, near.tolist())
 
 
@@ -95,26 +89,35 @@ def test_drawn_image_is_the_input_of_the_model(monkeypatch):
     assert pixels.std() > 10 and np.abs(np.array(image) - pixels.clip(0, 255)).max() < 1.01
 
 
-def test_errors_of_visualize_offset(weights, tmp_path, capsys):
-    def fails(*args) -> str:
-        return error(visualize_offset, *args, capsys=capsys)
-
+def test_errors_of_visualize_offset(tmp_path, capsys):
+    content = read_checkpoint(SMALL)
+    content["config"]["MODEL"]["LIT"]["merging"] = "conv"
+    content["model"] = timm.create_model(**config_from_checkpoint(content, "lit.pth").model_keywords).state_dict()
+    torch.save(content, tmp_path / "conv.pth")
     small = ["--resume", SMALL, "--vis_image"]
-    assert "arguments are required: --resume" in fails("--model", "lit_ti", "--vis_image", DEMO)
-    assert "lit.pth: holds lit_s, not lit_ti. Omit --model" in fails("--model", "lit_ti", *small, DEMO)
-    assert "none.pth: no such file" in fails("--resume", "none.pth", "--vis_image", DEMO)
-    assert "none.jpg: unreadable image (" in fails(*small, "none.jpg")
-    for size in (16, 100_000):
-        assert f"--img_size: expected 32 to 2048, got {size}" in fails(*small, DEMO, "--img_size", size)
-    assert "--at-most: expected 1 or more" in fails(*small, DEMO, "--at-most", 0)
-    assert "no deformable token merging" in fails("--resume", weights["pvt_small_full_msa"], "--vis_image", DEMO)
+    for args, problem in (
+        (["--vis_image", DEMO], "--resume"),
+        ([*small, DEMO, "--img_size", 16], "--img_size: expected 32"),
+        ([*small, DEMO, "--img_size", 100_000], "--img_size: expected 32"),
+        ([*small, DEMO, "--at-most", 0], "--at-most: expected 1 or more"),
+    ):
+        assert problem in usage_error(capsys, visualize_offset, *args)
+    for args, problem in (
+        (["--model", "lit_ti", *small, DEMO], "lit.pth: holds lit_s, not lit_ti"),
+        (["--resume", "none.pth", "--vis_image", DEMO], "none.pth: no such file"),
+        ([*small, "none.jpg"], "none.jpg: unreadable image"),
+        (["--resume", tmp_path / "conv.pth", "--vis_image", DEMO], "no deformable token merging"),
+    ):
+        assert problem in refusal(visualize_offset, *args)
 
 
 # Attention
 
 
-def test_attention_of_the_model_in_the_paper(weights, image_folder, tmp_path, capsys):
-    arguments = ["--model", "pvt_small_full_msa", "--resume", str(weights["pvt_small_full_msa"])]
+def test_attention_of_the_model_in_the_paper(image_folder, tmp_path, capsys):
+    weights = timm.create_model("pvt_small_full_msa", img_size=64).state_dict()
+    torch.save({"model": weights}, tmp_path / "pvt.pth")
+    arguments = ["--model", "pvt_small_full_msa", "--resume", str(tmp_path / "pvt.pth")]
     arguments += ["--data-path", str(image_folder), "--num-images", "2", "--output", str(tmp_path)]
     visualize_attention.main(arguments)
     assert "stages 1, 2, 3, 4, averaged over 2 images" in capsys.readouterr().out
@@ -122,18 +125,13 @@ def test_attention_of_the_model_in_the_paper(weights, image_folder, tmp_path, ca
         names = {f"block-{j}/head-{k}.png" for j in range(1, blocks + 1) for k in range(1, heads + 1)}
         stage = tmp_path / f"stage-{i}"
         assert {str(path.relative_to(stage)) for path in stage.rglob("*.png")} == names
-        assert Image.open(tmp_path / f"stage-{i}.png").width > 224 * heads - 1
+        assert (tmp_path / f"stage-{i}.png").is_file()
 
 
 def test_errors_of_visualize_attention(image_folder, tmp_path, capsys):
-    def fails(*args) -> str:
-        return error(visualize_attention, *args, capsys=capsys)
-
     small = ["--resume", SMALL, "--output", tmp_path, "--data-path"]
-    assert "val: no such file or directory" in fails(*small, tmp_path)
-    assert "--num-images: expected 1 or more" in fails(*small, image_folder, "--num-images", 0)
-    message = fails(*small, image_folder, "--tokens", 0, 0, 0, 4)
-    assert "--tokens 4: the feature map has 2 x 2 tokens, from 0 on." in message
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "0.jpg").touch()
-    assert "val/0.jpg: unreadable image (" in fails(*small, tmp_path)
+    assert "--num-images: expected 1 or more" in usage_error(
+        capsys, visualize_attention, *small, image_folder, "--num-images", 0
+    )
+    assert "val: no such file" in refusal(visualize_attention, *small, tmp_path)
+    assert "--tokens 4: " in refusal(visualize_attention, *small, image_folder, "--tokens", 0, 0, 0, 4)

@@ -65,35 +65,35 @@ def check(root: Path, split: str = "train", **overrides: Any) -> None:
 
 
 INVALID: dict[str, tuple[Change, str]] = {
-    "noarea": (lambda a, image, i: a.pop("area"), r"annotation 1: has no area. Add it \(width \* height\)."),
-    "nocategory": (lambda a, image, i: a.pop("category_id"), "annotation 1: has no category_id. Add it"),
-    "noimage": (lambda a, image, i: a.pop("image_id"), "annotation 1: has no image_id. Add it"),
-    "noid": (lambda a, image, i: a.pop("id"), "annotation at index 0: has no id. Add it"),
-    "nobox": (lambda a, image, i: a.pop("bbox"), "annotation 1: has no bbox. Add it"),
-    "sameid": (lambda a, image, i: a.update(id=1), "annotation 1: its id is not unique"),
-    "short": (lambda a, image, i: a.update(bbox=a["bbox"][:3]), r"annotation 1: bbox is .* Use \[x, y, width, "),
-    "nan": (lambda a, image, i: a.update(bbox=[math.nan] * 4), "annotation 1: bbox is .nan"),
-    "nanarea": (lambda a, image, i: a.update(area=math.nan), "annotation 1: area is nan"),
-    "textid": (lambda a, image, i: a.update(image_id=str(a["image_id"])), "annotation 1: image_id is '0'. Use"),
-    "textbox": (lambda a, image, i: a.update(bbox=[*map(str, a["bbox"])]), "annotation 1: bbox is"),
-    "crowdtext": (lambda a, image, i: a.update(iscrowd="no"), "annotation 1: iscrowd is 'no'. Use 0 or 1"),
-    "points": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4]]), "annotation 1: a polygon has 4 coordinates"),
-    "odd": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 1: a polygon has 7 coord"),
-    "nanpoint": (lambda a, image, i: a.update(segmentation=[[math.nan] * 6]), "annotation 1: a coordinate of"),
-    "nomask": (lambda a, image, i: a.pop("segmentation"), "annotation 1: has no segmentation"),
-    "emptymask": (lambda a, image, i: a.update(segmentation=[[]]), "annotation 1: has no segmentation"),
-    "masksize": (lambda a, image, i: a["segmentation"].update(size=[9, 9]), "annotation 1: the mask has size .9, 9."),
-    "noname": (lambda a, image, i: image.pop("file_name", 0), "image 0: has no file_name. Add it"),
-    "nosize": (lambda a, image, i: image.pop("width", 0), "image 0: has no width. Add it"),
+    "noarea": (lambda a, image, i: a.pop("area"), r"annotations.0..area is missing. Use width \* height."),
+    "nocategory": (lambda a, image, i: a.pop("category_id"), "annotations.0..category_id is missing. Use"),
+    "noimage": (lambda a, image, i: a.pop("image_id"), "annotations.0..image_id is missing. Use"),
+    "noid": (lambda a, image, i: a.pop("id"), "annotations.0..id is missing. Use"),
+    "nobox": (lambda a, image, i: a.pop("bbox"), "annotations.0..bbox is missing. Use"),
+    "sameid": (lambda a, image, i: a.update(id=1), "annotations: ids are not unique .1."),
+    "short": (lambda a, image, i: a.update(bbox=a["bbox"][:3]), r"annotations.0..bbox is .* Use \[x, y, width, "),
+    "nan": (lambda a, image, i: a.update(bbox=[math.nan] * 4), "annotations.0..bbox is .nan"),
+    "nanarea": (lambda a, image, i: a.update(area=math.nan), "annotations.0..area is nan"),
+    "textid": (lambda a, image, i: a.update(image_id=str(a["image_id"])), "annotations.0..image_id is '0'. Use"),
+    "textbox": (lambda a, image, i: a.update(bbox=[*map(str, a["bbox"])]), "annotations.0..bbox is"),
+    "crowdtext": (lambda a, image, i: a.update(iscrowd="no"), "annotations.0..iscrowd is 'no'. Use 0 or 1"),
+    "points": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4]]), "annotations.0..segmentation is .* Use poly"),
+    "odd": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotations.0..segmentation is "),
+    "nanpoint": (lambda a, image, i: a.update(segmentation=[[math.nan] * 6]), "annotations.0..segmentation is .*nan"),
+    "nomask": (lambda a, image, i: a.pop("segmentation"), "annotations.0..segmentation is "),
+    "emptymask": (lambda a, image, i: a.update(segmentation=[[]]), "annotations.0..segmentation is "),
+    "masksize": (lambda a, image, i: a["segmentation"].update(size=[9, 9]), "annotations.0..segmentation.size is .9"),
+    "noname": (lambda a, image, i: image.pop("file_name", 0), "images.0..file_name is missing. Use"),
+    "nosize": (lambda a, image, i: image.pop("width", 0), "images.0..width is missing. Use"),
     # nothing is left
-    "area0": (lambda a, image, i: a.update(area=0), r"none of \d+ annotations is left .*area is 0 or negative.* 1 and"),
-    "unit": (to_unit, r"none of \d+ annotations is left .*the box is in 0..1, not in pixels"),
-    "category": (lambda a, image, i: a.update(category_id=99), "none of .* category_id is not in categories"),
-    "negative": (lambda a, image, i: a.update(bbox=[*a["bbox"][:2], -5, -5]), "none of .* of the box is negative"),
-    "outside": (lambda a, image, i: a.update(bbox=[10_000, 10_000, 5, 5]), "none of .* the box is outside the image"),
-    "crowd": (lambda a, image, i: a.update(iscrowd=1), "none of .* iscrowd is 1"),
-    "otherimage": (lambda a, image, i: a.update(image_id=99), "none of .* image_id is not in images"),
-    "ignore": (lambda a, image, i: a.update(ignore=1), "none of .* ignore is set"),
+    "area0": (lambda a, image, i: a.update(area=0), r"no instance .*\d+ annotations, \d+: area is 0 or negative"),
+    "unit": (to_unit, r"no instance .*are coordinates in 0..1"),
+    "category": (lambda a, image, i: a.update(category_id=99), "no instance .* category_id is not in categories"),
+    "negative": (lambda a, image, i: a.update(bbox=[*a["bbox"][:2], -5, -5]), "no instance .* the box is smaller"),
+    "outside": (lambda a, image, i: a.update(bbox=[10_000, 10_000, 5, 5]), "no instance .* the box is outside the im"),
+    "crowd": (lambda a, image, i: a.update(iscrowd=1), "no instance .* iscrowd is 1"),
+    "otherimage": (lambda a, image, i: a.update(image_id=99), "no instance .* image_id is not in images"),
+    "ignore": (lambda a, image, i: a.update(ignore=1), "no instance .* ignore is set"),
 }  # fmt: skip
 
 
@@ -112,11 +112,11 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
         ("", "no valid JSON"),
         ('{"images": [', "no valid JSON"),
         ("\x00\xff", "no valid JSON"),
-        ("[1]", "holds a list"),
+        ("[1]", "has no list 'images'"),
         ("{}", "has no list 'images'"),
-        ('{"images": [3], "categories": [], "annotations": []}', "image at index 0: is 3"),
-        ('{"images": [{"id": 1, "width": 9, "height": 9, "file_name": 5}]}', "image 1: file_name is 5"),
-        ('{"images": [], "categories": [{"id": 1}], "annotations": []}', "category 1: has no name"),
+        ('{"images": [3], "categories": [], "annotations": []}', "images.0..id is missing"),
+        ('{"images": [{"id": 1, "width": 9, "height": 9, "file_name": 5}]}', "images.0..file_name is 5"),
+        ('{"images": [], "categories": [{"id": 1}], "annotations": []}', "categories.0..name is missing"),
     ],
 )
 def test_invalid_files(text: str, message: str, scenes: Path, tmp_path: Path) -> None:
@@ -128,12 +128,12 @@ def test_invalid_files(text: str, message: str, scenes: Path, tmp_path: Path) ->
 def test_filtered_images_leave_nothing(scenes: Path, tmp_path: Path) -> None:
     """Name the reason also if the dataset is empty, because it drops images without boxes."""
     write(scenes, tmp_path / "faulty", INVALID["category"][0])
-    with pytest.raises(DataError, match="train.json: none of .* category_id is not in categories"):
+    with pytest.raises(DataError, match="train.json: no instance of .* category_id is not in categories"):
         check(tmp_path / "faulty", filter_cfg=dict(filter_empty_gt=True))
 
 
 WARNINGS: dict[str, tuple[Change, str]] = {
-    "half": (lambda a, image, i: a.update(area=0) if i % 2 else None, "annotations are left out (16: area is 0"),
+    "half": (lambda a, image, i: a.update(area=0) if i % 2 else None, "annotations, 16: area is 0"),
     "corners": (to_corners, "Write them as x, y, width, height instead of x1, y1, x2, y2."),
     "lost": (lambda a, image, i: a.update(area=0) if a["category_id"] == 1 else None, "no instances of 0"),
 }
@@ -170,8 +170,8 @@ def test_ground_truth_is_repaired(change: Change, scenes: Path, tmp_path: Path) 
     assert evaluation.stats[0] == pytest.approx(1)
 
 
-def test_validation_file_is_checked_before_the_first_step(scenes: Path, tmp_path: Path, options: Any) -> None:
-    write(scenes, tmp_path / "faulty", INVALID["noarea"][0], "val")
-    changes = {"val_dataloader__dataset__data_root": f"{tmp_path}/faulty/"}
-    assert "val.json: annotation 1: has no area." in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
+@pytest.mark.parametrize("key", ["val_dataloader__dataset__ann_file", "val_evaluator__ann_file"])
+def test_validation_file_is_checked_before_the_first_step(key: str, scenes: Path, tmp_path: Path, options: Any) -> None:
+    changes = {key: write(scenes, tmp_path / "faulty", INVALID["noarea"][0], "val")}
+    assert "val.json: annotations[0].area is missing." in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
     assert not list((tmp_path / "run").glob("*.pth"))

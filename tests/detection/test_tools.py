@@ -161,7 +161,7 @@ def test_missing_image(options: Any, scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "scenes")
     (tmp_path / "scenes" / "images" / "val" / "00002.jpg").unlink()
     message = train_error(options, val_dataloader__dataset__data_root=f"{tmp_path}/scenes/")
-    assert "images/val/00002.jpg: no such file" in message and "refers to 1 missing files" in message
+    assert "images/val/00002.jpg: no such file" in message and "Files missing in" in message
 
 
 def test_wrong_number_of_classes(options: Any) -> None:
@@ -197,7 +197,7 @@ def test_resume_from_invalid_checkpoints(trained: Path, options: Any, tmp_path: 
 
     content = torch.load(trained / "epoch_1.pth", weights_only=False)
     weights = {"state_dict": content["state_dict"], "meta": content["meta"]}
-    assert "weights.pth: no optimizer state to resume from" in resume_error("weights.pth", weights)
+    assert "weights.pth: the optimizer state does not fit" in resume_error("weights.pth", weights)
     for key, value in dict(message_hub=None, meta={}, param_schedulers=[3, 4]).items():
         message = resume_error("invalid.pth", content | {key: value})
         assert "invalid.pth: no valid training state" in message and "--cfg-options load_from" in message
@@ -275,11 +275,11 @@ def test_show_dir_keeps_folders(trained: Path, scenes: Path, options: Any, tmp_p
 
 
 def test_labels_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert labels.drawable_labels(["cat", "naïve"]).names == ["cat", "naïve"]
+    assert labels.drawable_labels(["cat", "naïve"])[0] == ["cat", "naïve"]
     monkeypatch.setattr(
         labels.fontManager, "ttflist", [x for x in labels.fontManager.ttflist if x.name == "DejaVu Sans"]
     )
-    assert labels.drawable_labels(["cat", "猫"]).names == ["cat", "class 1"]
+    assert labels.drawable_labels(["cat", "猫"])[0] == ["cat", "class 1"]
     assert labels.matplotlib_labels(["$", "a\nb"]) == [r"\$", r"a\nb"]
 
 

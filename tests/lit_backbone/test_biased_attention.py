@@ -84,7 +84,7 @@ def test_rows_of_bias_are_aligned(tokens: int, images: int) -> None:
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run FlexAttention without compilation, which supports backward on a CPU if the device check is disabled."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(module, "compiled_flex_attention", flex_attention)
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
@@ -101,7 +101,7 @@ def test_compiled_flex_attention_gives_the_table_a_gradient(monkeypatch: pytest.
     """The backend `aot_eager` compiles backward on a CPU. It loses the gradient of a captured view."""
     inputs = random_inputs(2, 4, 6)
     compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
-    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: compiled)
+    monkeypatch.setattr(module, "compiled_flex_attention", compiled)
     actual = output_and_gradients(flex_attention_with_bias, 4, 6, *inputs)
     expected = output_and_gradients(reference_attention, 4, 6, *inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -140,7 +140,7 @@ def test_probe_raises_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     module._has_flex_attention.cache_clear()
-    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: fail)
+    monkeypatch.setattr(module, "compiled_flex_attention", fail)
     with pytest.raises(torch.OutOfMemoryError):
         module._has_flex_attention(torch.device("cpu"), torch.float32, 16)
 

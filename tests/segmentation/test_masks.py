@@ -55,20 +55,20 @@ FAULTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "m255": (
         lambda mask: np.where(mask > 0, 255, 0),
         dict(classes=BINARY),
-        "class object occurs in none of 6 masks. 255 is ignored. Write 1 instead of 255.",
+        "class object occurs in none of 6 masks, which ignore 255.",
     ),
-    "empty": (lambda mask: np.full_like(mask, 255), {}, "all pixels of 6 masks are ignored"),
+    "empty": (lambda mask: np.full_like(mask, 255), {}, "class background, 0, 1, ... occurs in none of 6 masks"),
     "absent": (
         lambda mask: np.where(mask == 3, 255, mask),
         {},
-        "class 2 occurs in none of 6 masks. Add masks with it, remove the class, or set allow_absent_classes=True",
+        "class 2 occurs in none of 6 masks, which ignore 255. Fix the masks, remove it, or set allow_absent",
     ),
     "zeros": (np.zeros_like, dict(classes=BINARY), "class object occurs in none of 6 masks"),
     "one": (np.ones_like, dict(classes=OBJECT, reduce_zero_label=True), "one class cannot be told apart"),
     "reduced": (
         lambda mask: np.where(mask > 0, 1, 0),
         dict(classes=BINARY, reduce_zero_label=True),
-        "class object occurs in none of 6 masks. reduce_zero_label=True ignores 0 and reads 1 as the first class.",
+        "class object occurs in none of 6 masks, which ignore 255 and, with reduce_zero_label=True, 0.",
     ),
     "invalid": (lambda mask: mask + 1, {}, "invalid class index 11"),
 }

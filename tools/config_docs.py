@@ -1,0 +1,48 @@
+"""Write docs/config.md, the table of every key of the classification configs, from their schema.
+
+python -m tools.config_docs
+"""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "classification"))
+
+from lit_classification.config import Config, Section, flatten, key_fields  # noqa: E402
+
+INTRODUCTION = """# Configuration
+
+Every key of the YAML files in [classification/configs](../classification/configs), with its default and meaning.
+The defaults are the recipe of LIT-S.
+
+A file inherits from those in `BASE`. `--opts KEY VALUE` overrides single keys. Keys marked with * do not affect the
+results, so a run resumes with other values of them. `python -m tools.config_docs` writes this page.
+"""
+
+
+def render() -> str:
+    """Return the page as Markdown."""
+    sections: dict[str, list[str]] = {"General": []}
+    titles: dict[str, str] = {}
+    values = flatten(Config().model_dump(mode="json"))
+    for key, field in key_fields().items():
+        if isinstance(field.default, Section):
+            sections[key], titles[key] = [], field.description or ""
+            continue
+        value = yaml.dump(values.get(key, {}), default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        mark = "*" if field.json_schema_extra else ""
+        section = key.rpartition(".")[0] or "General"
+        sections[section].append(f"| `{key.rpartition('.')[2]}`{mark} | `{value}` | {field.description} |")
+    parts = [INTRODUCTION]
+    for name, rows in sections.items():
+        title = f": {titles[name]}" if name in titles else ""
+        table = ["| key | default | meaning |", "|---|---|---|", *rows]
+        parts.append("\n".join([f"## {name}{title}", "", *table, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "config.md").write_text(render())
