@@ -275,6 +275,7 @@ def test_model_of_the_digits_demo_is_a_lit():
 ATTENTION_STAGES = ("1111", "0111", "0011", "0001", "0000")
 ABLATIONS = {f"pvt-small-{stages}": (stages, "conv") for stages in ATTENTION_STAGES}  # and their patch merging
 ABLATIONS |= {"pvt-small-1111-dtm": ("1111", "dtm"), "lit-s-conv": ("0011", "conv")}
+ABLATIONS["pvt-small-sra"] = ("1111", "conv")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").iterdir()), ids=lambda path: path.stem)

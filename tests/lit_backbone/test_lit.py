@@ -94,6 +94,23 @@ def test_attention_free_stages_hold_no_attention() -> None:
         assert any(isinstance(module, Attention) for module in stage.modules()) == attends
 
 
+def test_pvt_small_has_spatial_reduction() -> None:
+    """Compare the number of parameters with the published one, 24.5 M: PVT's convolutions and norms are added."""
+    with torch.device("meta"):
+        models = [timm.create_model("pvt_small_full_msa", sr_ratios=ratios) for ratios in (1, (8, 4, 2, 1))]
+    full, reduced = (sum(p.numel() for p in model.parameters()) for model in models)
+    blocks = zip((3, 4, 6), (64, 128, 320), (8, 4, 2), strict=True)
+    assert reduced - full == sum(depth * (dim * dim * ratio**2 + 3 * dim) for depth, dim, ratio in blocks)
+    assert reduced == pytest.approx(24.5e6, rel=1e-3)
+
+
+def test_swin_merging_concatenates_the_channels_of_four_tokens() -> None:
+    merge, x = small_lit(merging="swin").stages[1].merge, torch.randn(1, 4, 6, 8)
+    tokens = torch.cat([x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))], dim=-1)  # the order of Swin
+    expected = F.layer_norm(tokens, (32,), merge.norm.weight, merge.norm.bias) @ merge.reduction.weight.T
+    torch.testing.assert_close(merge(x), expected)
+
+
 def test_drop_path_grows_linearly_over_all_blocks() -> None:
     model = small_lit(depths=(1, 2, 3, 1), drop_path_rate=0.3)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
@@ -120,6 +137,9 @@ def test_drop_path_grows_linearly_over_all_blocks() -> None:
         (dict(global_pool="max"), "global_pool='max'"),
         (dict(global_pool="token"), "global_pool='token'"),
         (dict(class_token=True), "class_token"),
+        (dict(sr_ratios=2), "sr_ratios"),
+        (dict(sr_ratios=2, pos_embed="absolute", class_token=True), "sr_ratios"),
+        (dict(sr_ratios=(2, 1)), "stages"),
     ],
 )
 def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:
