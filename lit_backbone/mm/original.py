@@ -23,27 +23,28 @@ LIT_S_KEYWORDS: dict[str, Any] = {  # keywords of the original's LIT that lit_s 
 def translate_model(cfg: Config, path: str) -> None:
     """Replace names of the original in `cfg.model`, with one line for each, or raise DataError."""
     model = cfg.get("model")
-    backbone = model.get("backbone") if isinstance(model, dict) else None
-    if not isinstance(backbone, dict):
+    if not isinstance(model, dict) or not isinstance(model.get("backbone"), dict):
         return
-    if backbone.get("type") == "LIT":
+    backbone: dict[str, Any] = model["backbone"]
+    kind = backbone.get("type")
+    if kind not in ("LIT", "LIT_Ti", "LITBackbone"):
+        return
+    if kind == "LIT":
         other = {k: v for k, v in backbone.items() if k in LIT_S_KEYWORDS and v != LIT_S_KEYWORDS[k]}
         if other:
             advice = "Use type='LITBackbone', whose arch can be a dictionary."
             raise DataError(f"{path}: model.backbone: {other} cannot be translated for type='LIT'. {advice}")
         kept = {k: v for k, v in backbone.items() if k not in ("type", *LIT_S_KEYWORDS)}
-        model.backbone = LIT_S[cfg.get("default_scope", "mmdet")] | kept
-    elif backbone.get("type") == "LIT_Ti":  # ignores the keywords of ResNet in the original's configs
+        backbone = LIT_S[cfg.get("default_scope", "mmdet")] | kept
+    elif kind == "LIT_Ti":  # ignores the keywords of ResNet in the original's configs
         kept = {k: v for k, v in backbone.items() if k in ("drop_path_rate", "init_cfg", "use_checkpoint", "with_cp")}
-        model.backbone = dict(type="LITBackbone", arch="lit_ti", drop_path_rate=0.1) | kept
-    if model.backbone is not backbone:
-        arch = model.backbone.arch
-        report(f"{path}: model.backbone.type {backbone.type}: read as type='LITBackbone', arch={arch!r}")
-    if model.backbone.get("type") != "LITBackbone":
-        return
+        backbone = dict(type="LITBackbone", arch="lit_ti", drop_path_rate=0.1) | kept
+    if kind != "LITBackbone":
+        report(f"{path}: model.backbone.type {kind}: read as LITBackbone with arch={backbone['arch']!r}")
     if weights := model.pop("pretrained", None):
-        model.backbone.init_cfg = dict(type="Pretrained", checkpoint=weights)
+        backbone["init_cfg"] = dict(type="Pretrained", checkpoint=weights)
         report(f"{path}: model.pretrained: read as model.backbone.init_cfg.checkpoint")
-    if "use_checkpoint" in model.backbone:
-        model.backbone.with_cp = model.backbone.pop("use_checkpoint")
+    if "use_checkpoint" in backbone:
+        backbone["with_cp"] = backbone.pop("use_checkpoint")
         report(f"{path}: model.backbone.use_checkpoint: read as with_cp")
+    model["backbone"] = backbone
