@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from .safe_reader import printable
+
 # by tool: options with the names of their values, and what to do with them
 OPTIONS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("original_options.yaml").read_text())
 
@@ -37,9 +39,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tool
         if metavars and not values:
             parser.error(f"argument {name}: expected {metavars[0]}")
         if not answer.startswith("ignored"):
-            words = [values if word == "{}" else [word.replace("{}", "".join(values))] for word in answer.split()]
-            replaced += sum(words, [])
-            answer = " ".join(sum(words, []))
+            words: list[str] = []
+            for word in answer.split():
+                words += values if word == "{}" else [word.replace("{}", "".join(values))]
+            replaced += words
+            answer = " ".join(words)
         report(f"{name}: {answer}")
     return parser.parse_args([*args, *replaced])
 
@@ -47,4 +51,4 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tool
 def report(line: str) -> None:
     """Print a line on stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)

@@ -11,6 +11,7 @@ from reprlib import repr as shorten
 from typing import Any
 
 import timm
+import timm.optim
 import torch
 import yaml
 from pydantic import ValidationError

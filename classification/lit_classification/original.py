@@ -22,7 +22,7 @@ RATES = ("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR")
 
 def is_lit_ti_json(tree: dict[str, Any]) -> bool:
     """Tell if a file has the flat keys of the original's lit-ti.json, which adds to the recipe of LIT-Ti."""
-    return tree.get("model") == "lit_ti"
+    return isinstance(tree.get("model"), str)
 
 
 def translate_original(layer: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -32,10 +32,10 @@ def translate_original(layer: dict[str, Any], origin: str) -> dict[str, Any]:
     which the global batch is unknown.
     """
     result: dict[str, Any] = {}
-    is_dump = "LOCAL_RANK" in layer
+    is_dump = "LOCAL_RANK" in layer and all(isinstance(layer.get(key), float) for key in RATES)
     variant = VARIANTS.get(str(layer.get("MODEL.NAME")), layer.get("MODEL.NAME"))
     for key, value in layer.items():
-        new = dict(_translate_item(key, value, variant, is_flat="model" in layer))
+        new = dict(_translate_item(key, value, variant, is_flat=is_lit_ti_json(layer)))
         if is_dump and key in ("OUTPUT", "TRAIN.ACCUMULATION_STEPS", *RATES):
             new = {}  # OUTPUT names a run directory, the others follow from the global batch
         result |= new
@@ -66,7 +66,7 @@ def _translate_item(key: str, value: Any, variant: str | None, is_flat: bool) ->
         elif name == "HAS_MSA" and isinstance(value, list):
             value = [bool(x) for x in value]
         default = inspect.signature(LIT).parameters[keyword].default
-        default = ARCHS.get(variant, {}).get(keyword, default) if variant else None
+        default = ARCHS.get(str(variant), {}).get(keyword, default) if variant else None
         if value != (list(default) if isinstance(default, tuple) else default):
             yield f"MODEL.LIT.{keyword}", value
     elif is_flat and (new_key := _key_of_option(key)):
@@ -86,8 +86,8 @@ def _key_of_option(name: str) -> str | None:
 
 def _global_batch(layer: dict[str, Any], origin: str) -> int:
     """Infer the global batch of a dump. Its learning rates are the defaults times global batch / 512."""
-    scales = {round(float(layer[key]) / Train().model_dump()[key.rpartition(".")[2]], 6) for key in RATES}
-    if len(scales) > 1:
+    scales = {round(layer[key] / Train().model_dump()[key.rpartition(".")[2]], 6) for key in RATES}
+    if len(scales) > 1 or not 0 < min(scales) < 1000:
         problem = "is scaled by the global batch of that run, which the file does not state"
         raise ConfigError(f"{origin}: TRAIN.BASE_LR: {problem}; start from the YAML file of the run instead")
     return round(512 * scales.pop())
