@@ -48,7 +48,7 @@ def translate_original(layer: dict[str, Any], origin: str) -> dict[str, Any]:
     return result
 
 
-def _translate_item(key: str, value: Any, variant: str | None, is_flat: bool) -> Iterator[tuple[str, Any]]:
+def _translate_item(key: str, value: Any, variant: Any, is_flat: bool) -> Iterator[tuple[str, Any]]:
     section, _, name = key.rpartition(".")
     neutral = NEUTRAL_VALUES.get(key, ())
     if neutral is None or value in neutral:
