@@ -81,12 +81,8 @@ def test_torch_hub(folder: Path) -> None:
     assert torch.equal(model.head.weight, torch.load("lit_s.pth")["model"]["head.weight"])
     entries = [name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
     assert sorted(entries) == sorted(timm.list_models(module="lit"))  # the list of torch.hub.list
-    with pytest.raises(lit_backbone.CheckpointError, match="Create the model with") as error:
+    with pytest.raises(lit_backbone.CheckpointError, match="keys missing"):
         hubconf.lit_s(features_only=True, checkpoint="lit_s.pth")
-    keywords = str(error.value).partition("Create the model with ")[2]
-    features = eval(f"timm.create_model('lit_s', {keywords})", {"timm": timm})
-    key = "stages.1.blocks.0.norm2.bias"
-    assert torch.equal(features.model.state_dict()[key], model.state_dict()[key])
 
 
 def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) -> None:

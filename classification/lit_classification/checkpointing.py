@@ -161,9 +161,9 @@ def find_resumable(run_dir: Path) -> tuple[str, dict[str, Any]] | None:
             return str(path), read_checkpoint(path)
         except CheckpointError as error:
             if path == paths[-1]:
-                raise CheckpointError(f"{error}. Remove it to start from the beginning.") from error
+                raise CheckpointError(f"{error} Remove it to start from the beginning.") from error
             os.replace(path, run_dir / DAMAGED)
-            _logger.warning(f"{error}. Renamed to {DAMAGED}; resuming {PREVIOUS}.")
+            _logger.warning(f"{error} Renamed to {DAMAGED}; resuming {PREVIOUS}.")
     return None
 
 

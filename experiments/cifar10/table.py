@@ -56,9 +56,11 @@ def measure(bench: benchmark.Bench) -> dict[str, dict[str, float]]:
     """Return millions of parameters and multiply-adds, and images/s in inference and training, of every model."""
     images = benchmark.random_images(bench, bench.batch, IMG_SIZE, IMG_SIZE).contiguous()
     models = {name: build(name) for name in MODELS}
-    calls = {name: partial(benchmark.infer, model.eval(), images) for name, model in models.items()}
+    calls = {
+        name: partial(benchmark.infer, model.eval(), images, bench.precisions[0]) for name, model in models.items()
+    }
     inference = bench.compare("cifar10", "inference", calls, bench.batch)
-    calls = {name: benchmark.training_step(model, images) for name, model in models.items()}
+    calls = {name: benchmark.training_step(model, images, bench.precisions[0]) for name, model in models.items()}
     training = bench.compare("cifar10", "training", calls, bench.batch)
     return {
         name: {

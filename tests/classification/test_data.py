@@ -289,7 +289,7 @@ def test_what_is_skipped_is_logged(tmp_path, caplog):
     for kind, path in ((ImageFolder, tree), (ImageTar, pack(tree, tmp_path / "tree.tar"))):
         dataset = kind(path)
         assert dataset.classes == ["ant", "bee"] and len(dataset) == 3
-        assert "3 images in 2 classes of 1 (ant) to 2 (bee)" in caplog.text
+        assert "3 images in 2 classes" in caplog.text
         assert "4 hidden" in caplog.text and "1 .txt" in caplog.text and "1 in no class folder" in caplog.text
         caplog.clear()
 

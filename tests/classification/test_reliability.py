@@ -153,7 +153,7 @@ def test_two_trainings_in_one_directory_are_refused(tiny_cfg, output):
             assert error.startswith(f"error: {output / 'default'}: another training") and error.count("\n") == 1
     main.main(["--eval", "--resume", str(output / "default" / BEST)])
     main.main(["--cfg", str(cfg), "--tag", "other", "--opts", "TRAIN.EPOCHS", "2"])
-    assert files() == before
+    assert files().items() >= before.items()  # --eval adds its results
     run.kill()
     run.join()
     main.main(["--cfg", str(cfg), "--opts", "TRAIN.EPOCHS", "2"])
@@ -277,7 +277,8 @@ def test_damaged_checkpoint_gives_way_to_the_previous_one(tiny_cfg, output, caps
 
     for path in (latest, previous):
         path.write_bytes(path.read_bytes()[:-100])
-    assert re.match(f"{latest}: .*{latest.name} and {previous.name}", refusal(main, "--cfg", cfg, "--tag", "damaged"))
+    message = refusal(main, "--cfg", cfg, "--tag", "damaged")
+    assert re.match(f"{previous}: .*Remove it to start from the beginning", message)
 
 
 def test_checkpoint_is_read_whole_or_not_at_all(tmp_path):

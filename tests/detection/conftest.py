@@ -1,5 +1,7 @@
 """Options and configs of small detectors."""
 
+import copy
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -27,6 +29,32 @@ def build_options(scenes: Path, work_dir: Path, **changes: Any) -> list[str]:
     }
     keys |= dict(train_dataloader__batch_size=2, train_cfg__max_epochs=1, train_cfg__val_interval=1)
     return dense.build_options(scenes, work_dir, **(keys | changes))
+
+
+@functools.cache
+def read_config(path: Path) -> Any:
+    """Read a config once. Tests must copy it before they change it."""
+    from mmengine.config import Config
+
+    return Config.fromfile(path)
+
+
+def check_data(path: Path, root: Path, split: str = "train", *, all_classes: bool = True, **overrides: Any) -> None:
+    """Check the data of a config as a training does. Keyword arguments override keys of the dataset."""
+    from mmengine.registry import init_default_scope
+
+    from lit_backbone.mm.data import check_dataset, check_loaded_files, check_masks
+    from lit_backbone.mm.runner import StrictRunner
+
+    cfg = copy.deepcopy(read_config(path))
+    init_default_scope(cfg.default_scope)
+    loader = cfg[f"{split}_dataloader"] | dict(num_workers=0, persistent_workers=False)
+    loader["dataset"] |= dict(data_root=f"{root}/") | overrides
+    dataset = StrictRunner.build_dataloader(loader, seed=0).dataset
+    check_dataset(dataset)
+    check_loaded_files(dataset.pipeline, dataset)
+    check_masks(dataset, required=all_classes)
+    dataset[0]
 
 
 def classes_of_all_splits(classes: tuple[str, ...]) -> str:

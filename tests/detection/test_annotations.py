@@ -1,7 +1,5 @@
 """Faulty COCO files: errors and warnings before the first step, for training and validation data."""
 
-import copy
-import functools
 import json
 import logging
 import math
@@ -11,17 +9,13 @@ from typing import Any
 
 import pytest
 from mmdet.evaluation import CocoMetric
-from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from pycocotools.cocoeval import COCOeval
 
 from lit_backbone.mm import DataError, cli
 from lit_backbone.mm.coco import repair_ground_truth
-from lit_backbone.mm.data import check_dataset
-from lit_backbone.mm.runner import StrictRunner
 from tests.dense import error_of
-from tests.detection.conftest import DEMO
+from tests.detection.conftest import DEMO, check_data
 
 CONFIG = DEMO / "retinanet_lit_digit_scenes.py"
 Change = Callable[[dict, dict, int], Any]  # annotation, its image, its position
@@ -48,20 +42,6 @@ def write(scenes: Path, out: Path, change: Change, split: str = "train") -> Path
             change(annotation, images[annotation["image_id"]], i)
         (out / "annotations" / f"{name}.json").write_text(json.dumps(coco))
     return out / "annotations" / f"{split}.json"
-
-
-@functools.cache
-def read_config() -> Config:
-    return cli.read_config(str(CONFIG))
-
-
-def check(root: Path, split: str = "train", **overrides: Any) -> None:
-    """Check the data of the demo config as a training does. Keyword arguments override keys of the dataset."""
-    cfg = copy.deepcopy(read_config())
-    init_default_scope(cfg.default_scope)
-    loader = cfg[f"{split}_dataloader"] | dict(num_workers=0, persistent_workers=False)
-    loader["dataset"] |= dict(data_root=f"{root}/") | overrides
-    check_dataset(StrictRunner.build_dataloader(loader, seed=0).dataset)
 
 
 INVALID: dict[str, tuple[Change, str]] = {
@@ -103,7 +83,7 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
     change, message = INVALID[kind]
     write(scenes, tmp_path / "faulty", change, split)
     with pytest.raises(DataError, match=f"annotations/{split}.json: {message}"):
-        check(tmp_path / "faulty", split)
+        check_data(CONFIG, tmp_path / "faulty", split)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +102,14 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
 def test_invalid_files(text: str, message: str, scenes: Path, tmp_path: Path) -> None:
     write(scenes, tmp_path / "faulty", lambda *_: None).write_text(text)
     with pytest.raises(DataError, match=f"annotations/train.json: {message}"):
-        check(tmp_path / "faulty")
+        check_data(CONFIG, tmp_path / "faulty")
 
 
 def test_filtered_images_leave_nothing(scenes: Path, tmp_path: Path) -> None:
     """Name the reason also if the dataset is empty, because it drops images without boxes."""
     write(scenes, tmp_path / "faulty", INVALID["category"][0])
     with pytest.raises(DataError, match="train.json: no instance of .* category_id is not in categories"):
-        check(tmp_path / "faulty", filter_cfg=dict(filter_empty_gt=True))
+        check_data(CONFIG, tmp_path / "faulty", filter_cfg=dict(filter_empty_gt=True))
 
 
 WARNINGS: dict[str, tuple[Change, str]] = {
@@ -140,18 +120,19 @@ WARNINGS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("kind", WARNINGS)
-def test_doubtful_annotations(kind: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_doubtful_annotations_are_a_warning(
+    kind: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     change, message = WARNINGS[kind]
     write(scenes, tmp_path / "faulty", change)
-    logger = MMLogger.get_instance(f"annotations-{kind}")  # the current logger
-    logger.addHandler(caplog.handler)
-    check(tmp_path / "faulty")
+    MMLogger.get_instance(f"annotations-{kind}").addHandler(caplog.handler)  # the current logger
+    check_data(CONFIG, tmp_path / "faulty")
     assert any(message in record.getMessage() and record.levelno == logging.WARNING for record in caplog.records)
 
 
 def test_masks_are_not_needed_for_boxes(scenes: Path, tmp_path: Path) -> None:
     write(scenes, tmp_path / "boxes", lambda a, image, i: a.update(segmentation=[]))
-    check(tmp_path / "boxes", pipeline=[dict(type="LoadAnnotations", with_bbox=True)])
+    check_data(CONFIG, tmp_path / "boxes", pipeline=[dict(type="LoadAnnotations", with_bbox=True)])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Published detectors: parameters, released layouts, recipes, one training step and validation, mixed precision."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_backbone.mm import load_file
 from lit_backbone.mm.cli import train
-from lit_backbone.mm.runner import StrictRunner, keep_float32
+from lit_backbone.mm.runner import StrictRunner
 from tests.dense import derive
 from tests.detection.conftest import DEMO, PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count
@@ -31,11 +32,12 @@ CLASS_TOKEN_SLOT = 512  # parameters in the last position table of lit_ti, unuse
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(PUBLISHED / f"{name}_fpn_1x_coco.py")
+    cfg = Config.fromfile(PUBLISHED / f"{name}_fpn_1x_coco.py")
+    init_default_scope(cfg.default_scope)
+    return cfg
 
 
 def build(cfg: Config) -> nn.Module:
-    init_default_scope(cfg.default_scope)
     with torch.device("meta"):
         return MODELS.build(cfg.model)
 
@@ -62,15 +64,14 @@ def test_recipe(name: str) -> None:
     assert resize.scale == (1333, 800) and resize.keep_ratio
 
     small = name.endswith("lit_s")
-    assert cfg.optim_wrapper.type == ("AmpOptimWrapper" if small else "OptimWrapper")
+    assert cfg.optim_wrapper.pop("type") == ("AmpOptimWrapper" if small else "OptimWrapper")
     assert bool(cfg.model.backbone.get("with_cp")) == small
-    cfg.optim_wrapper.type = "OptimWrapper"
     model = build(cfg)
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper | dict(type="OptimWrapper")).optimizer
     assert type(optimizer) is torch.optim.AdamW
-    assert {group["lr"] for group in optimizer.param_groups} == {DETECTORS[name][1]}
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    groups = optimizer.param_groups
+    assert {(group["lr"], group["betas"]) for group in groups} == {(DETECTORS[name][1], (0.9, 0.999))}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     no_decay = {key for key, p in model.named_parameters() if decays[id(p)] == 0}
     expected = {key for key, _ in model.named_parameters() if "norm" in key or "rel_pos_bias" in key}
     assert set(decays.values()) <= {0.0, 1e-4}
@@ -99,43 +100,36 @@ def test_trains_and_validates(name: str, options: Any, tmp_path: Any) -> None:
     assert saved["meta"]["iter"] == 1 and saved["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
 
 
-def bfloat16() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-@pytest.fixture(params=["retinanet", "mask_rcnn"])
-def plain(request: pytest.FixtureRequest, bfloat16_attention: None) -> nn.Module:
-    """Small detector without :func:`keep_float32`."""
-    cfg = Config.fromfile(DEMO / f"{request.param}_lit_digit_scenes.py")
+@pytest.mark.usefixtures("bfloat16_attention")
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_mixed_precision_keeps_boxes_and_losses_in_float32(name: str, tmp_path: Path) -> None:
+    """Compare losses and boxes under autocast with those in float32, from the same outputs of the head."""
+    cfg = Config.fromfile(DEMO / f"{name}_lit_digit_scenes.py")
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     torch.manual_seed(0)
-    return MODELS.build(cfg.model)
+    plain = MODELS.build(cfg.model)
+    wrapped = StrictRunner(deepcopy(plain), str(tmp_path), experiment_name=tmp_path.name).model.cpu()
+    model = deepcopy(wrapped)  # EMA copies the model; the copy must not call methods of the original
+    head = "rpn_head" if hasattr(plain, "roi_head") else "bbox_head"
+    getattr(wrapped, head).prior_generator = None
 
-
-def test_mixed_precision_keeps_boxes_and_losses_in_float32(plain: nn.Module) -> None:
-    """Compare losses and boxes under autocast with those in float32, from the same outputs of the head."""
-    wrapped = deepcopy(plain)
-    keep_float32(wrapped)
     data = plain.data_preprocessor(demo_mm_inputs(2, [[3, 128, 160]] * 2, num_classes=10, with_mask=True), True)
     metas = [sample.metainfo for sample in data["data_samples"]]
     targets = [sample.gt_instances for sample in data["data_samples"]]
-    name = "rpn_head" if hasattr(plain, "roi_head") else "bbox_head"
-
-    model = deepcopy(wrapped)  # EMA copies the model; the copy must not call methods of the original
-    getattr(wrapped, name).prior_generator = None
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
 
     def boxes(model: nn.Module, outputs: Any) -> list[Tensor]:
-        results = getattr(model, name).predict_by_feat(*outputs, batch_img_metas=metas)
+        results = getattr(model, head).predict_by_feat(*outputs, batch_img_metas=metas)
         return [tensor for instances in results for tensor in (instances.bboxes, instances.scores)]
 
     def losses(model: nn.Module, outputs: Any) -> dict[str, list[Tensor]]:
         torch.manual_seed(0)  # anchors are sampled
-        return getattr(model, name).loss_by_feat(*outputs, deepcopy(targets), metas)
+        return getattr(model, head).loss_by_feat(*outputs, deepcopy(targets), metas)
 
     with bfloat16(), torch.no_grad():
         features = [x.bfloat16() for x in plain.extract_feat(data["inputs"])]
-        outputs = getattr(plain, name)(features)
+        outputs = getattr(plain, head)(features)
     assert {x.dtype for level in outputs for x in level} == {torch.bfloat16}
     outputs_float32 = apply_to(outputs, torch.is_tensor, Tensor.float)
     for compute in (boxes, losses):
@@ -148,15 +142,3 @@ def test_mixed_precision_keeps_boxes_and_losses_in_float32(plain: nn.Module) -> 
             pooled = model.roi_head.bbox_roi_extractor(features, rois)
         expected = plain.roi_head.bbox_roi_extractor([x.float() for x in features], rois)
         torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
-
-
-def test_mixed_precision_trains_and_detects(plain: nn.Module, tmp_path: Path) -> None:
-    data = plain.data_preprocessor(demo_mm_inputs(2, [[3, 128, 160]] * 2, num_classes=10, with_mask=True), True)
-    model = StrictRunner(plain, str(tmp_path), experiment_name=tmp_path.name).model.cpu()
-    with bfloat16():
-        loss, values = model.parse_losses(model(**data, mode="loss"))
-    loss.backward()
-    assert all(value.dtype == torch.float32 and value.isfinite() for value in values.values())
-    with bfloat16(), torch.no_grad():
-        instances = model.eval()(**data, mode="predict")[0].pred_instances
-    assert len(instances) and instances.bboxes.dtype == torch.float32

@@ -1,7 +1,5 @@
 """Deformable token merging on a GPU, compared with torchvision's operator."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,12 +17,6 @@ def inputs_on_device(*shape: int, reach: float) -> list[Tensor]:
     return [tensor.double().to(DEVICE) for tensor in (x, offset, weight, bias)]
 
 
-def assert_agrees_with_torchvision(merge: Callable[..., Tensor], inputs: list[Tensor], tolerance: float) -> None:
-    actual, expected = (output_and_gradients(function, *inputs) for function in (merge, oracle))
-    for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
-        assert relative_error(result, reference) < tolerance, name
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("reach", [0.0, 0.5, 3.0, 60.0])  # the last is far outside
 @pytest.mark.parametrize("shape", [(1, 2, 2), (3, 33, 21), (96, 56, 56), (130, 7, 12)])
@@ -32,12 +24,9 @@ def test_agrees_with_torchvision(
     shape: tuple[int, int, int], reach: float, dtype: torch.dtype, tolerance: float
 ) -> None:
     inputs = [tensor.to(dtype) for tensor in inputs_on_device(*shape, reach=reach)]
-    assert_agrees_with_torchvision(warp_and_merge, inputs, tolerance)
-
-
-def test_compiled_agrees_with_torchvision() -> None:
-    inputs = [tensor.float() for tensor in inputs_on_device(3, 33, 21, reach=3.0)]
-    assert_agrees_with_torchvision(torch.compile(warp_and_merge, fullgraph=True), inputs, 2e-4)
+    actual, expected = (output_and_gradients(function, *inputs) for function in (warp_and_merge, oracle))
+    for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
+        assert relative_error(result, reference) < tolerance, name
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])

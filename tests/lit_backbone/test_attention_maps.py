@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from lit_backbone.attention_maps import average_attention, choose_tokens, draw_attention, query_attention
@@ -56,20 +55,6 @@ def test_attention_is_that_of_the_model(kind: str) -> None:
             rows = attention_matrix(block, inputs[i, j])[:, :, queries[i] + prefix, prefix:]
             torch.testing.assert_close(maps[:, j].flatten(-2), rows)
         assert (maps.sum((-1, -2)) < 1 - 1e-4).all() if prefix else torch.allclose(maps.sum((-1, -2)), torch.ones(()))
-
-
-class CountCalls(TorchFunctionMode):
-    calls = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls += func is F.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
-
-
-def test_recording_keeps_the_fused_call() -> None:
-    with CountCalls() as counter:
-        query_attention(small_lit(), torch.randn(1, 3, 64, 64), [0] * 4)
-    assert counter.calls == 3
 
 
 def test_heat_map_is_brightest_at_its_maximum() -> None:

@@ -1,6 +1,5 @@
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +8,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from lit_backbone import biased_attention as module
 from lit_backbone.biased_attention import (
     biased_attention,
     flex_attention_with_bias,
-    relative_position_bias,
     row_attention,
 )
 from lit_backbone.layers import Attention
@@ -45,36 +42,12 @@ def random_inputs(batch: int, height: int, width: int, dtype: torch.dtype = torc
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("map_size", [(4, 4), (2, 5), (3, 1)])
-def test_bias_is_indexed_by_displacement(map_size: tuple[int, int], compiled: bool) -> None:
-    height, width = map_size
-    table = torch.randn(1, 2, 2 * height - 1, 2 * width - 1)
-    expand = torch.compile(relative_position_bias, backend="eager", fullgraph=True, disable=not compiled)
-    bias = expand(table, height, width)
-    assert bias.shape == (1, 2, height * width, height * width)
-    for query in range(height * width):
-        for key in range(height * width):
-            dy, dx = query // width - key // width, query % width - key % width
-            expected = table[0, :, dy + height - 1, dx + width - 1]
-            assert torch.equal(bias[0, :, query, key], expected), (query, key)
-
-
-@pytest.mark.parametrize("map_size", [(4, 6), (5, 7), (3, 11)])
-def test_bias_tensor_matches_formula(map_size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("map_size", [(4, 6), (5, 7), (3, 11), (3, 1)])
+def test_bias_tensor_matches_formula(map_size: tuple[int, int], compiled: bool) -> None:
     inputs = random_inputs(2, *map_size, torch.float64)
     expected = output_and_gradients(reference_attention, *map_size, *inputs)
-    torch.testing.assert_close(output_and_gradients(biased_attention, *map_size, *inputs), expected)
-
-
-@pytest.mark.parametrize("images", [0, 1, 3])
-@pytest.mark.parametrize("tokens", [1, 4, 14, 16])
-def test_rows_of_bias_are_aligned(tokens: int, images: int) -> None:
-    bias = torch.randn(1, tokens, tokens, 2).permute(0, 3, 1, 2).requires_grad_()
-    torch.library.opcheck(module._align, (bias, images, torch.float32))
-    aligned = module._align(bias, images, torch.bfloat16)
-    assert torch.equal(aligned, bias.bfloat16().expand(images, -1, -1, -1))
-    assert all(stride % 8 == 0 for stride in aligned.stride()[:3]) and aligned.stride(3) == 1
-    assert torch.equal(*torch.autograd.grad(aligned.sum(), bias), torch.full_like(bias, images))
+    attend = torch.compile(biased_attention, backend="eager", fullgraph=True, disable=not compiled)
+    torch.testing.assert_close(output_and_gradients(attend, *map_size, *inputs), expected)
 
 
 # ---- FlexAttention
@@ -89,56 +62,27 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("flex_on_cpu")
 @pytest.mark.parametrize("map_size", [(4, 6), (5, 7), (3, 11)])
-def test_flex_attention_matches_formula(map_size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_flex_attention_matches_formula(backend: str, map_size: tuple[int, int], monkeypatch: Any) -> None:
+    """The backend `aot_eager` compiles backward on a CPU. It loses the gradient of a captured view."""
+    if backend != "eager":
+        compiled = torch.compile(flex_attention, backend=backend, dynamic=True, fullgraph=True)
+        monkeypatch.setattr(module, "compiled_flex_attention", compiled)
     inputs = random_inputs(2, *map_size)
     expected = output_and_gradients(reference_attention, *map_size, *inputs)
     actual = output_and_gradients(flex_attention_with_bias, *map_size, *inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("flex_on_cpu")
-def test_compiled_flex_attention_gives_the_table_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend `aot_eager` compiles backward on a CPU. It loses the gradient of a captured view."""
-    inputs = random_inputs(2, 4, 6)
-    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
-    monkeypatch.setattr(module, "compiled_flex_attention", compiled)
-    actual = output_and_gradients(flex_attention_with_bias, 4, 6, *inputs)
-    expected = output_and_gradients(reference_attention, 4, 6, *inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_unavailable_flex_attention_warns_once() -> None:
+def test_unavailable_flex_attention_warns_but_lack_of_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, compiled FlexAttention has no backward."""
-    module._has_flex_attention.cache_clear()
-    with pytest.warns(UserWarning, match="FlexAttention is unavailable"):
-        assert not module._has_flex_attention(torch.device("cpu"), torch.float32, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not module._has_flex_attention(torch.device("cpu"), torch.float32, 16)
 
-
-@pytest.mark.usefixtures("flex_on_cpu")
-def test_probe_inside_activation_checkpointing() -> None:
-    """The backward pass of the probe must not run the checkpointed block again."""
-    module._has_flex_attention.cache_clear()
-    results = []
-
-    def block(x: Tensor) -> Tensor:
-        x = x.sin()
-        results.append(module._has_flex_attention(torch.device("cpu"), torch.float32, 16))
-        return x.cos()
-
-    x = torch.randn(5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
-    torch.testing.assert_close(gradient, torch.autograd.grad(x.sin().cos().sum(), x)[0])
-    assert results == [True, True]
-    module._has_flex_attention.cache_clear()
-
-
-def test_probe_raises_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    module._has_flex_attention.cache_clear()
+    with pytest.warns(UserWarning, match="FlexAttention is unavailable"):
+        assert not module._has_flex_attention(torch.device("cpu"), torch.float32, 16)
     module._has_flex_attention.cache_clear()
     monkeypatch.setattr(module, "compiled_flex_attention", fail)
     with pytest.raises(torch.OutOfMemoryError):
@@ -161,20 +105,13 @@ def test_one_compilation_serves_all_feature_maps() -> None:
 
 @pytest.mark.parametrize("batch, map_size", [(1, (5, 7)), (2, (6, 3)), (3, (1, 4)), (2, (4, 1)), (0, (3, 4))])
 def test_rows_of_queries_match_formula(batch: int, map_size: tuple[int, int]) -> None:
-    inputs = random_inputs(batch, *map_size, torch.float64)
-    torch.testing.assert_close(row_attention(*inputs, *map_size), reference_attention(*inputs, *map_size))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_rows_of_queries_in_half_precision(dtype: torch.dtype, autocast: bool) -> None:
-    *inputs, table = random_inputs(2, 4, 6)
-    inputs = [tensor.to(dtype) for tensor in inputs]
-    expected = reference_attention(*(tensor.float() for tensor in inputs), table, 4, 6)
-    with torch.autocast("cpu", dtype) if autocast else nullcontext():
-        out = row_attention(*inputs, table, 4, 6)
-    assert out.dtype == dtype
-    assert (out.float() - expected).norm() / expected.norm() < 0.01
+    *inputs, table = random_inputs(batch, *map_size, torch.float64)
+    expected = reference_attention(*inputs, table, *map_size)
+    torch.testing.assert_close(row_attention(*inputs, table, *map_size), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = row_attention(*(tensor.to(dtype) for tensor in inputs), table, *map_size)
+        assert out.dtype == dtype
+        assert (out.double() - expected).norm() <= 0.02 * expected.norm()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -191,19 +128,16 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_inference_on_large_maps_has_no_bias_tensor(context: Callable) -> None:
+def test_inference_on_large_maps_has_no_bias_tensor(context: Callable, request: pytest.FixtureRequest) -> None:
     attention, x = Attention(32, 2, map_size=(4, 4)), torch.randn(1, 24, 25, 32)
     torch.nn.init.normal_(attention.rel_pos_bias)
-    with context(), LargestTensor() as largest:
+    with context(), LargestTensor() as rows:
         actual = attention(x)
-    assert largest.entries < 2 * 600 * 600 // 4
+    request.addfinalizer(lambda: set_fused_attn(True))
     set_fused_attn(False)
-    try:
-        with context(), LargestTensor() as largest:
-            expected = attention(x)
-    finally:
-        set_fused_attn(True)
-    assert largest.entries >= 2 * 600 * 600
+    with context(), LargestTensor() as tensor:
+        expected = attention(x)
+    assert rows.entries < 2 * 600 * 600 // 4 and tensor.entries >= 2 * 600 * 600
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 

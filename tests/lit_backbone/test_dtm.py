@@ -1,4 +1,3 @@
-import math
 import os
 import subprocess
 import sys
@@ -67,8 +66,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("sampler")
-@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0])
-@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21), (56, 56)])
+@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0, 1e6])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21)])
 def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     inputs = random_inputs(2, 5, *size, reach=reach)
     expected = output_and_gradients(oracle, *inputs)
@@ -77,31 +76,6 @@ def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     for result, reference, name in zip(actual, expected, ["output", "x", "offset", "weight", "bias"], strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=2e-4, msg=lambda text, of=name: f"{of}: {text}")
         assert relative_error(result, reference) < 2e-5 or reference.norm() == 0, name
-
-
-@pytest.mark.usefixtures("sampler")
-def test_samples_far_outside_read_zero() -> None:
-    x, offset, weight, bias = random_inputs(1, 4, 6, 6, reach=1.0)
-    for shift in (-40.0, 40.0, 1e6):
-        out = warp_and_merge(x, offset + shift, weight, bias)
-        torch.testing.assert_close(out, bias[None, :, None, None].expand_as(out), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-13)])
-def test_zero_offsets_are_a_plain_convolution(dtype: torch.dtype, tolerance: float) -> None:
-    for height, width in ((56, 56), (57, 41), (14, 14)):
-        x, offset, weight, bias = (tensor.to(dtype) for tensor in random_inputs(2, 6, height, width, reach=1.0))
-        out = warp_and_merge(x, torch.zeros_like(offset), weight, bias)
-        assert relative_error(out, F.conv2d(x, weight, bias, stride=2)) < tolerance
-
-
-@pytest.mark.usefixtures("sampler")
-def test_whole_offsets_are_a_shift() -> None:
-    x = torch.randn(1, 3, 12, 10)
-    for dy, dx in ((1, 0), (0, -1), (3, -2), (-5, 7)):
-        offset = torch.tensor([dy, dx], dtype=torch.float32).repeat(4)[None, :, None, None].expand(1, 8, 6, 5)
-        shifted = F.pad(x, (-dx, dx, -dy, dy))  # moves rows up by dy and columns left by dx
-        torch.testing.assert_close(deformable_sample(x, offset), shifted, rtol=0, atol=2e-5)
 
 
 def assert_gradients_on_whole_pixels(offset: Tensor, height: int, width: int) -> None:
@@ -123,28 +97,10 @@ def test_gradients_at_zero_offsets_for_every_size() -> None:
 
 
 @pytest.mark.usefixtures("sampler")
-def test_gradients_at_whole_offsets() -> None:
-    for height, width in ((14, 14), (29, 18), (56, 56)):
-        offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many lie outside the map
-        assert_gradients_on_whole_pixels(offset, height, width)
-
-
-def test_gradcheck() -> None:
-    inputs = [tensor.double().requires_grad_() for tensor in random_inputs(1, 2, 5, 6, reach=2.0)]
-    assert torch.autograd.gradcheck(warp_and_merge, inputs)
-
-
-def test_order_of_offset_channels() -> None:
-    offset = torch.randn(2, 8, 3, 4)
-    expected = torch.empty(2, 6, 8, 2)
-    for i in range(3):
-        for j in range(4):
-            for ky in range(2):
-                for kx in range(2):
-                    channel = 2 * (2 * ky + kx)
-                    expected[:, 2 * i + ky, 2 * j + kx, 0] = 2 * i + ky + offset[:, channel, i, j]
-                    expected[:, 2 * i + ky, 2 * j + kx, 1] = 2 * j + kx + offset[:, channel + 1, i, j]
-    torch.testing.assert_close(sampling_positions(offset), expected, rtol=0, atol=0)
+@pytest.mark.parametrize("height, width", [(14, 14), (29, 18), (56, 56)])
+def test_gradients_at_whole_offsets(height: int, width: int) -> None:
+    offset = torch.randint(-4, 5, (1, 8, height // 2, width // 2)).float()  # many lie outside the map
+    assert_gradients_on_whole_pixels(offset, height, width)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -161,37 +117,6 @@ def test_coordinates_stay_float32_in_half_precision(autocast: bool) -> None:
     assert out[0, 0, 0, 201].item() == 0.5
 
 
-def test_autocast_keeps_offsets_and_residual_stream_in_float32() -> None:
-    merge = DeformableTokenMerging(6, 10).eval()
-    torch.nn.init.normal_(merge.offset.weight)
-    offsets = []
-    hook = merge.offset.register_forward_hook(lambda *args: offsets.append(args[2]))
-    x = torch.randn(2, 8, 8, 6)
-    expected = merge(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = merge(x)
-    hook.remove()
-    assert out.dtype == torch.float32
-    assert torch.equal(*offsets)
-    assert 0 < (out - expected).abs().max() < 0.05
-    assert merge.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-GRAPHS = {
-    "compile": lambda module, x: torch.compile(module, fullgraph=True, backend="aot_eager"),
-    "export": lambda module, x: torch.export.export(module, (x,)).module(),
-}
-
-
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_graphs_keep_offsets_in_float32(graph: str) -> None:
-    offset, x = DeformableTokenMerging(6, 10).offset, torch.randn(2, 6, 8, 8)
-    torch.nn.init.normal_(offset.weight)
-    expected = offset(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(GRAPHS[graph](offset, x)(x), expected)
-
-
 def test_offset_statistics_by_hand() -> None:
     offset = torch.zeros(1, 8, 1, 1)
     offset[0, :, 0, 0] = torch.tensor([3, 4, 0, 0.5, -2, 0, 0, 0])
@@ -200,31 +125,34 @@ def test_offset_statistics_by_hand() -> None:
     assert outside.item() == pytest.approx(2 / 4)
 
 
-def test_share_outside_is_the_share_of_zero_samples() -> None:
-    _, offset, _, _ = random_inputs(2, 1, 9, 13, reach=6.0)
-    share = (deformable_sample(torch.ones(2, 1, 9, 13), offset) == 0).float().mean()
-    assert 0.1 < share < 0.9
-    assert offset_statistics(offset, (9, 13))[1].item() == pytest.approx(share.item())
-
-
 @pytest.mark.parametrize("size", [(8, 8), (9, 6), (7, 11)])
 def test_module_is_deformable_convolution_batch_norm_gelu(size: tuple[int, int]) -> None:
     merging = DeformableTokenMerging(6, 10)
-    assert merging.offset.weight.count_nonzero() == merging.offset.bias.count_nonzero() == 0
     torch.nn.init.normal_(merging.offset.weight, std=0.3)
     torch.nn.init.uniform_(merging.offset.bias, 0.1, 0.9)
     x = torch.randn(2, *size, 6)
-    out = merging(x)
+    out, image = merging(x), x.permute(0, 3, 1, 2)
+    offset = F.conv2d(image, merging.offset.weight, merging.offset.bias, stride=2)
+    expected = deform_conv2d(image, offset, merging.proj.weight, merging.proj.bias, stride=2)
+    expected = F.gelu(F.batch_norm(expected, None, None, training=True)).permute(0, 2, 3, 1)
+    assert out.shape == (2, size[0] // 2, size[1] // 2, 10) and out.is_contiguous()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
-    x = x.permute(0, 3, 1, 2)
-    offset = F.conv2d(x, merging.offset.weight, merging.offset.bias, stride=2)
-    expected = deform_conv2d(x, offset, merging.proj.weight, merging.proj.bias, stride=2)
-    mean, var = expected.mean((0, 2, 3), keepdim=True), expected.var((0, 2, 3), keepdim=True, correction=0)
-    expected = (expected - mean) / (var + 1e-5).sqrt()
-    expected = 0.5 * expected * (1 + torch.erf(expected / math.sqrt(2)))
-    assert out.shape == (2, size[0] // 2, size[1] // 2, 10)
-    assert out.is_contiguous()
-    torch.testing.assert_close(out, expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize("graph", ["eager", "compile", "export"])
+def test_offsets_are_float32_under_autocast(graph: str) -> None:
+    merging, x = DeformableTokenMerging(6, 10).eval(), torch.randn(2, 6, 8, 8)
+    torch.nn.init.normal_(merging.offset.weight)
+    offset: Callable[..., Tensor] = merging.offset
+    expected, tokens = offset(x), merging(x.permute(0, 2, 3, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if graph == "compile":
+            offset = torch.compile(offset, fullgraph=True, backend="aot_eager")
+        elif graph == "export":
+            offset = torch.export.export(merging.offset, (x,)).module()
+        assert torch.equal(offset(x), expected)
+        out = merging(x.permute(0, 2, 3, 1))
+    assert out.dtype == torch.float32 and 0 < (out - tokens).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -232,8 +160,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
     inputs = random_inputs(2, 4, 8, 6, reach=2.0)
     expected = output_and_gradients(oracle, *inputs)
     actual = output_and_gradients(torch.compile(warp_and_merge, fullgraph=True, backend=backend), *inputs)
-    for result, reference in zip(actual, expected, strict=True):
-        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_graph_holds_the_operator_and_export_holds_grid_sample() -> None:
@@ -242,26 +169,14 @@ def test_graph_holds_the_operator_and_export_holds_grid_sample() -> None:
             return deformable_sample(x, offset)
 
     graphs = []
-    inputs = random_inputs(2, 4, 8, 6, reach=2.0)[:2]
+    inputs = random_inputs(2, 4, 12, 8, reach=2.0)[:2]
     compiled = torch.compile(Sample(), fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph)
     torch.testing.assert_close(compiled(*inputs), deformable_sample(*inputs))
     assert "lit.deformable_sample" in graphs[0] and "grid_sampler" not in graphs[0]
-    for strict in (False, True):
-        exported = torch.export.export(Sample(), inputs, strict=strict).graph_module.code
-        assert "grid_sampler" in exported and "lit.deformable_sample" not in exported
-
-
-def test_exports_with_free_sizes() -> None:
-    class Sample(torch.nn.Module):
-        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-            return deformable_sample(x, offset)
-
     free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
-    example = random_inputs(2, 4, 12, 8, reach=2.0)[:2]
-    program = torch.export.export(Sample(), example, dynamic_shapes=(free, free))
-    x, offset, weight, bias = random_inputs(3, 4, 10, 14, reach=2.0)
-    out = F.conv2d(program.module()(x, offset), weight, bias, stride=2)
-    torch.testing.assert_close(out, oracle(x, offset, weight, bias), rtol=1e-4, atol=1e-4)
+    for strict in (False, True):
+        exported = torch.export.export(Sample(), inputs, strict=strict, dynamic_shapes=(free, free)).graph_module
+        assert "grid_sampler" in exported.code and "lit.deformable_sample" not in exported.code
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

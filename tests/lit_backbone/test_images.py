@@ -17,6 +17,7 @@ READABLE = {  # name: image, format, options, expected pixels
     "transparent.png": (Image.fromarray(GRAY).convert("P"), "PNG", {"transparency": bytes(range(256))}, GRAY),
     "webp.png": (Image.fromarray(RGB), "WEBP", {"lossless": True}, RGB),
     "bmp.jpg": (Image.fromarray(RGB), "BMP", {}, RGB),
+    "cmyk.jpg": (Image.fromarray(RGB).convert("CMYK"), "JPEG", {"quality": 95}, RGB),
     "gif.png": (Image.fromarray(GRAY), "GIF", {}, GRAY),
 }
 
@@ -26,12 +27,8 @@ def test_formats_and_modes(name: str, tmp_path: Path) -> None:
     image, format, options, expected = READABLE[name]
     image.save(tmp_path / name, format, **options)
     expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2)
-    assert np.array_equal(open_rgb(tmp_path / name), expected)
-
-
-def test_cmyk_jpeg(tmp_path: Path) -> None:
-    Image.fromarray(RGB).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    assert np.abs(np.asarray(open_rgb(tmp_path / "cmyk.jpg")).astype(int) - RGB).max() <= 10
+    tolerance = 10 if format == "JPEG" else 0
+    assert np.abs(np.asarray(open_rgb(tmp_path / name)).astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -43,12 +40,9 @@ def test_unreadable_images_name_the_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyError(7), AssertionError(), MemoryError()])
-def test_every_decoder_error_names_the_file(error: Exception) -> None:
-    with pytest.raises(DataError, match=r"^x\.tif: unreadable image \(.+\)"), wrap_decode_errors("x.tif"):
+def test_decoder_errors_name_the_file_except_too_many_open_files(error: Exception) -> None:
+    with pytest.raises(DataError, match=r"^x\\n\.tif: unreadable image \(.+\)"), wrap_decode_errors("x\n.tif"):
         raise error
-
-
-def test_too_many_open_files_are_not_an_unreadable_image() -> None:
     with pytest.raises(OSError, match="Too many open files"), wrap_decode_errors("x.png"):
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -63,10 +57,12 @@ def test_exif_orientation_is_optional(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["._1.png", ".ipynb_checkpoints/1.png", "a/@eaDir/1.png", "__MACOSX/a/1.png"])
 def test_find_images_skips_hidden_files(name: str, tmp_path: Path) -> None:
-    for path in (tmp_path / "a" / "1.png", tmp_path / name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    assert find_images([tmp_path]) == [str(tmp_path / "a" / "1.png")]
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"^{tmp_path}: no images"):
+        find_images([tmp_path])
+    with pytest.raises(DataError, match="none: no such file or directory"):
+        find_images([tmp_path / "none"])
 
 
 def test_find_images_in_natural_order(tmp_path: Path) -> None:
@@ -80,18 +76,3 @@ def test_find_images_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / "3").symlink_to(tmp_path / "10")
     assert find_images([str(tmp_path)]) == [*expected[:3], str(tmp_path / "3" / "b.webp"), expected[3]]
     assert find_images([tmp_path / "notes.txt", tmp_path / "2"]) == [str(tmp_path / "notes.txt"), expected[2]]
-
-
-def test_missing_and_empty_directories(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing: no such file or directory"):
-        find_images([str(tmp_path / "nothing")])
-    with pytest.raises(DataError, match=f"^{tmp_path}: no images"):
-        find_images([str(tmp_path)])
-
-
-def test_messages_escape_control_characters(tmp_path: Path) -> None:
-    path = tmp_path / "a\n\x1b[31m.png"
-    path.touch()
-    with pytest.raises(DataError) as error:
-        open_rgb(path)
-    assert str(error.value).startswith(f"{tmp_path}/a\\n\\x1b[31m.png: unreadable image")

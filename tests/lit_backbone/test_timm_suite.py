@@ -44,15 +44,9 @@ def timm_tests(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
 
 
 def expected_tests(model: str) -> set[str]:
-    tests = {
-        f"test_model_forward[1-{model}]",
-        f"test_model_backward[2-{model}]",
-        f"test_model_forward_fx[1-{model}]",
-        f"test_model_backward_fx[2-{model}]",
-        f"test_model_forward_intermediates[1-{model}]",
-        f"test_model_forward_intermediates_features[1-{model}]",
-        f"test_prune_intermediate_layers_contract[{model}]",
-    }
+    names = "forward[1 backward[2 forward_fx[1 backward_fx[2 forward_intermediates[1 forward_intermediates_features[1"
+    tests = {f"test_model_{name}-{model}]" for name in names.split()}
+    tests |= {f"test_prune_intermediate_layers_contract[{model}]"}
     if model in CLASS_TOKEN_MODELS:
         return tests | {f"test_model_default_cfgs_non_std[1-{model}.in1k]"}
     return tests | {f"test_model_default_cfgs[1-{model}.in1k]", f"test_model_forward_features[1-{model}]"}

@@ -62,7 +62,7 @@ def test_recipe(name: str) -> None:
     assert settings == {(1e-4, 1e-4, (0.9, 0.999))}
 
 
-@pytest.mark.parametrize("name", SEGMENTORS)
+@pytest.mark.parametrize("name", ["lit_ti", pytest.param("lit_s", marks=pytest.mark.slow)])
 def test_trains_and_validates(name: str, scenes: Path, tmp_path: Path) -> None:
     """Run one step and one validation of the config on other data with smaller images."""
     config = derive(tmp_path / "config.py", path_of(name), "model = dict(backbone=dict(init_cfg=None))")

@@ -26,11 +26,6 @@ def test_results(tmp_path: Path) -> None:
         assert row["ms"] > 0 and f"{what} " in printed
         assert row["ratio"] == row["ms"] / operator[what, "lit_backbone"]["ms"], name
     assert results["rows"][-1]["images_per_s"] > 0
-    figure = benchmark.draw(results["rows"])
-    for axes, what in zip(figure.axes[:6], dict.fromkeys(what for what, _ in operator), strict=True):
-        bars = {label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches)}
-        assert axes.get_title("right") == what
-        assert bars == {name: operator[what, name]["ms"] for name in benchmark.MERGINGS}
     assert Image.open(tmp_path / "cpu.png").size[0] == 1500
 
 

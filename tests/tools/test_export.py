@@ -17,45 +17,39 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-from lit_backbone.lit import ARCHS
 from lit_classification.model import load_classifier
 from tests.lit_backbone.small import small_lit
 from tests.programs import Program
-from tools.export import main, model_card, write_onnx
+from tools.export import main, model_card
 
 ROOT = Path(__file__).parents[2]
 KEYWORDS = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4], mlp_ratios=2)
 CLASSES = ["ant", "bee", "cat"]
 SIZE = (64, 96)
 SHAPES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 75, 130)]
-RUN = dict(model_ema=None, optimizer={}, scaler={}, updates_per_epoch=10, update=25, best=97.5)
-RUN |= dict(recipe={})
 
 
 def build(name: str) -> nn.Module:
     """Create a small model in evaluation mode without zero parameters."""
-    return randomize(timm.create_model(name, num_classes=len(CLASSES), img_size=SIZE, **KEYWORDS))
-
-
-def randomize(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=len(CLASSES), img_size=SIZE, **KEYWORDS).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.add_((0.05 if ".offset." in key else 0.1) * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module", params=["lit_s", "lit_ti"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """Write a checkpoint as main.py does and return it with its model."""
-    name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    config = {"MODEL": {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS}}
+    name, path = request.param, tmp_path_factory.mktemp(request.param) / "digits.pth"
+    architecture = {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS, "PRETRAINED": "/home/me/start.pth"}
+    config = {"MODEL": architecture, "TEST": {"CROP": name == "lit_ti"}, "TRAIN": {}}
     config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random", "DATA_PATH": "/home/me/insects"}}
-    config |= {"TEST": {"CROP": name == "lit_ti"}, "TRAIN": {}}
-    config["MODEL"]["PRETRAINED"] = "/home/me/start.pth"
     model = build(name)
-    torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES} | RUN, folder / "digits.pth")
-    return folder / "digits.pth", model
+    run = dict(model_ema=None, optimizer={}, scaler={}, recipe={}, updates_per_epoch=10, update=25, best=97.5)
+    torch.save({"model": model.state_dict(), "config": config, "classes": CLASSES} | run, path)
+    return path, model
 
 
 def export(*args: str | Path) -> str:
@@ -66,10 +60,6 @@ def export(*args: str | Path) -> str:
 def run_onnx(path: Path, x: Tensor) -> list[Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
-
-
-def feature_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return model.forward_intermediates(x, intermediates_only=True)
 
 
 def check_description(metadata: dict[str, str], path: Path, model: nn.Module) -> None:
@@ -90,47 +80,18 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
 @torch.no_grad()
-def test_onnx(checkpoint: tuple[Path, nn.Module]) -> None:
-    path, model = checkpoint
-    file = path.with_suffix(".onnx")
-    assert export(path, "--format", "onnx").endswith(str(file))
+def test_onnx_of_logits_and_of_feature_maps(checkpoint: tuple[Path, nn.Module]) -> None:
+    (path, model), file = checkpoint, checkpoint[0].with_suffix(".onnx")
+    dense = ["--dense"] if "lit_s" in str(path.parent) else []
+    assert export(path, "--format", "onnx", *dense).endswith(str(file))
     for shape in SHAPES:
         x = torch.randn(shape)
-        torch.testing.assert_close(run_onnx(file, x), [model(x)], rtol=1e-4, atol=1e-4)
-    operators = {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
-    assert "GridSample" in operators
+        expected = model.forward_intermediates(x, intermediates_only=True) if dense else [model(x)]
+        torch.testing.assert_close(run_onnx(file, x), expected, rtol=1e-4, atol=1e-4)
+    assert "GridSample" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     check_description(session.get_modelmeta().custom_metadata_map, path, model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
-@torch.no_grad()
-def test_dense_onnx(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    path, model = checkpoint
-    export(path, "--format", "onnx", "--dense", "--output", tmp_path / "maps.onnx")
-    for shape in SHAPES:
-        x = torch.randn(shape)
-        torch.testing.assert_close(run_onnx(tmp_path / "maps.onnx", x), feature_maps(model, x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["lit_ti"], indirect=True)
-@torch.no_grad()
-def test_onnx_of_the_dense_backbone(checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    """Export the backbone of detectors: no class token, norms on the outputs, a subset of the stages."""
-    LITBackbone = pytest.importorskip("lit_backbone.mm").LITBackbone
-
-    backbone = randomize(
-        LITBackbone(ARCHS["lit_ti"] | KEYWORDS, img_size=SIZE, out_indices=(1, 2, 3), out_norms=(1, 3))
-    )
-    images = [torch.randn(shape) for shape in SHAPES]
-    maps = [list(backbone(x)) for x in images]
-    write_onnx(load_classifier(checkpoint[0], torch.device("cpu"))._replace(model=backbone), tmp_path / "backbone.onnx")
-    for x, expected in zip(images, maps):
-        torch.testing.assert_close(run_onnx(tmp_path / "backbone.onnx", x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -150,79 +111,68 @@ def test_torch_export(checkpoint: tuple[Path, nn.Module]) -> None:
 @torch.no_grad()
 def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
     path, model = checkpoint
+    file, again = path.with_suffix(".safetensors"), path.with_name("again-hf")
     export(path, "--format", "safetensors")
     keywords = dict(KEYWORDS, num_classes=len(CLASSES), img_size=SIZE)
-    name = model.pretrained_cfg["architecture"]
-    file = path.with_suffix(".safetensors")
-    read = timm.create_model(name, checkpoint_path=file, **keywords).eval()
+    read = timm.create_model(model.pretrained_cfg["architecture"], checkpoint_path=file, **keywords).eval()
     x = torch.randn(SHAPES[0])
     assert torch.equal(read(x), model(x))
     with safetensors.safe_open(file, "pt") as opened:
         check_description(opened.metadata(), path, model)
         assert "insects" not in str(opened.metadata())
     assert mode(file) == 0o640  # default permissions
-    check_same_classifier(file, path)
-    export(file, "--format", "hf", "--output", path.with_name("again-hf"))
-    check_same_classifier(path.with_name("again-hf") / "model.safetensors", path)
-    assert "**Training:**" not in (path.with_name("again-hf") / "README.md").read_text()
+    export(file, "--format", "hf", "--output", again)
+    assert "**Training:**" not in (again / "README.md").read_text()
+    expected = load_classifier(path, torch.device("cpu"))
+    for copy in (file, again / "model.safetensors"):
+        actual = load_classifier(copy, torch.device("cpu"))
+        x = expected.transform(photo())[None]
+        assert actual.classes == expected.classes and torch.equal(actual.transform(photo())[None], x)
+        assert torch.equal(actual.model(x), expected.model(x))
 
 
-def check_same_classifier(file: Path, checkpoint: Path) -> None:
-    actual, expected = (load_classifier(path, torch.device("cpu")) for path in (file, checkpoint))
-    x = expected.transform(photo())[None]
-    assert actual.classes == expected.classes and torch.equal(actual.transform(photo())[None], x)
-    assert torch.equal(actual.model(x), expected.model(x))
+@pytest.fixture
+def hf(checkpoint: tuple[Path, nn.Module]) -> Path:
+    """Return the exported folder."""
+    export(checkpoint[0], "--format", "hf")
+    return checkpoint[0].with_name("digits-hf")
 
 
 @torch.no_grad()
-def test_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
+def test_timm_and_transformers_load_the_hf_folder(checkpoint: tuple[Path, nn.Module], hf: Path) -> None:
     path, model = checkpoint
-    folder = path.with_name("digits-hf")
-    export(path, "--format", "hf")
-    read = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    read = timm.create_model(f"local-dir:{hf}", pretrained=True).eval()
     x = torch.randn(SHAPES[0])
     assert torch.equal(read(x), model(x))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((hf / "config.json").read_text())
     assert config["label_names"] == CLASSES and "num_classes" not in config["model_args"]
     assert config["pretrained_cfg"]["tag"] == config["pretrained_cfg"]["origin_url"] == ""  # not the authors' weights
+    preprocessed = load_classifier(path, torch.device("cpu")).transform(photo())
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
-    assert torch.equal(transform(photo()), load_classifier(path, torch.device("cpu")).transform(photo()))
-    assert {mode(file) for file in folder.iterdir()} == {0o640}
+    assert torch.equal(transform(photo()), preprocessed)
+    assert {mode(file) for file in hf.iterdir()} == {0o640}
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
-def test_transformers_loads_hf_folder(checkpoint: tuple[Path, nn.Module]) -> None:
-    path, model = checkpoint
-    export(path, "--format", "hf")
-    folder, x = str(path.with_name("digits-hf")), torch.randn(SHAPES[0])
-    torch.testing.assert_close(AutoModelForImageClassification.from_pretrained(folder)(pixel_values=x).logits, model(x))
-    features = AutoModel.from_pretrained(folder)(pixel_values=x).pooler_output
+    torch.testing.assert_close(AutoModelForImageClassification.from_pretrained(hf)(pixel_values=x).logits, model(x))
+    features = AutoModel.from_pretrained(hf)(pixel_values=x).pooler_output
     torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
-    scores = model(load_classifier(path, torch.device("cpu")).transform(photo())[None])[0].softmax(0)
-    result = {row["label"]: row["score"] for row in pipeline("image-classification", model=folder)(photo())}
+    scores = model(preprocessed[None])[0].softmax(0)
+    result = {row["label"]: row["score"] for row in pipeline("image-classification", model=str(hf))(photo())}
     assert result == pytest.approx(dict(zip(CLASSES, scores.tolist())), abs=1e-5)
 
 
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
-def test_model_card(
-    checkpoint: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_model_card_states_the_training_and_its_example_runs(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The card states what the checkpoint contains and nothing else, and its example runs."""
-    path = checkpoint[0]
-    export(path, "--format", "hf")
-    monkeypatch.chdir(path.parent)
-    card = Path("digits-hf/README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    card = (hf / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
-    assert (header["license"], header["library_name"], header["pipeline_tag"]) == (
-        "apache-2.0", "timm", "image-classification"
-    )  # fmt: skip
+    assert (header["license"], header["library_name"]) == ("apache-2.0", "timm")
     for fact in ("**Data:** insects\n", "**Initial weights:** start.pth\n", "97.50 % top-1", "2.5 of 300 epochs"):
         assert fact in card
     assert "TRAIN.WEIGHT_DECAY: 0.05\n" in card and "/home/me" not in card
     photo().save("photo.jpg")
-    example = card.split("```python\n")[1].split("```")[0]
-    exec(example.replace("FOLDER", "digits-hf"), {})
+    exec(card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(hf)), {})
     assert capsys.readouterr().out.strip() in CLASSES
 
     weights = {"model": timm.create_model("lit_s").state_dict()}
@@ -244,18 +194,3 @@ def test_errors(checkpoint: tuple[Path, nn.Module], tmp_path: Path, capsys: pyte
     assert "none.pth: no such file" in export(tmp_path / "none.pth", "--format", "onnx")
     torch.save({"model": small_lit().state_dict()}, tmp_path / "other.pth")
     assert "other.pth: holds weights of no known LIT" in export(tmp_path / "other.pth", "--format", "onnx")
-
-
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])  # LIT-M and LIT-B repeat the blocks of LIT-S
-def test_onnx_at_full_size(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    for key, parameter in model.named_parameters():
-        if ".offset." in key:  # initialized to zero
-            parameter.normal_(std=0.02)
-    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    export(tmp_path / "model.pth", "--format", "onnx")
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 224, 224), dtype=np.float32))
-    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), [model(x)], rtol=1e-4, atol=1e-4)

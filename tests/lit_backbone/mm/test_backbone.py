@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mmengine.hooks import EMAHook
-from mmengine.model import BaseModel, BaseModule
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from lit_backbone import CheckpointError
 from lit_backbone.lit import ARCHS
@@ -57,16 +55,11 @@ def test_registered_in_both_libraries(scope: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(arch="lit_x"), "lit_ti, lit_s, lit_m, lit_b"),
-        (dict(out_indices=(2, 1)), "out_indices"),
-        (dict(out_indices=(3, 4)), "out_indices"),
-        (dict(out_indices=(2, 3), out_norms=(1,)), "out_norms"),
-    ],
+    "kwargs",
+    [dict(arch="lit_x"), dict(out_indices=(2, 1)), dict(out_indices=(3, 4)), dict(out_norms=(1,), out_indices=(2, 3))],
 )
-def test_invalid_arguments(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_arguments(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
         LITBackbone(**({"arch": ARCH} | kwargs))
 
 
@@ -79,29 +72,15 @@ def test_unused_stages_are_not_built() -> None:
         torch.testing.assert_close(a, b)
 
 
-def train_step(model: LITBackbone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    torch.manual_seed(1)
-    features = model.train()(image((2, 3, 64, 96), 3))
-    sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).mean() for x in features).backward()
-    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers())
-
-
-def test_activation_checkpointing_matches_plain() -> None:
-    plain, checkpointed = (train_step(small(drop_path_rate=0.3, with_cp=with_cp)) for with_cp in (False, True))
-    assert plain[0].keys() == checkpointed[0].keys()
-    for a, b in zip(plain, checkpointed, strict=True):
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], msg=key)
-    assert any(key.endswith("running_mean") for key in plain[1])
-
-
-def test_frozen_stages_do_not_change() -> None:
-    model = small(frozen_stages=2)
+def test_frozen_stages_do_not_change_under_activation_checkpointing() -> None:
+    model = small(frozen_stages=2, with_cp=True)
+    assert all(stage.grad_checkpointing for stage in model.stages)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    gradients, _ = train_step(model)
-    assert {key.split(".")[1] for key in gradients if key.startswith("stages.")} == {"2", "3"}
-    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    assert {key.split(".")[1] for key in changed} == {"2", "3"}
+    sum(features.square().mean() for features in model.train()(image((2, 3, 64, 96), 3))).backward()
+    trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    for keys in (trained, changed):
+        assert {key.split(".")[1] for key in keys if key.startswith("stages.")} == {"2", "3"}
 
 
 # ---- pretrained weights
@@ -115,33 +94,19 @@ def pretrained(path: Path, **kwargs: Any) -> LITBackbone:
     return model
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_init_from_classifier(tmp_path: Path, wrapper: str | None) -> None:
-    torch.manual_seed(3)
-    classifier = timm.create_model("lit_s", **SHRUNK["lit_s"], img_size=64, num_classes=10)
-    state = classifier.state_dict()
-    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "c.pth")
-    model = pretrained(tmp_path / "c.pth", arch=SHRUNK["lit_s"], img_size=128, out_norms=(0, 3))
-    loaded = model.state_dict()
-    for key in state.keys() & loaded.keys():
-        if key.endswith("rel_pos_bias"):
-            assert loaded[key].shape[2:] == {2: (15, 15), 3: (7, 7)}[int(key.split(".")[1])]
-        else:
-            assert torch.equal(loaded[key], state[key]), key
-    assert loaded.keys() - state.keys() == {"norm0.weight", "norm0.bias", "norm3.weight", "norm3.bias"}
-
-
 @pytest.mark.parametrize("name", ["lit_s", "lit_ti"])
-def test_init_from_released_classifier(tmp_path: Path, name: str, goldens: dict[str, Any]) -> None:
+def test_init_from_released_classifier_resizes_tables(tmp_path: Path, name: str, goldens: dict[str, Any]) -> None:
     released = shrunk_released(name, goldens["state_dicts"][name]["keys"])
     torch.save({"model": released}, tmp_path / "r.pth")
     keywords = {"class_token": False, "global_pool": "avg"} if name == "lit_ti" else {}
     classifier = timm.create_model(name, **SHRUNK[name], **keywords, num_classes=0).eval()
     classifier.load_state_dict(released, strict=False)
-    model = pretrained(tmp_path / "r.pth", arch=ARCHS[name] | SHRUNK[name]).eval()
-    x = image((1, 3, 224, 224), 5)
+    model = pretrained(tmp_path / "r.pth", arch=ARCHS[name] | SHRUNK[name], img_size=128).eval()
+    tables = [key for key in model.state_dict() if key.endswith(("pos_embed", "rel_pos_bias"))]
+    assert all(model.state_dict()[key].shape != classifier.state_dict()[key].shape for key in tables)
+    x = image((1, 3, 128, 128), 5)
     for a, b in zip(model(x), classifier.forward_intermediates(x, intermediates_only=True), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_init_from_detector(tmp_path: Path) -> None:
@@ -155,44 +120,15 @@ def test_init_from_detector(tmp_path: Path) -> None:
         pretrained(tmp_path / "d.pth", arch=ARCH, init=dict(prefix="body."))
 
 
-class Detector(BaseModel):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = small()
-
-    def forward(self, *inputs: Tensor, mode: str = "tensor") -> Any:
-        return {"loss": self.backbone(torch.stack(inputs))[-1].square().mean()}
-
-
-def test_init_from_ema_of_detector(tmp_path: Path) -> None:
-    """Load the EMA weights, which EMAHook stores as `state_dict`."""
-    runner = Runner(
-        Detector(),
-        str(tmp_path),
-        train_dataloader=dict(
-            dataset=list(image((4, 3, 64, 64), 1)), batch_size=2, sampler=dict(type="DefaultSampler")
-        ),
-        train_cfg=dict(by_epoch=True, max_epochs=2),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=2)),
-        custom_hooks=[dict(type="EMAHook", momentum=0.1)],
-    )
-    runner.train()
-    ema = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model.module.backbone
-    init = dict(prefix="backbone.")
-    model = pretrained(tmp_path / "epoch_2.pth", arch=ARCH, img_size=64, out_norms=(1, 3), init=init)
-    for key, value in ema.named_parameters():
-        assert torch.equal(model.state_dict()[key], value), key
-    key = "stages.0.blocks.0.mlp.fc1.weight"
-    assert not torch.equal(runner.model.backbone.state_dict()[key], ema.state_dict()[key])
-
-
 def test_mismatched_weights_are_an_error(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
     torch.save(small().state_dict(), tmp_path / "small.pth")
+    torch.save({key: value * torch.nan for key, value in small().state_dict().items()}, tmp_path / "nan.pth")
     for path, kwargs in [("x.pth", dict(arch=ARCH)), ("small.pth", dict(arch="lit_s"))]:
         with pytest.raises(CheckpointError, match=f"{path}: .*missing"):
             pretrained(tmp_path / path, **kwargs)
+    with pytest.raises(CheckpointError, match="nan.pth: .*not finite"):
+        pretrained(tmp_path / "nan.pth", arch=ARCH, img_size=64)
     with pytest.raises(CheckpointError, match="absent.pth: no such file"):
         pretrained(tmp_path / "absent.pth", arch=ARCH)
     with pytest.raises(ValueError, match="Pretrained"):

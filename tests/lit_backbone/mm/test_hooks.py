@@ -46,22 +46,11 @@ def train_by_iterations(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("iteration", [2, 3])
-@pytest.mark.parametrize("kind", ["state_dict", "ema_state_dict"])
-def test_checkpoint_holds_average_over_ranks(kind: str, iteration: int, averaged: Path) -> None:
-    content = torch.load(averaged / "run" / f"iter_{iteration}.pth", weights_only=False)
-    saved = {key.removeprefix("module."): value for key, value in content[kind].items()}
-    decay = 1 - 0.9**iteration
-    torch.testing.assert_close(saved["norm.running_mean"], torch.full((3,), 5.0 * decay), atol=0.5 * decay, rtol=0)
-
-
-def test_training_continues_from_average(averaged: Path) -> None:
-    first, second = (torch.load(averaged / f"mean{rank}.pth") for rank in range(2))
-    torch.testing.assert_close(first, second)
-
-
-@pytest.fixture(scope="module")
-def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("averaged")
-    torch.multiprocessing.spawn(train_by_iterations, (folder,), nprocs=2)
-    return folder
+def test_checkpoints_hold_the_average_over_ranks_and_training_continues_from_it(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_by_iterations, (tmp_path,), nprocs=2)
+    for iteration in (2, 3):
+        content = torch.load(tmp_path / "run" / f"iter_{iteration}.pth", weights_only=False)
+        decay = 1 - 0.9**iteration
+        for mean in (content["state_dict"]["norm.running_mean"], content["ema_state_dict"]["module.norm.running_mean"]):
+            torch.testing.assert_close(mean, torch.full((3,), 5.0 * decay), atol=0.5 * decay, rtol=0)
+    torch.testing.assert_close(*(torch.load(tmp_path / f"mean{rank}.pth") for rank in range(2)))
