@@ -61,7 +61,7 @@ LOADER_FAILURES = {  # what PyTorch says, and what to do
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     help = "YAML file such as configs/lit-s.yaml, or config.yaml of a run to continue; optional with --eval"
     parser.add_argument("--cfg", metavar="FILE", help=help)
     mode, flag = parser.add_mutually_exclusive_group(), dict(dest="mode", action="store_const", default="train")

@@ -20,9 +20,7 @@ from lit_classification.model import load_classifier
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="dataset with images in val/")
     help = "number of validation images to average over, from the first one on (%(default)s)"
     parser.add_argument("--num-images", type=positive, default=100, metavar="N", help=help)

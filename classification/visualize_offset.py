@@ -20,9 +20,7 @@ from lit_classification.model import load_classifier
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vis_image", type=Path, required=True, metavar="IMAGE", help="image to sample")
     parser.add_argument("--output", type=Path, default=Path("visualization"), metavar="DIR", help="(%(default)s)")
     add_model_arguments(parser)

@@ -20,6 +20,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tool
     Replacements are put last, so they override other options, as in the original. Exit with the answer for options that
     have no replacement.
     """
+    parser.allow_abbrev = False
     table = {key.split()[0]: (key.split()[1:], answer) for key, answer in OPTIONS[tool].items()}
     tokens, args, replaced = list(sys.argv[1:] if argv is None else argv), [], []
     while tokens:

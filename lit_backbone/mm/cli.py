@@ -107,7 +107,7 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
 
 
 def _build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file, for example one in configs/lit")
     parser.add_argument("--work-dir", metavar="DIR", help="work directory (work_dirs/<name of the config>)")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
