@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_backbone import CheckpointError, load_checkpoint, read_checkpoint
+from lit_backbone import CheckpointError, load_checkpoint, original, read_checkpoint
 from lit_backbone.checkpoints import stored_classes
 from lit_backbone.dtm import dtm_statistics
 from lit_backbone.images import DataError
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per rank")
     parser.add_argument("--output", metavar="DIR", help="OUTPUT: parent directory of all runs")
     parser.add_argument("--tag", help="TAG: name of this run")
-    args = parser.parse_args(argv)
+    args = original.parse_args(parser, argv, "main")
     if args.mode == "throughput" and (args.resume or args.pretrained):
         parser.error("argument --throughput: measures the model of --cfg and reads no checkpoint")
     if not args.cfg and args.mode != "eval":

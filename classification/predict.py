@@ -48,7 +48,7 @@ def describe(path: str, predictions: list[Prediction], as_json: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders that hold images")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")

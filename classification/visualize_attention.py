@@ -15,6 +15,7 @@ from lit_backbone import LIT, CheckpointError
 from lit_backbone.attention_maps import PAPER_TOKENS, average_attention, choose_tokens, draw_attention_maps
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
+from lit_backbone.original import parse_args
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, positive
 from lit_classification.config import ConfigError, import_modules
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs=4, metavar="T", help=help)
     parser.add_argument("--output", type=Path, default=Path("attention_map"), metavar="DIR", help="(%(default)s)")
     add_model_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, "visualize")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         import_modules(args.imports)

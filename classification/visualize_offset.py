@@ -13,6 +13,7 @@ from torchvision.transforms.functional import normalize, to_pil_image
 
 from lit_backbone import CheckpointError
 from lit_backbone.images import DataError, open_rgb
+from lit_backbone.original import parse_args
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, add_offset_arguments, enlargement, write_offsets
 from lit_classification.config import ConfigError, import_modules
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("visualization"), metavar="DIR", help="(%(default)s)")
     add_model_arguments(parser)
     add_offset_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, "visualize")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     try:

@@ -177,7 +177,9 @@ def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="directory (%(default)s)")
     parser.add_argument("--train", type=int, default=4800, help="number of training scenes (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="number of validation scenes (%(default)s)")

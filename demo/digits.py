@@ -47,7 +47,9 @@ def write_digits(root: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=Path("data/digits"), help="directory (%(default)s)")
     args = parser.parse_args()
     status = "written" if write_digits(args.output) else "complete"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .images import DataError
-from .layers import AttentionBlock
+from .layers import AttentionBlock, ReducedAttention
 from .lit import LIT
 from .visualize import CELL_COLOR, MIN_DISPLAY_SIZE, draw_sheet
 
@@ -54,6 +54,8 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
     over the feature map, or with a class token to 1 minus its share. `queries` holds the row-major index of the query
     token in each stage, without the class token.
     """
+    if any(isinstance(module, ReducedAttention) for module in model.modules()):
+        raise DataError("attention maps are not drawn for models with sr_ratios. Use one with full attention.")
     blocks = [(i, stage, block) for i, stage in enumerate(model.stages) for block in stage.modules()]
     attending = [(i, stage.cls_token is not None) for i, stage, block in blocks if isinstance(block, AttentionBlock)]
     fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)

@@ -130,6 +130,24 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, ..., C)
 
 
+class ReducedAttention(Attention):
+    """Attention to a feature map that a convolution reduces by `sr_ratio`: PVT's spatial-reduction attention."""
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, *, device=None, dtype=None):
+        super().__init__(dim, num_heads, device=device, dtype=dtype)
+        self.reduce = ConvMerging(dim, dim, sr_ratio, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend from all tokens `(B, H, W, C)` to the reduced ones `(B, H/r, W/r, C)`; keeps the shape."""
+        dim, heads = x.shape[-1], self.num_heads
+        (q_weight, kv_weight), (q_bias, kv_bias) = (p.split((dim, 2 * dim)) for p in (self.qkv.weight, self.qkv.bias))
+        q = F.linear(x, q_weight, q_bias).flatten(1, 2).unflatten(2, (heads, dim // heads)).transpose(1, 2)
+        kv = F.linear(self.reduce(x), kv_weight, kv_bias).flatten(1, 2).unflatten(2, (2, heads, dim // heads))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 2, heads, C/heads) -> 2 x (B, heads, N, C/heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, H, W, C)
+
+
 class MlpBlock(nn.Module):
     """Pure MLP block of LIT's early stages: `x + DropPath(MLP(LN(x)))`."""
 
@@ -154,6 +172,7 @@ class AttentionBlock(MlpBlock):
         *,
         num_heads: int,
         map_size: tuple[int, int] | None,
+        sr_ratio: int = 1,
         mlp_ratio: float,
         drop_path: float,
         norm_layer: Layer,
@@ -163,7 +182,10 @@ class AttentionBlock(MlpBlock):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, norm_layer=norm_layer, **dd)
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, map_size=map_size, **dd)
+        if sr_ratio > 1:
+            self.attn: Attention = ReducedAttention(dim, num_heads, sr_ratio, **dd)
+        else:
+            self.attn = Attention(dim, num_heads, map_size=map_size, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens `(B, H, W, C)`, or any `(B, ..., C)` without bias; keeps the shape."""

@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, to_ntuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
@@ -30,6 +31,7 @@ MERGINGS: dict[str, Callable[..., nn.Module]] = {
     "dtm": DeformableTokenMerging,
     "conv": partial(ConvMerging, patch_size=2),
     "conv_bn": ConvBNMerging,
+    "swin": PatchMerging,
 }
 
 
@@ -110,8 +112,10 @@ class LIT(nn.Module):
         embed_dims, depths: number of channels and of blocks in each stage.
         num_heads, mlp_ratios: one value per stage, or one for all stages; heads apply to attention stages only.
         attention: True for each stage with attention; the other stages have pure MLP blocks.
-        merging: merging of stages 2-4: `dtm`, `conv` (2x2 stride-2 convolution and LayerNorm) or `conv_bn` (DTM without
-            offsets, for ablations).
+        sr_ratios: reduction of the feature map that attention reads, as in PVT; one value per stage, or one for all
+            stages. 1 for none.
+        merging: merging of stages 2-4: `dtm`, or for ablations `conv` (2x2 stride-2 convolution and LayerNorm),
+            `conv_bn` (DTM without offsets) or `swin` (patch merging of Swin).
         pos_embed: `relative` bias in attention stages, `absolute` embedding in every stage, or `none`.
         class_token: add a class token in the last stage.
         norm_eps: epsilon of the final LayerNorm and of those in blocks.
@@ -131,6 +135,7 @@ class LIT(nn.Module):
         num_heads: int | Sequence[int] = (3, 6, 12, 24),
         mlp_ratios: float | Sequence[float] = 4.0,
         attention: Sequence[bool] = (False, False, True, True),
+        sr_ratios: int | Sequence[int] = 1,
         merging: str = "dtm",
         pos_embed: Literal["relative", "absolute", "none"] = "relative",
         class_token: bool = False,
@@ -152,9 +157,13 @@ class LIT(nn.Module):
             raise ValueError("class_token=True: needs attention in the last stage. Set attention[-1]=True.")
         dd = {"device": device, "dtype": dtype}
         num_stages = len(depths)
-        num_heads, mlp_ratios = to_ntuple(num_stages)(num_heads), to_ntuple(num_stages)(mlp_ratios)
-        if {len(embed_dims), len(num_heads), len(mlp_ratios), len(attention)} != {num_stages}:
-            raise ValueError("depths, embed_dims, num_heads, mlp_ratios, attention: numbers of stages differ")
+        num_heads, mlp_ratios, sr_ratios = (to_ntuple(num_stages)(x) for x in (num_heads, mlp_ratios, sr_ratios))
+        if {len(embed_dims), len(num_heads), len(mlp_ratios), len(attention), len(sr_ratios)} != {num_stages}:
+            raise ValueError(
+                "depths, embed_dims, num_heads, mlp_ratios, attention, sr_ratios: numbers of stages differ"
+            )
+        if max(sr_ratios) > 1 and (pos_embed == "relative" or (class_token and sr_ratios[-1] > 1)):
+            raise ValueError("sr_ratios: has no relative position and no class token. Use 1 and pos_embed='absolute'.")
         self.in_chans, self.num_classes = in_chans, num_classes
         self.output_fmt = "NLC" if class_token else "NHWC"  # format of forward_features
         self.num_prefix_tokens = int(class_token)
@@ -173,7 +182,7 @@ class LIT(nn.Module):
             block: Callable[..., MlpBlock] = MlpBlock
             if attention[i]:
                 map_size = map_sizes[i] if pos_embed == "relative" else None
-                block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size)
+                block = partial(AttentionBlock, num_heads=num_heads[i], map_size=map_size, sr_ratio=sr_ratios[i])
             keywords = dict(mlp_ratio=mlp_ratios[i], norm_layer=norm_layer, **dd)
             blocks = [block(dim, drop_path=rate, **keywords) for rate in drop_paths[i]]
             pos_embed_size = map_sizes[i] if pos_embed == "absolute" else None

@@ -4,16 +4,27 @@ import argparse
 import errno
 import json
 import re
+import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import sha256
+from http.client import HTTPException
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import safe_open
+from timm.models._hub import get_cache_dir
+from torch.hub import download_url_to_file
+
+URL_PREFIXES = ("http://", "https://")
+DOWNLOAD_TIMEOUT = 60  # seconds without data
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
 
 
 class Placeholder:
@@ -65,14 +76,15 @@ class CheckpointError(RuntimeError):
 def read_checkpoint(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file to a device without running code from it.
 
-    Safetensors files written by this package also give classes and configuration.
+    An http(s) address is downloaded once, into the hub directory of PyTorch (`TORCH_HOME`). Safetensors files written
+    by this package also give classes and configuration.
 
     Raises:
         CheckpointError: the file is missing or corrupt, holds no dictionary, or pickles objects other than tensors and
             plain data.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = _download(str(path)) if str(path).startswith(URL_PREFIXES) else Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Expected a .pth or .safetensors checkpoint.")
     try:
@@ -117,3 +129,24 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile("compressed")
         if any(member.external_attr & 0x10 or member.is_dir() for member in members) or archive.testzip():
             raise zipfile.BadZipFile("corrupt")
+
+
+def _download(url: str) -> Path:
+    """Return the cached file of a URL, after downloading it if necessary."""
+    name = Path(urlparse(url).path).name
+    path = Path(get_cache_dir(), f"{sha256(url.encode()).hexdigest()[:8]}-{name}")  # many URLs end in latest.pth
+    temporary, digest = path.with_name(f"new-{path.name}"), HASH_IN_NAME.search(name)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
+    try:
+        with FileLock(f"{path}.lock"):  # one process downloads while the others wait
+            if not path.exists():
+                download_url_to_file(url, str(temporary), digest and digest[1])
+                read_checkpoint(temporary)  # raises an error if the download is truncated
+                temporary.replace(path)
+    except (OSError, HTTPException, RuntimeError) as error:
+        advice = "Download it on a machine with network access and pass the file."
+        raise CheckpointError(f"{url}: download failed ({error}). {advice}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path

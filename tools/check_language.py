@@ -56,7 +56,7 @@ def violations(path: Path) -> list[tuple[int, str]]:
 
 def main(description: str, tool: str, patterns: Sequence[str], check: Callable[[Path], list[tuple[int, str]]]) -> None:
     """Print the violations in the named files, or in all files, and exit with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("files", nargs="*", type=Path, help="default: all files of the project")
     files = files_to_check(parser.parse_args().files, patterns, CONFIG[tool]["exclude"])
     report = [f"{os.path.relpath(path)}:{number}: {message}" for path in files for number, message in check(path)]

@@ -154,7 +154,9 @@ def export(checkpoint: Path, output: Path, format: str, dense: bool = False) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", type=Path, help="file of main.py, or released by the authors")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint)")

@@ -173,7 +173,9 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     Raise CheckpointError if it is of another model, other data or other settings.
     """
     if "optimizer" not in content or "updates_per_epoch" not in content:
-        raise CheckpointError(f"{path}: holds weights, not a run to resume. {NEW_RUN}")
+        is_run = {"optimizer", "epoch"} <= content.keys()
+        kind = "a run of the original or another trainer, which cannot be continued" if is_run else "weights, not a run"
+        raise CheckpointError(f"{path}: holds {kind}. {NEW_RUN}")
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
         raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {NEW_RUN}")

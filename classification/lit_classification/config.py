@@ -33,7 +33,8 @@ Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(gt=0, multiple_of=32, le=2048)]  # at 2048, stage 3 attends over 16,384 tokens
 Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x), Field(strict=False)]
 _repeat = BeforeValidator(lambda x: (x,) * 4 if isinstance(x, (int, float)) else x)
-Stages = Annotated[tuple[T, T, T, T], _repeat, Field(strict=False)]  # one value per stage, or one for all
+FourStages = Annotated[tuple[T, T, T, T], Field(strict=False)]  # one value per stage
+Stages = Annotated[FourStages[T], _repeat]  # one value per stage, or one for all
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -74,12 +75,13 @@ class Data(Section):
 class Lit(Section):
     """Keywords of LIT's constructor that override those of the variant. Bounds limit what a checkpoint can ask for."""
 
-    embed_dims: Stages[Annotated[int, Field(ge=1, le=4096)]] | None = Field(None, description="channels per stage")
-    depths: Stages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="blocks per stage")
+    embed_dims: FourStages[Annotated[int, Field(ge=1, le=4096)]] | None = Field(None, description="channels per stage")
+    depths: FourStages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="blocks per stage")
     num_heads: Stages[Annotated[int, Field(ge=1, le=256)]] | None = Field(None, description="attention heads per stage")
     mlp_ratios: Stages[Annotated[float, Field(gt=0, le=16)]] | None = Field(None, description="hidden width / width")
     attention: Stages[bool] | None = Field(None, description="which of the four stages have attention")
-    merging: str | None = Field(None, description="merging of stages 2 to 4: dtm, conv, conv_bn or a custom one")
+    sr_ratios: Stages[Annotated[int, Field(ge=1, le=64)]] | None = Field(None, description="PVT's reduction of keys")
+    merging: str | None = Field(None, description="of stages 2 to 4: dtm, conv, conv_bn, swin or a custom one")
     pos_embed: Literal["relative", "absolute", "none"] | None = Field(None, description="position embedding")
     class_token: bool | None = Field(None, description="add a class token in the last stage")
     global_pool: Literal["avg", "token"] | None = Field(None, description="what the head reads")
@@ -95,7 +97,7 @@ class Model(Section):
     FREEZE: Freeze = Field(0, description="number of stages to freeze, or backbone = all but the head")
     FREEZE_BN: bool = Field(False, description="keep the running statistics of BatchNorm")
     NUM_CLASSES: int = Field(1000, ge=1, le=10**5, description="outputs of the head")
-    DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    DROP_RATE: float = Field(0.0, ge=0, lt=1, description="dropout of other timm models, probability; not for LIT")
     DROP_PATH_RATE: float = Field(0.2, ge=0, lt=1, description="stochastic depth of the last block, probability")
     LABEL_SMOOTHING: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
     OFFSET_LR_MULTI: Positive = Field(0.01, description="factor on BASE_LR (only) for DTM's offset convolutions")

@@ -20,12 +20,11 @@ from pydantic_core import ErrorDetails
 from lit_backbone import CheckpointError
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
+from lit_classification.original import LIT_TI_CONFIG, REPLACED_KEYS, is_lit_ti_json, translate_original
 
 _logger = logging.getLogger(__name__)
 
 Layer = tuple[str, dict[str, Any]]  # where keys are set, and their values by dotted key
-# keys of the original and of earlier versions, with what replaces them
-REPLACED_KEYS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("replaced_keys.yaml").read_text())
 
 
 class _Loader(yaml.SafeLoader):
@@ -134,9 +133,11 @@ def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
     bases = tree.pop("BASE", [])
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
-    for base in bases:
+    for base in filter(None, bases):  # the original writes ['']
         yield from _read_files(path.parent / os.path.expanduser(base), (*heirs, path))
-    yield str(path), flatten(tree)
+    if is_lit_ti_json(tree):
+        yield from _read_files(LIT_TI_CONFIG)
+    yield str(path), translate_original(flatten(tree), str(path))
 
 
 def _read_options(opts: Sequence[str], shortcuts: dict[str, Any]) -> Iterator[Layer]:
@@ -145,7 +146,8 @@ def _read_options(opts: Sequence[str], shortcuts: dict[str, Any]) -> Iterator[La
     for key, text in zip(opts[::2], opts[1::2]):
         if key == "BASE":
             raise ConfigError("--opts: BASE: works in a file only; write a file that inherits, or override single keys")
-        yield "--opts", flatten({key: _read_yaml(text, f"--opts: {key}") if text else ""})
+        layer = flatten({key: _read_yaml(text, f"--opts: {key}") if text else ""})
+        yield "--opts", translate_original(layer, "--opts")
     for name, value in shortcuts.items():
         if value is not None:
             key = next(key for key in key_fields() if key.rpartition(".")[2] == name.upper())
@@ -232,6 +234,8 @@ def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
     if isinstance(config.MODEL.FREEZE, int) and config.MODEL.FREEZE and not is_lit(config.MODEL.NAME):
         yield ["MODEL.FREEZE"], f"{config.MODEL.NAME} has no stages of LIT; use backbone"
+    if config.MODEL.DROP_RATE and is_lit(config.MODEL.NAME):
+        yield ["MODEL.DROP_RATE"], "is not implemented for LIT, which is regularized by MODEL.DROP_PATH_RATE"
     optimizers = [str(name) for name in timm.optim.list_optimizers()]
     if train.OPTIMIZER.NAME not in optimizers:
         yield ["TRAIN.OPTIMIZER.NAME"], f"timm has no such optimizer; {_suggest(train.OPTIMIZER.NAME, optimizers, [])}"

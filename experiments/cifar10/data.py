@@ -82,7 +82,9 @@ def write_images(root: Path, set_aside: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=Path("data/cifar10"), help="directory (%(default)s)")
     parser.add_argument("--set-aside", type=int, default=0, metavar="N", help="validate on N training images")
     args = parser.parse_args()

@@ -131,7 +131,9 @@ def draw_sampling(weights: Path, paths: list[Path]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--runs", type=Path, help="output directory of run.sh")
     parser.add_argument("--output", type=Path, default=Path("outputs/cifar10"), help="directory (%(default)s)")
     args = parser.parse_args(argv)

@@ -1,31 +1,19 @@
 """Safe checkpoint reader for mmengine, which falls back to unrestricted unpickling."""
 
 import os
-import re
-import socket
-from hashlib import sha256
-from http.client import HTTPException
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from filelock import FileLock
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
-from torch.hub import download_url_to_file
 
-from ..checkpoints import CheckpointError, architecture, fit_state_dict, stored_classes, unwrap_state_dict
+from ..checkpoints import architecture, fit_state_dict, stored_classes, unwrap_state_dict
 from ..released import convert_released_hook
-from ..safe_reader import Placeholder, preview, read_checkpoint
+from ..safe_reader import URL_PREFIXES, Placeholder, preview, read_checkpoint
 
-URL_PREFIXES = ("http://", "https://")
 HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"  # pickles `getattr`
 MMENGINE_OBJECTS: list[Any] = [(Placeholder, HISTORY), (Placeholder, "builtins.getattr")]
-DOWNLOAD_TIMEOUT = 60  # seconds without data
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # leading digits of the SHA-256, a convention of PyTorch
 
 
 def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
@@ -33,16 +21,11 @@ def load_file(path: str, map_location: Any = None) -> dict[str, Any]:
 
     A download is cached in the hub directory of PyTorch (`TORCH_HOME`). Metadata that no run needs is dropped.
     """
-    path = _download(path) if path.startswith(URL_PREFIXES) else os.path.expanduser(path)
-    return _select_metadata(_read(path, map_location or "cpu"))
+    with torch.serialization.safe_globals(MMENGINE_OBJECTS):
+        return _select_metadata(read_checkpoint(os.path.expanduser(path), map_location or "cpu"))
 
 
 CheckpointLoader.register_scheme(("", *URL_PREFIXES), load_file, force=True)
-
-
-def _read(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
-    with torch.serialization.safe_globals(MMENGINE_OBJECTS):
-        return read_checkpoint(path, device)
 
 
 def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
@@ -62,28 +45,6 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
         info = {key: x for key, x in info.items() if str(key).startswith(prefixes.get(type(x), "-"))}
         result["message_hub"] = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
     return result
-
-
-def _download(url: str) -> str:
-    """Return the cached file of a URL, after downloading it if necessary."""
-    name = Path(urlparse(url).path).name
-    path, digest = Path(get_cache_dir(), f"{sha256(url.encode()).hexdigest()[:8]}-{name}"), HASH_IN_NAME.search(name)
-    temporary = path.with_name(f"new-{path.name}")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
-    try:
-        with FileLock(f"{path}.lock"):  # one process downloads while the others wait
-            if not path.exists():
-                print_log(f"Downloading {url} to {path.parent}")
-                download_url_to_file(url, str(temporary), digest and digest[1])
-                _read(temporary)  # raises an error if the download is truncated
-                temporary.replace(path)
-    except (OSError, HTTPException, RuntimeError) as error:
-        advice = "Download it on a machine with network access and pass the file."
-        raise CheckpointError(f"{url}: download failed ({error}). {advice}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return str(path)
 
 
 def fit_weights(

@@ -17,8 +17,10 @@ from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoints import CheckpointError
 from ..images import DataError
+from ..original import parse_args
 from ..safe_reader import preview
 from .data import unwrap_datasets
+from .original import translate_model
 from .runner import StrictRunner
 
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
@@ -48,7 +50,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
     help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
     add("--resume", nargs="?", const="auto", metavar="FILE", help=help)
     add("--overwrite", action="store_true", help="start a new run in a work directory with checkpoints of another run")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, "train")
     scaling = ["auto_scale_lr"] if args.auto_scale_lr else []
     cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper", *scaling)
     if args.amp:
@@ -89,7 +91,7 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     add("--show-dir", metavar="DIR", help="save images with the predictions")
     add("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
     add("--tta", action="store_true", help="use test-time augmentation")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, "test")
     cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
     cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
@@ -131,6 +133,7 @@ def read_config(path: str, *required: str, **overrides: Any) -> Config:
         raise DataError(f"{path}: reading the config failed ({reason}). Fix the config or --cfg-options.") from error
     if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
         raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
+    translate_model(cfg, path)
     return cfg
 
 

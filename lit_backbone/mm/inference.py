@@ -28,7 +28,7 @@ from .data import check_num_classes, unwrap_datasets
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Build a parser with the options that all inference tools share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, or folders that are searched")
     parser.add_argument("--config", required=True, metavar="FILE", help="config of the training run")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="trained here or released by the authors")

@@ -46,13 +46,15 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     ("TRAIN.EPOCH", "5", "TRAIN.EPOCH: unknown key", "TRAIN.EPOCHS?"),
     ("EPOCHS", "5", "EPOCHS: unknown key", "TRAIN.EPOCHS?"),
     ("TEST.XYZ", "5", "TEST.XYZ: unknown key", "TEST.CROP, TEST.AMP_DTYPE"),
-    ("MODEL.LIT.EMBED_DIM", "96", "MODEL.LIT.EMBED_DIM: unknown key", "MODEL.LIT.embed_dims?"),
+    ("MODEL.LIT.embed_dim", "96", "MODEL.LIT.embed_dim: unknown key", "MODEL.LIT.embed_dims?"),
     ("MODEL.LIT.pretrained", "true", "MODEL.LIT.pretrained: unknown key", ""),
     # Types
     ("TRAIN.EPOCHS", "abc", "TRAIN.EPOCHS: expected a valid integer, got 'abc'", "number of epochs"),
     ("TRAIN.EPOCHS", "'128'", "TRAIN.EPOCHS: expected a valid integer", "'128'"),
     ("TRAIN.BASE_LR", "1e999", "TRAIN.BASE_LR: expected a finite number", "inf"),
     ("TRAIN.AUTO_RESUME", "yes", "TRAIN.AUTO_RESUME: expected a valid boolean", "'yes'"),
+    ("MODEL.LIT.depths", "2", "MODEL.LIT.depths: expected a valid tuple", "got 2"),
+    ("MODEL.LIT.embed_dims", "96", "MODEL.LIT.embed_dims: expected a valid tuple", "got 96"),
     ("AUG.SCALE", "0.5", "AUG.SCALE: expected a valid tuple", "[low, high]"),
     # Ranges and choices
     ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE: expected greater than or equal to 1", ""),
@@ -63,14 +65,15 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     ("AUG.AUTO_AUGMENT", "randaug", "AUG.AUTO_AUGMENT: ", "rand-m9-mstd0.5-inc1"),
     ("TAG", "../../x", "TAG: ", "'../../x'"),
     # Keys of the original and of earlier versions
-    ("AMP_OPT_LEVEL", "O1", "AMP_OPT_LEVEL: ", "RUNTIME.AMP_DTYPE"),
+    ("AMP_OPT_LEVEL", "O3", "AMP_OPT_LEVEL: ", "RUNTIME.AMP_DTYPE"),
     ("DATA.ON_BAD_IMAGE", "skip", "DATA.ON_BAD_IMAGE: ", "delete"),
     # Models
+    ("MODEL.DROP_RATE", "0.1", "MODEL.DROP_RATE: is not implemented for LIT", "MODEL.DROP_PATH_RATE"),
     ("MODEL.NAME", "lit-small", "MODEL.NAME: ", "lit_b, lit_m, lit_s, lit_ti"),
     ("MODEL.NAME", "LIT-Ti", "MODEL.NAME: ", "lit_ti?"),
     ("MODEL", "{NAME: vgg11, NUM_CLASSES: 2}", "MODEL.NAME: makes no model", ""),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS: makes no model", ""),
-    ("MODEL", "{NAME: resnet18, LIT: {depths: 1}}", "MODEL.LIT: ", "MODEL.KEYWORDS"),
+    ("MODEL", "{NAME: resnet18, LIT: {mlp_ratios: 1}}", "MODEL.LIT: ", "MODEL.KEYWORDS"),
     ("MODEL.KEYWORDS", "{depths: 1}", "MODEL.KEYWORDS: ", "MODEL.LIT"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT: makes no model", "num_heads=7"),
     # Combinations
@@ -148,7 +151,7 @@ def test_files_inherit_in_order_and_relative_to_themselves(write, tmp_path):
 
 
 def test_mistake_is_attributed_to_the_layer_that_made_it(write):
-    a = write("{TRAIN: {EPOCHS: 30}, MODEL: {LIT: {merging: conv, embed_dims: 97}}}", "a.yaml")
+    a = write("{TRAIN: {EPOCHS: 30}, MODEL: {LIT: {merging: conv, num_heads: 97}}}", "a.yaml")
     b = write("{BASE: [a.yaml], SEED: 1}", "b.yaml")
     assert config_error(b).startswith(f"{a}: MODEL.LIT: ")
     assert config_error(b, ["TRAIN.EPOCHS", "abc"]).startswith("--opts: TRAIN.EPOCHS: ")
@@ -214,7 +217,7 @@ def test_stored_config_ignores_unknown_keys_with_one_warning_and_fills_missing_o
     tree["DATA"]["ON_BAD_IMAGE"] = "skip"  # a key of earlier versions
     del tree["AUG"], tree["TRAIN"]["EMA"]
     config, warnings = stored_config(caplog, tree)
-    assert config == Config.model_validate({"SEED": 7, "MODEL": {"LIT": {"depths": 1}}})
+    assert config == Config.model_validate({"SEED": 7, "MODEL": {"LIT": {"depths": [1] * 4}}})
     assert len(warnings) == 1 and warnings[0].endswith(" MODEL.LIT.rope, NEW, SEEDS")
 
 
@@ -272,6 +275,7 @@ def test_model_of_the_digits_demo_is_a_lit():
 ATTENTION_STAGES = ("1111", "0111", "0011", "0001", "0000")
 ABLATIONS = {f"pvt-small-{stages}": (stages, "conv") for stages in ATTENTION_STAGES}  # and their patch merging
 ABLATIONS |= {"pvt-small-1111-dtm": ("1111", "dtm"), "lit-s-conv": ("0011", "conv")}
+ABLATIONS["pvt-small-sra"] = ("1111", "conv")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").iterdir()), ids=lambda path: path.stem)

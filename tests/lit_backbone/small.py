@@ -15,6 +15,7 @@ SMALL = dict(
 KINDS = {
     "relative": dict(),
     "class_token": dict(pos_embed="absolute", class_token=True, global_pool="token", pad_input=False),
+    "reduced": dict(merging="swin", pos_embed="none", attention=(True, True, True, True), sr_ratios=(8, 4, 2, 1)),
     "conv_merging": dict(merging="conv", pos_embed="none", attention=(True, True, True, True)),
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_backbone.attention_maps import average_attention, choose_tokens, draw_attention, query_attention
+from lit_backbone.images import DataError
 from lit_backbone.layers import AttentionBlock
 from lit_backbone.visualize import CELL_COLOR
 from tests.lit_backbone.small import KINDS, small_lit
@@ -28,7 +29,12 @@ def attention_matrix(block: AttentionBlock, x: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_reduced_feature_maps_are_not_drawn() -> None:
+    with pytest.raises(DataError, match="sr_ratios"):
+        query_attention(small_lit("reduced"), torch.zeros(1, 3, 64, 64), [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reduced"])
 def test_attention_is_that_of_the_model(kind: str) -> None:
     model = small_lit(kind)
     images = torch.randn(2, 3, 64, 96)

@@ -1,7 +1,8 @@
 import torch
+import torch.nn.functional as F
 
 from lit_backbone.dtm import DeformableTokenMerging
-from lit_backbone.layers import ConvBNMerging, resize_table
+from lit_backbone.layers import ConvBNMerging, ReducedAttention, resize_table
 
 
 def test_resize_table_by_hand() -> None:
@@ -20,3 +21,15 @@ def test_conv_bn_merging_is_dtm_without_offsets() -> None:
     x = torch.randn(2, 5, 6, 3)
     torch.testing.assert_close(merging(x), dtm(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merging.eval()(x), dtm.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_reduced_attention_matches_pytorch() -> None:
+    """Compare with PyTorch's attention from the tokens to their reduction by a convolution and LayerNorm."""
+    attention, x = ReducedAttention(12, 3, 2), torch.randn(2, 4, 6, 12)
+    conv, norm = attention.reduce.proj, attention.reduce.norm
+    keys = norm(F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, stride=2).flatten(2).transpose(1, 2))
+    expected = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
+    names |= {"proj.weight": "out_proj.weight", "proj.bias": "out_proj.bias"}
+    expected.load_state_dict({names[k]: v for k, v in attention.state_dict().items() if k in names})
+    torch.testing.assert_close(attention(x).flatten(1, 2), expected(x.flatten(1, 2), keys, keys)[0])

@@ -44,7 +44,7 @@ def test_group_matcher_orders_layers(kind: str) -> None:
         assert layers.keys() == dict(model.named_parameters()).keys()
         first_blocks = [layers[f"stages.{i}.blocks.0.mlp.fc1.weight"] for i in range(4)]
         assert first_blocks == ([1, 2, 3, 4] if coarse else [1, 2, 4, 6])  # depths 1, 2, 2, 1
-        assert [layers[f"stages.{i}.merge.proj.weight"] for i in range(4)] == [0, *first_blocks[1:]]
+        assert [layers[f"stages.{i}.merge.norm.weight"] for i in range(4)] == [0, *first_blocks[1:]]
         assert layers["head.weight"] >= layers["norm.weight"] >= first_blocks[3]
 
 
@@ -63,6 +63,23 @@ def test_attention_free_stages_hold_no_attention() -> None:
     for stage, attends in zip(model.stages, (False, False, True, True), strict=True):
         assert all(isinstance(block, AttentionBlock if attends else MlpBlock) for block in stage.blocks)
         assert any(isinstance(module, Attention) for module in stage.modules()) == attends
+
+
+def test_pvt_small_has_spatial_reduction() -> None:
+    """Compare the number of parameters with the published one, 24.5 M: PVT's convolutions and norms are added."""
+    with torch.device("meta"):
+        models = [timm.create_model("pvt_small_full_msa", sr_ratios=ratios) for ratios in (1, (8, 4, 2, 1))]
+    full, reduced = (sum(p.numel() for p in model.parameters()) for model in models)
+    blocks = zip((3, 4, 6), (64, 128, 320), (8, 4, 2), strict=True)
+    assert reduced - full == sum(depth * (dim * dim * ratio**2 + 3 * dim) for depth, dim, ratio in blocks)
+    assert reduced == pytest.approx(24.5e6, rel=1e-3)
+
+
+def test_swin_merging_concatenates_the_channels_of_four_tokens() -> None:
+    merge, x = small_lit(merging="swin").stages[1].merge, torch.randn(1, 4, 6, 8)
+    tokens = torch.cat([x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))], dim=-1)  # the order of Swin
+    expected = F.layer_norm(tokens, (32,), merge.norm.weight, merge.norm.bias) @ merge.reduction.weight.T
+    torch.testing.assert_close(merge(x), expected)
 
 
 def test_drop_path_grows_linearly_over_all_blocks() -> None:
@@ -89,6 +106,9 @@ def test_drop_path_grows_linearly_over_all_blocks() -> None:
         (dict(global_pool="max"), "global_pool='max'"),
         (dict(global_pool="token"), "global_pool='token'"),
         (dict(class_token=True), "class_token"),
+        (dict(sr_ratios=2), "sr_ratios"),
+        (dict(sr_ratios=2, pos_embed="absolute", class_token=True), "sr_ratios"),
+        (dict(sr_ratios=(2, 1)), "stages"),
     ],
 )
 def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:

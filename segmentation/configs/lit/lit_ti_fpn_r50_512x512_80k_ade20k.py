@@ -3,7 +3,7 @@
 #   command       bash tools/dist_train.sh configs/lit/lit_ti_fpn_r50_512x512_80k_ade20k.py 8
 #   GPUs          8, float32
 #   global batch  16 (8 x 2)
-#   published     41.3 mIoU (the published table says "8k" iterations, the recipe is 80k)
+#   published     41.3 mIoU (the original's README says "8k" iterations, the recipe is 80k)
 #   obtained      not run here
 
 _base_ = "../_base_/semantic_fpn_ade20k_80k.py"

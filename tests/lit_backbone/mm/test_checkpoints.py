@@ -20,9 +20,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from lit_backbone import CheckpointError
+from lit_backbone import CheckpointError, safe_reader
 from lit_backbone.checkpoints import stored_classes
-from lit_backbone.mm import checkpoints, load_file
+from lit_backbone.mm import load_file
 from tests.lit_backbone.test_checkpoints import Call
 
 
@@ -138,7 +138,7 @@ def test_url_is_downloaded_once(url: str, tmp_path: Path) -> None:
 
 
 def test_stalled_download_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(safe_reader, "DOWNLOAD_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts no connection
         with pytest.raises(CheckpointError, match="w.pth: download failed .*timed out"):
             load_file(f"http://127.0.0.1:{server.getsockname()[1]}/w.pth")
