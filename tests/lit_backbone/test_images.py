@@ -13,7 +13,7 @@ DEEP = (GRAY.astype(np.uint16) << 8) + 7
 READABLE = {  # name: image, format, options, expected pixels
     "16-bit.png": (Image.fromarray(DEEP), "PNG", {}, GRAY),
     "16-bit-tiff.jpg": (Image.fromarray(DEEP), "TIFF", {}, GRAY),
-    "16-bit-pgm.png": (Image.fromarray(DEEP), "PPM", {}, GRAY),
+    "16-bit-pgm.png": (Image.fromarray(DEEP.astype(np.int32)), "PPM", {}, GRAY),
     "transparent.png": (Image.fromarray(GRAY).convert("P"), "PNG", {"transparency": bytes(range(256))}, GRAY),
     "webp.png": (Image.fromarray(RGB), "WEBP", {"lossless": True}, RGB),
     "bmp.jpg": (Image.fromarray(RGB), "BMP", {}, RGB),
