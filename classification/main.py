@@ -39,7 +39,7 @@ from lit_classification.engine import (
     to_device,
     train_one_epoch,
 )
-from lit_classification.logs import RunLog, confusion_matrix, setup_logging, worst_classes, write_evaluation
+from lit_classification.logs import RunLog, setup_logging, worst_classes, write_evaluation
 from lit_classification.model import (
     adopt_keywords,
     build_model,
@@ -90,9 +90,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     data.check_classes(config, train_set, val_set)
     train_loader = data.build_train_loader(train_set, config, ranks)
     val_loader = data.build_val_loader(val_set, config, ranks)
-    probe = torch.stack([val_set[i][0] for i in range(0, len(val_set), len(val_set) // 32 + 1)])
-    probe, _ = to_device((probe, torch.zeros(0)), config, ranks)
-
+    probe, _ = to_device((data.sample_images(val_set), torch.zeros(0)), config, ranks)
     model = build_model(config, ranks.device)
     frozen = freeze(model, config)
     if config.TRAIN.USE_CHECKPOINT:
@@ -101,10 +99,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     if ema and config.RUNTIME.COMPILE:
         ema.module.compile()  # a copy is not compiled
     optimizer = build_optimizer(model, config)
-    is_fp16 = amp_dtype(config.RUNTIME.AMP_DTYPE, ranks.device) == torch.float16
-    scaler = GradScaler(ranks.device.type, enabled=is_fp16)
-    steps_per_epoch = train_loader.batch_sampler.steps
-    schedule = Schedule(optimizer, config, steps_per_epoch)
+    scaler = GradScaler(ranks.device.type, enabled=amp_dtype(config.RUNTIME.AMP_DTYPE, ranks.device) == torch.float16)
+    schedule = Schedule(optimizer, config, steps_per_epoch := train_loader.batch_sampler.steps)
     settings = result_settings(config) | {"train images": str(len(train_set)), "val images": str(len(val_set))}
     state = TrainState(model, optimizer, scaler, ema, steps_per_epoch, run_dir, train_set.classes, settings)
     state.frozen, state.teacher = frozen, load_teacher(config, ranks.device, train_set.classes)
@@ -128,8 +124,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
         stats, predictions = evaluate(state.eval_model, val_loader, config, ranks)
         is_best, state.best = stats["acc1"] > state.best, max(stats["acc1"], state.best)
         results = epoch_averages(state, ranks) | {f"val/{name}": value for name, value in stats.items()}
-        worst = worst_classes(confusion_matrix(predictions, len(state.classes)), state.classes)
-        log.epoch(epoch, results | dtm_statistics(state.eval_model, probe), state.step, worst)
+        results |= dtm_statistics(state.eval_model, probe)
+        log.epoch(epoch, results, state.step, worst_classes(predictions, state.classes))
         state.evaluated += 1
         if is_best:
             save_checkpoint(BEST, state, config, ranks)

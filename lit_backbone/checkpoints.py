@@ -139,14 +139,13 @@ def fit_state_dict(
     Args:
         state_dict: weights; CheckpointError is raised if they are not finite or would not load strictly.
         model: model that will load them.
-        path: file of the weights, for messages.
+        path: file of the weights.
         new_head: if the classes differ, keep the model's head with a warning instead of raising CheckpointError.
         mismatch: result of :func:`class_mismatch`; the number of classes is compared here.
-        name: name of the model in messages; its architecture by default.
+        name: name of the model in messages.
     """
     if bad := [key for key, value in state_dict.items() if not _is_finite(value)]:
-        problem = f"{len(bad)} weights are not finite real numbers ({preview(bad)})"
-        raise CheckpointError(f"{path}: {problem}. Use a checkpoint from before the training diverged.")
+        raise CheckpointError(f"{path}: {len(bad)} weights are not finite real numbers ({preview(bad)}). Use another.")
     cfg: Any = getattr(model, "pretrained_cfg", {})
     expected, state_dict = model.state_dict(), resize_position_tables(state_dict, model)
     for key in (f"{conv}.weight" for conv in to_ntuple(1)(cfg.get("first_conv") or ())):

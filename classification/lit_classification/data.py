@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
@@ -83,6 +84,11 @@ def build_dataset(config: Config, is_training: bool) -> SeededImages:
     else:
         raise DataError(f"DATA.DATA_PATH {root!r}: has neither {split}/ nor {split}.tar. Name it with --data-path.")
     return SeededImages(dataset, build_transform(config, is_training), config.SEED)
+
+
+def sample_images(images: SeededImages) -> Tensor:
+    """Return at most 32 evenly spaced images, `(n, 3, H, W)` uint8."""
+    return torch.stack([images[i][0] for i in range(0, len(images), len(images) // 32 + 1)])
 
 
 def check_classes(config: Config, *datasets: SeededImages) -> None:
