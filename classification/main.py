@@ -151,7 +151,7 @@ def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
         _logger.info(f"resuming {path} at epoch {state.epoch}, step {state.step % state.steps_per_epoch}")
     elif config.MODEL.PRETRAINED:
         if config.MODEL.PRETRAINED_PARTIAL:
-            weights = load_partial(config.MODEL.PRETRAINED, state.model)
+            weights = load_partial(config.MODEL.PRETRAINED, state.model, state.classes)
         else:
             weights = load_checkpoint(config.MODEL.PRETRAINED, state.model, classes=state.classes)
         state.load_weights(weights)

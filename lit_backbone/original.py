@@ -10,7 +10,7 @@ import yaml
 
 from .safe_reader import printable
 
-# by tool: options with the names of their values, and what to do with them
+# Options of each tool with the names of their values, and the replacement or the answer
 OPTIONS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("original_options.yaml").read_text())
 
 

@@ -3,20 +3,18 @@
 python -m tools.config_docs
 """
 
-import sys
 from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "classification"))
+from lit_classification.config import Config, Section, flatten, key_fields
 
-from lit_classification.config import Config, Section, flatten, key_fields  # noqa: E402
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 
 INTRODUCTION = """# Configuration
 
 Every key of the YAML files in [classification/configs](../classification/configs), with its default and meaning.
-The defaults are the recipe of LIT-S.
+The defaults are the recipe of LIT-S. [Changing the method](changing.md) shows what to set for common experiments.
 
 A file inherits from those in `BASE`. `--opts KEY VALUE` overrides single keys. Keys marked with * do not affect the
 results, so a run resumes with other values of them. `python -m tools.config_docs` writes this page.
@@ -45,4 +43,4 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "config.md").write_text(render())
+    PAGE.write_text(render())

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class TrainState:
             self.ema.module.load_state_dict(ema or weights)
 
 
+@cache  # the code may be edited while the run goes on
 def git_commit() -> str:
     """Return the commit of this code, with `-dirty` if files were changed; empty outside a Git repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

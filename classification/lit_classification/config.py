@@ -233,8 +233,9 @@ def is_imported(name: str) -> bool:
 
 def import_modules(names: Sequence[str]) -> None:
     """Import modules that register models or mergings, also from the working directory."""
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     for name in names:
-        sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -122,7 +122,9 @@ def describe_precision(precision: str, device: torch.device) -> str:
         return f"{dtype} autocast on {device}"
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] > 7
     faster = precision == "auto" and device.type == "cpu" and cpu_has_bf16()
-    note = ", with TF32 convolutions" if tf32 else ", which also has bf16: about 1.8 times as fast" if faster else ""
+    note = (
+        ", with TF32 convolutions" if tf32 else ", which also has bfloat16 (RUNTIME.AMP_DTYPE bf16)" if faster else ""
+    )
     return f"float32 on {device}{note}"
 
 

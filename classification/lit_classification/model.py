@@ -74,10 +74,18 @@ def load_teacher(config: Config, device: torch.device, classes: list[str]) -> nn
     return teacher.requires_grad_(False)
 
 
-def load_partial(path: str, model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's weights with those of a checkpoint where name and shape fit, and log the others."""
-    expected, weights = model.state_dict(), resize_position_tables(load_checkpoint(path), model)
+def load_partial(path: str, model: nn.Module, classes: list[str]) -> dict[str, Tensor]:
+    """Return the model's weights with those of a checkpoint where name and shape fit, and log the others.
+
+    The head stays random if the class names of the checkpoint differ from `classes`.
+    """
+    content, expected = read_checkpoint(path), model.state_dict()
+    weights = resize_position_tables(load_checkpoint(path, content=content), model)
     fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
+    if mismatch := class_mismatch(content, classes):
+        _logger.warning(f"{path}: {mismatch}. The head is initialized from scratch.")
+        head = {id(param) for param in model.get_classifier().parameters()}  # pyrefly: ignore
+        fitting = {k: v for k, v in fitting.items() if id(dict(model.named_parameters()).get(k)) not in head}
     if not fitting or not all(value.isfinite().all() for value in fitting.values()):
         raise CheckpointError(f"{path}: has no weights that fit {architecture(model)}, or some are not finite.")
     missing = [key for key in expected if key not in fitting and not key.endswith("num_batches_tracked")]

@@ -209,6 +209,11 @@ def test_pretrained_in_part(train, tmp_path, capsys):
     train("--pretrained", start, MODEL=ablation | {"PRETRAINED_PARTIAL": True})
     printed = capsys.readouterr().out
     assert "tensors stay random: " in printed and "stages.2.blocks.1.norm1.weight" in printed
+    content = read_checkpoint(start)
+    torch.save(content | {"classes": ["ant", "cat", "bee"]}, tmp_path / "renamed.pth")
+    train("--pretrained", str(tmp_path / "renamed.pth"), tag="r", MODEL=ablation | {"PRETRAINED_PARTIAL": True})
+    printed = capsys.readouterr().out
+    assert "class names differ" in printed and "head.weight" in printed
     with pytest.raises(SystemExit, match="no weights that fit"):
         torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "other.pth")
         train("--pretrained", str(tmp_path / "other.pth"), tag="o", MODEL=ablation | {"PRETRAINED_PARTIAL": True})
@@ -275,7 +280,7 @@ def test_bf16_on_a_cpu(train, image_folder, monkeypatch, tmp_path, capsys):
             train(**keys)
     assert same(whole["model"], train(**keys)["model"])
     assert not same(whole["model"], train(tag="float32")["model"])
-    assert "float32 on cpu, which also has bf16" in capsys.readouterr().out
+    assert "float32 on cpu, which also has bfloat16" in capsys.readouterr().out
 
     image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/whole" / LATEST
     results = []
