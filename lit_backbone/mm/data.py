@@ -167,33 +167,37 @@ def check_loaded_files(pipeline: Compose, dataset: Any) -> None:
             pipeline.transforms[i] = CheckedStep(step, dataset)
 
 
-def check_masks(dataset: Any, *, required: bool) -> None:
-    """Raise DataError for invalid masks. If a class does not occur, raise it if required, else log a warning."""
-    steps = [step for step in dataset.pipeline.transforms if isinstance(step, CheckedStep)]
-    if not any(step.num_classes and isinstance(step.step, LoadAnnotations) for step in steps):
+def check_masks(datasets: Sequence[Any], *, required: bool) -> None:
+    """Raise DataError for invalid masks. If a class occurs in no dataset, raise it if required, else log a warning."""
+    steps = {dataset: [s for s in dataset.pipeline.transforms if isinstance(s, CheckedStep)] for dataset in datasets}
+    datasets = [d for d in datasets if any(s.num_classes and isinstance(s.step, LoadAnnotations) for s in steps[d])]
+    if not datasets:
         return
-    classes, source = dataset.metainfo["classes"], dataset.ann_file or dataset.data_prefix["seg_map_path"]
+    classes, ignore_index = datasets[0].metainfo["classes"], datasets[0].ignore_index
+    source = ", ".join(dataset.ann_file or dataset.data_prefix["seg_map_path"] for dataset in datasets)
     if len(classes) == 1:
         raise DataError(f"metainfo.classes={classes}: one class cannot be told apart. Add a class, as background.")
 
-    def count(i: int) -> np.ndarray:
+    def count(item: tuple[Any, int]) -> np.ndarray:
+        dataset, i = item
         results: dict[str, Any] | None = dataset.get_data_info(i)
-        for step in steps:
+        for step in steps[dataset]:
             results = results and step(results)
         labels = results["gt_seg_map"] if results else np.zeros(0, int)
         return np.bincount(labels[(labels < len(classes)) & (labels != dataset.ignore_index)], minlength=len(classes))
 
-    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    items = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+    order = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
     pixels, num_masks = np.zeros(len(classes), np.int64), 0
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         for counts in tqdm(pool.imap(count, order), "counting classes", MAX_MASKS, delay=2, disable=None):
             pixels, num_masks = pixels + counts, num_masks + 1
             if num_masks >= MAX_MASKS and pixels.all():
                 break
-    if num_masks < len(dataset):
-        print_log(f"{source}: counted the classes in {num_masks} of {len(dataset)} masks.", "current")
+    if num_masks < len(items):
+        print_log(f"{source}: counted the classes in {num_masks} of {len(items)} masks.", "current")
     if absent := [name for name, count in zip(classes, pixels) if not count]:
-        ignored = f"{dataset.ignore_index}{' and, with reduce_zero_label=True, 0' * dataset.reduce_zero_label}"
+        ignored = f"{ignore_index}{' and, with reduce_zero_label=True, 0' * datasets[0].reduce_zero_label}"
         text = f"{source}: class {preview(absent)} occurs in none of {num_masks} masks, which ignore {ignored}."
         if required or not pixels.any():
             raise DataError(f"{text} Fix the masks{', remove it, or set allow_absent_classes=True' * required}.")

@@ -75,7 +75,9 @@ class CheckDataHook(Hook):
                 data.check_dataset(dataset, required and (is_single or bool(coco and coco.count)))
                 for metric in metrics if is_single else ():
                     data.check_metric(dataset, metric)
-                data.check_masks(dataset, required=all_classes and is_single)
+        data.check_equal_classes(datasets)
+        if is_main_process():
+            data.check_masks(datasets, required=all_classes)
         return datasets
 
 

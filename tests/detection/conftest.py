@@ -53,7 +53,7 @@ def check_data(path: Path, root: Path, split: str = "train", *, all_classes: boo
     dataset = StrictRunner.build_dataloader(loader, seed=0).dataset
     check_dataset(dataset)
     check_loaded_files(dataset.pipeline, dataset)
-    check_masks(dataset, required=all_classes)
+    check_masks([dataset], required=all_classes)
     dataset[0]
 
 

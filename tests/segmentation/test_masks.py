@@ -1,5 +1,6 @@
 """Faulty masks and images: errors and warnings before the first step, for training and validation data."""
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from PIL import Image
 
 from lit_backbone.mm import DataError, cli, data
 from tests.dense import error_of
-from tests.detection.conftest import check_data
+from tests.detection.conftest import check_data, read_config
 from tests.segmentation.conftest import DEMO
 
 CONFIG = DEMO / "fpn_lit_digit_scenes.py"
@@ -106,3 +107,19 @@ def test_absent_classes_can_be_allowed(scenes: Path, tmp_path: Path, options: An
     assert "class 2 occurs in none" in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
     cli.train("", [str(CONFIG), *options(allow_absent_classes=True, **changes)])
     assert (tmp_path / "run" / "iter_1.pth").exists()
+
+
+def test_classes_are_counted_over_concatenated_datasets(scenes: Path, tmp_path: Path, options: Any) -> None:
+    change = FAULTS["absent"][0]
+    faulty = [f"{write(scenes, tmp_path / name, change)}/" for name in ("first", "second")]
+    for roots, message in ((faulty, "class 2 occurs in none of 12 masks"), ([*faulty[:1], f"{scenes}/"], "")):
+        cfg = copy.deepcopy(read_config(CONFIG))
+        loader = cfg.train_dataloader
+        loader.dataset = dict(type="ConcatDataset", datasets=[dict(loader.dataset, data_root=root) for root in roots])
+        cfg.dump(tmp_path / "config.py")
+        run = options(f"run{len(message)}")
+        command = [str(tmp_path / "config.py"), *(x for x in run if not x.startswith("train_dataloader.dataset"))]
+        if message:
+            assert message in error_of(cli.train, "", command)
+        else:
+            cli.train("", command)
