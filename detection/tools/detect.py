@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         visualizer.add_datasample(path, image, sample, draw_gt=False, pred_score_thr=0, out_file=str(output))
         return f"{path}: {len(instances)} detections, drawn in {output}"
 
-    process_images(images, args.out_dir, detect)
+    process_images(images, args, detect)
 
 
 def describe(path: str, instances: InstanceData, classes: list[str]) -> str:

@@ -12,12 +12,14 @@ import torch
 import torch.distributed
 from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoints import CheckpointError
 from ..images import DataError
 from ..original import parse_args
+from ..precision import amp_dtype, cpu_has_bf16
 from ..safe_reader import preview
 from .data import unwrap_datasets
 from .original import translate_model
@@ -45,7 +47,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
     """Train the model of a config."""
     parser = _build_parser(description)
     add = parser.add_argument
-    add("--amp", action="store_true", help="train in mixed precision")
+    add("--amp", action="store_true", help="train in mixed precision: fp16 on a GPU, bfloat16 on a CPU that has it")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate by the global batch size")
     help = "resume from a checkpoint; without FILE, from the latest checkpoint in the work directory"
     add("--resume", nargs="?", const="auto", metavar="FILE", help=help)
@@ -53,8 +55,11 @@ def train(description: str, argv: list[str] | None = None) -> None:
     args = parse_args(parser, argv, "train")
     scaling = ["auto_scale_lr"] if args.auto_scale_lr else []
     cfg = _load_config(args, "model", "train_dataloader", "train_cfg", "optim_wrapper", *scaling)
-    if args.amp:
+    if args.amp and torch.cuda.is_available():
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    elif args.amp:
+        check_precision("bf16", torch.device("cpu"))
+        cfg.optim_wrapper.type = "BFloat16OptimWrapper"
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     with run_lock(cfg.work_dir, args.launcher):
@@ -91,12 +96,17 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     add("--show-dir", metavar="DIR", help="save images with the predictions")
     add("--wait-time", type=float, default=2, metavar="S", help="seconds per window (%(default)s)")
     add("--tta", action="store_true", help="use test-time augmentation")
+    add("--amp", action="store_true", help="use mixed precision: fp16 on a GPU, bfloat16 on a CPU that has it")
     args = parse_args(parser, argv, "test")
     cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
     cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         cfg.pop(key, None)
     _configure_outputs(cfg, args)
+    if args.amp:
+        device = get_device()
+        check_precision("fp16" if device == "cuda" else "bf16", torch.device(device))
+        cfg.test_cfg.fp16 = True
     if args.tta:
         if "mask_head" in cfg.model.get("roi_head", ()):
             raise DataError("--tta: mmdetection cannot average masks. Test a model with a mask head without --tta.")
@@ -137,11 +147,20 @@ def read_config(path: str, *required: str, **overrides: Any) -> Config:
     return cfg
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise DataError if a device lacks the precision that `--amp` asks for."""
+    try:
+        amp_dtype(precision, device)
+    except ValueError as error:
+        raise DataError(f"--amp: {error}") from error
+
+
 def build_runner(cfg: Config) -> StrictRunner:
     """Build the runner of a config. Without a GPU, train in float32 and communicate with gloo."""
     if not torch.cuda.is_available():
         if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-            print_log("No GPU is available. Training in float32 instead of mixed precision.")
+            advice = " For bfloat16, pass --amp." if cpu_has_bf16() else ""
+            print_log(f"No GPU is available. Training in float32 instead of mixed precision.{advice}")
             cfg.optim_wrapper.type = "OptimWrapper"
             for key in ("loss_scale", "dtype", "use_fsdp"):
                 cfg.optim_wrapper.pop(key, None)

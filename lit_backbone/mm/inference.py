@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from ..checkpoints import stored_classes
 from ..images import DataError, find_images, open_rgb
+from ..precision import PRECISIONS, autocast
 from ..safe_reader import printable
 from ..visualize import add_offset_arguments, write_offsets
 from .checkpoints import fit_weights, load_file
-from .cli import CFG_OPTIONS, one_line_errors, read_config
+from .cli import CFG_OPTIONS, check_precision, one_line_errors, read_config
 from .data import check_num_classes, unwrap_datasets
+from .runner import keep_float32
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -36,6 +38,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_usable_device, default=device, help="(%(default)s)")
+    help = "precision; auto = bf16 on a GPU (%(default)s)"
+    parser.add_argument("--amp", choices=PRECISIONS, default="off", help=help)
     return parser
 
 
@@ -62,22 +66,25 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
     classes = stored_classes(content) or metainfo.get("classes")
     model.cfg, model.dataset_meta = cfg, dict(metainfo, classes=classes)
     check_num_classes(model, classes, checkpoint)
+    keep_float32(model)
     return model.to(device).eval()
 
 
 def load_inputs(args: argparse.Namespace) -> tuple[list[str], Any]:
     """List the images and load the model that the options of :func:`build_parser` name."""
+    check_precision(args.amp, torch.device(args.device))
     return find_images(args.images), load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
 
 
 def process_images(
-    images: list[str], folder: Path, process: Callable[[np.ndarray, str, Path], str], suffix: str = ".png"
+    images: list[str], args: argparse.Namespace, process: Callable[[np.ndarray, str, Path], str], suffix: str = ".png"
 ) -> None:
     """Process each image and print a message. Skip and report unusable images, and exit with status 1 at the end.
 
-    `process` is a function of an image `(H, W, 3)` in RGB, its path and its output path. It returns the message. Output
-    paths are in `folder`, end in `suffix`, are unique, and are never an input.
+    `process` is a function of an image `(H, W, 3)` in RGB, its path and its output path. It runs in the precision of
+    `--amp` and returns the message. Output paths are in `--out-dir`, end in `suffix`, are unique and never an input.
     """
+    folder, device = args.out_dir, torch.device(args.device)
     folder.mkdir(parents=True, exist_ok=True)
     used, has_errors = set(map(os.path.realpath, images)), False
     for path in tqdm(images, disable=None, delay=1):
@@ -85,7 +92,10 @@ def process_images(
         output = next(folder / name for name in names if os.path.realpath(folder / name) not in used)
         used.add(os.path.realpath(output))
         try:
-            tqdm.write(printable(process(np.array(open_rgb(path, upright=True)), path, output)))
+            image = np.array(open_rgb(path, upright=True))
+            with autocast(args.amp, device):
+                message = process(image, path, output)
+            tqdm.write(printable(message))
         except (DataError, cv2.error) as error:
             has_errors = True
             text = str(error) if str(error).startswith(path) else f"{path}: {error}"
@@ -110,4 +120,4 @@ def visualize_offset(description: str, argv: list[str] | None = None) -> None:
         x = (torch.from_numpy(image).to(mean.device).permute(2, 0, 1) - mean) / std  # (H, W, 3) -> (3, H, W)
         return write_offsets(model.backbone, x, Image.fromarray(image), output, **options)
 
-    process_images(images, args.out_dir, visualize, suffix="")
+    process_images(images, args, visualize, suffix="")

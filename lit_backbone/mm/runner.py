@@ -1,7 +1,8 @@
 """Runner of mmengine with strict checkpoint loading and float32 losses."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.utils import apply_to
 from torch import Tensor, nn
@@ -150,6 +153,24 @@ class StrictRunner(Runner):
         done, end = getattr(self, unit), getattr(self, f"max_{unit}s")
         if done > end:
             raise CheckpointError(f"{filename}: {unit} {done} is past the end of this run. Raise max_{unit}s={end}.")
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Optimizer wrapper for training under bfloat16 autocast on a CPU or GPU.
+
+    bfloat16 has the range of float32, so the loss is not scaled: `loss_scale` is ignored. mmengine's AmpOptimWrapper
+    needs a GPU.
+    """
+
+    def __init__(self, *args: Any, loss_scale: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Enter autocast for the forward pass."""
+        with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
+            yield
 
 
 def class_dependent_keys(config: ConfigDict, model: nn.Module) -> list[str]:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             Image.fromarray((classes + first_class).astype(np.uint8)).save(args.out_dir / "masks" / output.name)
         return f"{path}: {len(np.unique(classes))} classes, drawn in {output}"
 
-    process_images(images, args.out_dir, segment)
+    process_images(images, args, segment)
 
 
 def add_legend(image: Image.Image, entries: list[tuple[str, tuple[int, ...]]], font_file: str) -> Image.Image:

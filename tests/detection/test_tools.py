@@ -101,8 +101,8 @@ def test_resume_executes_no_config_text_and_warns_of_overridden_settings(
 
 @pytest.mark.slow
 def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path: Path) -> None:
-    flags = ["--amp", "--auto-scale-lr"]
-    output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *options("two"), *flags)
+    arguments = [*options("two", optim_wrapper__type="AmpOptimWrapper"), "--auto-scale-lr"]
+    output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *arguments)
     assert "No GPU is available. Training in float32" in output
     assert "Scaling the original LR by 0.5" in output  # batch size 2 x 2 instead of 8
     checkpoint = tmp_path / "two" / "epoch_1.pth"
