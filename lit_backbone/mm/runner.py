@@ -40,21 +40,15 @@ class StrictRunner(Runner):
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """Build a dataloader. Raise DataError if an annotation file is invalid or the dataset is empty."""
-        configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
-        drafts = [DATASETS.build(dict(config, lazy_init=True, serialize_data=False)) for config in configs]
-        for draft in drafts:
-            draft.coco_file = read_coco(draft)
         try:
-            loader = Runner.build_dataloader(dataloader, *args, **kwargs)
-        except ValueError as error:
-            if "need at least one array" in str(error):  # NumPy's error for an empty dataset
-                for draft in drafts:
-                    draft.full_init()
-                    check_dataset(draft)
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
+        except Exception:  # mmdetection raises many types, and names neither the file nor the reason
+            for config in unwrap_datasets(dataloader):
+                dataset = DATASETS.build(dict(config, lazy_init=True, serialize_data=False))
+                read_coco(dataset)
+                dataset.full_init()
+                check_dataset(dataset)
             raise
-        for dataset, draft in zip(unwrap_datasets(loader), drafts):
-            dataset.coco_file = draft.coco_file
-        return loader
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Raise DataError if its annotation file is invalid."""
