@@ -109,4 +109,4 @@ def draw_attention_maps(maps: Tensor, query: int, folder: Path) -> None:
         for j, heat in enumerate(block, 1):
             images.append(draw_attention(heat.float(), query, f"block {i}, head {j}: up to {heat.max():.2g}"))
             images[-1].save(folder / f"block-{i}" / f"head-{j}.png")
-    draw_sheet(images, len(images), columns=maps.shape[1]).save(folder.with_suffix(".png"))
+    draw_sheet(images, columns=maps.shape[1]).save(folder.with_suffix(".png"))

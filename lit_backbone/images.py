@@ -3,7 +3,6 @@
 import errno
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.utils import natural_key
 from torchvision.datasets import folder
 
 from .safe_reader import printable
@@ -62,17 +62,12 @@ def find_images(paths: Sequence[str | Path]) -> list[str]:
             names = [name for name in walk_files(path) if not name.endswith("/") and not skip_reason(name)]
             if not names:
                 raise DataError(f"{path}: no images. Supported file names end in {', '.join(IMG_EXTENSIONS)}.")
-            images += [os.path.join(path, name) for name in sorted(sorted(names), key=_natural_key)]
+            images += [os.path.join(path, name) for name in sorted(sorted(names), key=natural_key)]
         elif os.path.exists(path):
             images.append(path)
         else:
             raise DataError(f"{path}: no such file or directory.")
     return images
-
-
-def _natural_key(name: str) -> list[int | str]:
-    """Sort numbers by value. timm's function fails on digits such as a superscript 2."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def open_rgb(path: str | Path, upright: bool = False) -> Image.Image:

@@ -216,18 +216,15 @@ def bench_input(bench: Bench) -> None:
         for i, image in enumerate(load_sample_images().images):
             Path(folder, "train", str(i)).mkdir(parents=True)
             Image.fromarray(image).resize(JPEG_SIZE).save(f"{folder}/train/{i}/image.jpg", quality=95)
-        config, ranks = (
-            load_config(path, ["MODEL.NUM_CLASSES", "2"], data_path=folder),
-            Ranks(0, 1, torch.device("cpu")),
-        )
+        config, ranks = load_config(path, data_path=folder), Ranks(0, 1, torch.device("cpu"))
         dataset, erase = build_dataset(config, is_training=True), build_erasing(config, ranks)
-        keys, empty = [SampleKey(0, i, i % len(dataset)) for i in range(32)], torch.zeros(0)
-        calls = {
-            "uint8, 1 worker": lambda: [dataset[key] for key in keys],
-            "float32, 1 worker": lambda: [
-                erase(to_device((dataset[key][0][None], empty), config, ranks)[0]) for key in keys
-            ],
-        }
+        keys = [SampleKey(0, i, i % len(dataset)) for i in range(32)]
+
+        def load_floats() -> None:
+            for key in keys:
+                erase(to_device((dataset[key][0][None], torch.zeros(0)), config, ranks)[0])
+
+        calls = {"uint8, 1 worker": lambda: [dataset[key] for key in keys], "float32, 1 worker": load_floats}
         bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
 
 
