@@ -9,8 +9,8 @@ size and number. Each COCO image also names its part of the photo, each instance
 and photos come with scikit-learn (`bash setup_env.sh --dev`). Photos: danielbuechele and vultilion, CC BY 2.0.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,9 +178,7 @@ def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="directory (%(default)s)")
     parser.add_argument("--train", type=positive, default=4800, help="number of training scenes (%(default)s)")
     parser.add_argument("--val", type=positive, default=200, help="number of validation scenes (%(default)s)")

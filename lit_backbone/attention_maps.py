@@ -49,7 +49,7 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
     """
     if any(isinstance(module, ReducedAttention) for module in model.modules()):
         raise DataError("attention maps are not drawn for models with sr_ratios. Use one with full attention.")
-    rows: dict[int, list[Tensor]] = {}  # of each stage: (B, heads, N) of each block
+    rows: dict[int, list[Tensor]] = {}  # stage: (B, heads, N) of each block
 
     def record(attn: Attention, args: tuple[Tensor], stage: int, prefix: int) -> None:
         row = attention_row(attn, args[0], queries[stage] + prefix)

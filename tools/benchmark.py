@@ -13,11 +13,11 @@ bfloat16 if the CPU has it. Memory is the peak of a call on a GPU above what was
 and DEVICE.png. Needs `bash setup_env.sh --dev`.
 """
 
-import argparse
 import json
 import platform
 import re
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ Calls = dict[str, Callable[[], object]]  # name: function to time
 class Bench:
     """Time calls on a device and collect the results, also in a file after each comparison."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Namespace):
         self.device, self.repeats, self.output = torch.device(args.device), args.repeats, args.output
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[args.device]
         self.groups = [args.models] if args.models else MODELS[: {"cpu": 1, "cuda": 3}[args.device]]
@@ -249,10 +249,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="(all)")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="timm models to compare with each other")

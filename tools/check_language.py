@@ -35,10 +35,8 @@ def files_to_check(named: list[Path], patterns: Sequence[str], exempt: list[str]
     paths = [path.resolve() for path in named]
     if not paths:
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
-        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        git = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         paths = [ROOT / line for line in git.stdout.splitlines()]
-        if git.returncode:  # no repository, as in the Docker image
-            paths = [path for pattern in patterns for path in [*ROOT.glob(pattern), *ROOT.glob(f"[!.]*/**/{pattern}")]]
     return sorted({p for p in paths if p.is_file() and not any(p.is_relative_to(ROOT / parent) for parent in exempt)})
 
 

@@ -194,8 +194,8 @@ def check_masks(dataset: Any, *, required: bool) -> None:
     if num_masks < len(dataset):
         print_log(f"{source}: counted the classes in {num_masks} of {len(dataset)} masks.", "current")
     if absent := [name for name, count in zip(classes, pixels) if not count]:
-        ignored = f"{dataset.ignore_index}{' and, with reduce_zero_label=True, 0' * dataset.reduce_zero_label}"
+        ignored = f"{dataset.ignore_index} and, with reduce_zero_label=True, 0"
         text = f"{source}: class {preview(absent)} occurs in none of {num_masks} masks, which ignore {ignored}."
         if required or not pixels.any():
-            raise DataError(f"{text} Fix the masks{', remove it, or set allow_absent_classes=True' * required}.")
+            raise DataError(f"{text} Fix the masks, remove it, or in training set allow_absent_classes=True.")
         print_log(text, "current", 30)

@@ -105,7 +105,8 @@ class StrictRunner(Runner):
             begin, end = config.get("begin", 0), config.get("end", length)
             if begin >= end:
                 raise DataError(f"param_scheduler.{i}.begin={begin}: is not before its end ({end}). Lower it.")
-            last = max(config.get("milestones", [begin + config["T_max"] if config.get("T_max") else end]))
+            last = begin + config["T_max"] if config.get("T_max") else end
+            last = max(config.get("milestones", [last]))
             decays_to_end = str(config["type"]).endswith(("CosineAnnealingLR", "PolyLR"))
             if last > length or (decays_to_end and max(last, config.get("end", 0)) < length):
                 advice = "Change its milestones, T_max or end. Without T_max and end, it ends with the training."
@@ -162,10 +163,9 @@ def class_dependent_keys(config: ConfigDict, model: nn.Module) -> list[str]:
 def keep_float32(model: nn.Module) -> None:
     """Run losses, box arithmetic and RoIAlign in float32 under autocast, as mmdetection 2 did."""
     for module in model.modules():
-        names = ["loss_by_feat", "loss_and_target", "predict_by_feat"]
-        names += ["forward"] * hasattr(module, "roi_layers")  # RoIAlign
-        for name in filter(partial(hasattr, module), names):
-            setattr(module, name, partial(_call_in_float32, getattr(module, name)))  # deepcopy also copies a partial
+        for name in ("loss_by_feat", "loss_and_target", "predict_by_feat", "forward"):
+            if hasattr(module, name) and (name != "forward" or hasattr(module, "roi_layers")):  # RoIAlign
+                setattr(module, name, partial(_call_in_float32, getattr(module, name)))  # deepcopy copies a partial
 
 
 def _call_in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
