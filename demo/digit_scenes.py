@@ -9,8 +9,8 @@ size and number. Each COCO image also names its part of the photo, each instance
 and photos come with scikit-learn (`bash setup_env.sh --dev`). Photos: danielbuechele and vultilion, CC BY 2.0.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from tqdm import tqdm
 
 from demo.digits import draw_digit, split_digits
+from lit_backbone.visualize import positive
 
 SPLITS = ("train", "val")
 NUM_DIGITS = (4, 6)  # per scene
@@ -177,15 +178,11 @@ def write_scenes(root: Path, size: int = 128, train: int = 4800, val: int = 200)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("data/digit_scenes"), help="directory (%(default)s)")
-    parser.add_argument("--train", type=int, default=4800, help="number of training scenes (%(default)s)")
-    parser.add_argument("--val", type=int, default=200, help="number of validation scenes (%(default)s)")
+    parser.add_argument("--train", type=positive, default=4800, help="number of training scenes (%(default)s)")
+    parser.add_argument("--val", type=positive, default=200, help="number of validation scenes (%(default)s)")
     args = parser.parse_args()
-    if min(args.train, args.val) < 1:
-        parser.error("--train and --val: the number of scenes must be 1 or more.")
     status = "written" if write_scenes(args.output, train=args.train, val=args.val) else "complete"
     print(f"{args.output}: {args.train} train, {args.val} val scenes, {status}")
 

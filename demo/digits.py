@@ -6,7 +6,7 @@ creates `OUTPUT/{train,val}/{0..9}/NNNN.png`, where NNNN is the number of the sc
 images. Both splits have the same proportion of every digit. Needs `bash setup_env.sh --dev`.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,7 @@ def write_digits(root: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("data/digits"), help="directory (%(default)s)")
     args = parser.parse_args()
     status = "written" if write_digits(args.output) else "complete"

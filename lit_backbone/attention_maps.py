@@ -4,21 +4,21 @@ Attention is read while the model runs; the model itself is unchanged.
 """
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .biased_attention import relative_position_bias
 from .images import DataError
-from .layers import AttentionBlock, ReducedAttention
+from .layers import Attention, ReducedAttention, resize_table
 from .lit import LIT
 from .visualize import CELL_COLOR, MIN_DISPLAY_SIZE, draw_sheet
 
@@ -27,23 +27,16 @@ PAPER_SIDES = (56, 28, 14, 7)  # side lengths of its feature maps
 HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no attention to the maximum
 
 
-class QueryAttention(TorchFunctionMode):
-    """Record the attention probabilities of one query token in each call of `scaled_dot_product_attention`."""
-
-    def __init__(self, queries: Iterable[int]):
-        super().__init__()
-        self.queries = iter(queries)  # index of the query token in each call
-        self.rows: list[Tensor] = []  # (B, heads, N)
-
-    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            (query, key, _), index = args, next(self.queries)  # (B, heads, N, C/heads)
-            scores = torch.einsum("bhc,bhnc->bhn", query[:, :, index], key) / math.sqrt(query.shape[3])
-            if (bias := kwargs.get("attn_mask")) is not None:
-                scores = scores + bias[:, :, index]  # (1, heads, N, N)
-            self.rows.append(scores.softmax(dim=-1))
-        return func(*args, **kwargs)
+def attention_row(attn: Attention, x: Tensor, query: int) -> Tensor:
+    """Compute the attention probabilities `(B, heads, N)` of one query token in the input `x` of a module."""
+    qkv = attn.qkv(x).flatten(1, -2).unflatten(2, (3, attn.num_heads, -1))  # (B, N, 3, heads, C/heads)
+    q, k, _ = qkv.unbind(2)
+    scores = torch.einsum("bhc,bnhc->bhn", q[:, query], k) / math.sqrt(q.shape[-1])
+    if attn.rel_pos_bias is not None:
+        height, width = x.shape[1:3]
+        table = resize_table(attn.rel_pos_bias, 2 * height - 1, 2 * width - 1, mode="bicubic")
+        scores = scores + relative_position_bias(table, height, width)[:, :, query]
+    return scores.softmax(dim=-1)
 
 
 @torch.inference_mode()
@@ -56,19 +49,19 @@ def query_attention(model: LIT, images: Tensor, queries: Sequence[int]) -> dict[
     """
     if any(isinstance(module, ReducedAttention) for module in model.modules()):
         raise DataError("attention maps are not drawn for models with sr_ratios. Use one with full attention.")
-    blocks = [(i, stage, block) for i, stage in enumerate(model.stages) for block in stage.modules()]
-    attending = [(i, stage.cls_token is not None) for i, stage, block in blocks if isinstance(block, AttentionBlock)]
-    fused, experimental = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(False)  # FlexAttention and rows of queries pass no bias tensor to the recorder
-    try:
-        with QueryAttention(queries[i] + prefix for i, prefix in attending) as recorder:
-            maps = cast(list[Tensor], model.forward_intermediates(images, intermediates_only=True))
-    finally:
-        set_fused_attn(fused, experimental)
-    stages: dict[int, list[Tensor]] = {}
-    for (i, prefix), row in zip(attending, recorder.rows, strict=True):
-        stages.setdefault(i, []).append(row[..., int(prefix) :].unflatten(-1, maps[i].shape[2:]))  # (B, heads, h, w)
-    return {i: torch.stack(rows, dim=1) for i, rows in stages.items()}
+    rows: dict[int, list[Tensor]] = {}  # stage: (B, heads, N) of each block
+
+    def record(attn: Attention, args: tuple[Tensor], stage: int, prefix: int) -> None:
+        row = attention_row(attn, args[0], queries[stage] + prefix)
+        rows.setdefault(stage, []).append(row[..., prefix:])
+
+    with ExitStack() as hooks:
+        for i, stage in enumerate(model.stages):
+            hook = partial(record, stage=i, prefix=int(stage.cls_token is not None))
+            for attn in (module for module in stage.modules() if isinstance(module, Attention)):
+                hooks.enter_context(attn.register_forward_pre_hook(hook))
+        maps = cast(list[Tensor], model.forward_intermediates(images, intermediates_only=True))
+    return {i: torch.stack(blocks, dim=1).unflatten(-1, maps[i].shape[2:]) for i, blocks in rows.items()}
 
 
 def draw_attention(heat: Tensor, query: int, caption: str) -> Image.Image:
@@ -116,4 +109,4 @@ def draw_attention_maps(maps: Tensor, query: int, folder: Path) -> None:
         for j, heat in enumerate(block, 1):
             images.append(draw_attention(heat.float(), query, f"block {i}, head {j}: up to {heat.max():.2g}"))
             images[-1].save(folder / f"block-{i}" / f"head-{j}.png")
-    draw_sheet(images, len(images), columns=maps.shape[1]).save(folder.with_suffix(".png"))
+    draw_sheet(images, columns=maps.shape[1]).save(folder.with_suffix(".png"))

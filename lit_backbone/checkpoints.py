@@ -1,5 +1,6 @@
 """Weights of checkpoints: extract them, with their class names, and fit them to a model."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -203,7 +204,7 @@ def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str
 
     To know them for any optimizer, take a step with zero gradients and learning rate 0, which changes no parameter.
     """
-    groups = [dict(group) for group in optimizer.param_groups]
+    initial = copy.deepcopy(optimizer.state_dict())
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for param in group["params"]:
@@ -211,10 +212,7 @@ def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer, path: str
     optimizer.step()
     optimizer.zero_grad()
     expected = optimizer.state_dict()
-    optimizer.state.clear()
-    for group, before in zip(optimizer.param_groups, groups):
-        group.clear()  # some optimizers count steps there
-        group.update(before)
+    optimizer.load_state_dict(initial)
     try:
         numbers = {key for key, value in optimizer.defaults.items() if isinstance(value, (float, tuple))}
         pairs = zip(state["param_groups"], expected["param_groups"], strict=True)  # PyTorch adds missing switches

@@ -6,7 +6,7 @@ whole feature map followed by an ordinary convolution, and needs no im2col.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -118,13 +118,10 @@ def captured_offsets(model: nn.Module) -> Iterator[list[tuple[Tensor, tuple[int,
     def capture(module: nn.Module, args: tuple[Tensor], offset: Tensor) -> None:
         captured.append((offset.detach().float(), (args[0].shape[2], args[0].shape[3])))
 
-    mergings = [module for module in model.modules() if isinstance(module, DeformableTokenMerging)]
-    hooks = [merging.offset.register_forward_hook(capture) for merging in mergings]
-    try:
+    with ExitStack() as hooks:
+        for merging in (module for module in model.modules() if isinstance(module, DeformableTokenMerging)):
+            hooks.enter_context(merging.offset.register_forward_hook(capture))
         yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

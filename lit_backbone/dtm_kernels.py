@@ -85,8 +85,9 @@ def _portable_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tupl
 
 
 @jit
-def _locate(sample, offset, H, W, h, w, in_range):
+def _locate(sample, offset, H, W, in_range):
     """Return image, top left corner and fraction of each sample, and its index in `offset`."""
+    h, w = H // 2, W // 2
     column, rest = sample % (2 * w), sample // (2 * w)
     row, image = rest % (2 * h), rest // (2 * h)
     index = 8 * ((image.to(tl.int64) * h + row // 2) * w + column // 2) + 4 * (row % 2) + 2 * (column % 2)
@@ -112,13 +113,11 @@ def _load_rows(tokens, row, exists, channel, C):
 
 
 @jit
-def _forward_kernel(
-    tokens, offset, out, samples, H, W, h, w, C, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
+def _forward_kernel(tokens, offset, out, samples, H, W, C, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr):
     sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_range = sample < samples
-    image, top, left, fy, fx, _ = _locate(sample, offset, H, W, h, w, in_range)
+    image, top, left, fy, fx, _ = _locate(sample, offset, H, W, in_range)
     total = tl.zeros((SAMPLES, CHANNELS), tl.float32)
     for corner in tl.static_range(4):
         below, right = corner // 2, corner % 2
@@ -131,12 +130,11 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    grad_out, tokens, offset, grad_tokens, grad_offset,
-    samples, H, W, h, w, C, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
+    grad_out, tokens, offset, grad_tokens, grad_offset, samples, H, W, C, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     in_range = sample < samples
-    image, top, left, fy, fx, index = _locate(sample, offset, H, W, h, w, in_range)
+    image, top, left, fy, fx, index = _locate(sample, offset, H, W, in_range)
     grad_y = tl.zeros((SAMPLES,), tl.float32)
     grad_x = tl.zeros((SAMPLES,), tl.float32)
     for start in range(0, C, CHANNELS):
@@ -173,7 +171,7 @@ def kernel_forward(tokens: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor
         tokens, offset = tokens.contiguous(), offset.permute(0, 2, 3, 1).contiguous()
         grid = (triton.cdiv(samples, tile["SAMPLES"]), triton.cdiv(channels, tile["CHANNELS"]))
         with torch.cuda.device_of(tokens):
-            _forward_kernel[grid](tokens, offset, out, samples, height, width, h, w, channels, **tile)
+            _forward_kernel[grid](tokens, offset, out, samples, height, width, channels, **tile)
     return out
 
 
@@ -186,7 +184,7 @@ def kernel_backward(grad_out: Tensor, tokens: Tensor, offset: Tensor) -> tuple[T
     grad_offset = torch.empty_like(offset)
     samples, tile = batch * 4 * h * w, _tile(channels)
     if grad_out.numel():
-        arguments = (grad_out, tokens, offset, grad_tokens, grad_offset, samples, height, width, h, w, channels)
+        arguments = (grad_out, tokens, offset, grad_tokens, grad_offset, samples, height, width, channels)
         with torch.cuda.device_of(tokens):
             _backward_kernel[(triton.cdiv(samples, tile["SAMPLES"]),)](*arguments, **tile)
     return grad_tokens.to(tokens.dtype), grad_offset.permute(0, 3, 1, 2)
@@ -197,7 +195,7 @@ def _has_kernels(device: torch.device, dtype: torch.dtype, channels: int) -> boo
     """Return True if the kernels compile; needs a C compiler and a supported GPU, and allocates no memory there."""
     if device.type != "cuda" or triton is None:
         return False
-    sizes, f32 = (4 * 28 * 28, 56, 56, 28, 28, channels), torch.float32
+    sizes, f32 = (56 * 56, 56, 56, channels), torch.float32
     try:
         with torch.cuda.device(device):
             _forward_kernel.warmup(dtype, f32, dtype, *sizes, grid=(1,), **_tile(channels))

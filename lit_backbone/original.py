@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +16,21 @@ from .safe_reader import printable
 OPTIONS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("original_options.yaml").read_text())
 
 
+class _OriginalOption(argparse.Action):
+    """Option of the original. Its help is the replacement, which is added to the namespace, or the answer."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        answer, values = str(self.help), [values] if isinstance(values, str) else values
+        if not answer.startswith(("--", "ignored")):
+            parser.error(f"argument {option}: {answer}")
+        if self.nargs != 0 and not values:
+            parser.error(f"argument {option}: expected {self.metavar}")
+        if answer.startswith("--"):
+            answer = answer.format(shlex.join(values))
+            namespace.replaced += shlex.split(answer)
+        report(f"{option}: {answer}")
+
+
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tool: str) -> argparse.Namespace:
     """Parse a command line, in which options of the original are replaced or ignored, with one line for each.
 
@@ -21,32 +38,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tool
     have no replacement.
     """
     parser.allow_abbrev = False
-    table = {key.split()[0]: (key.split()[1:], answer) for key, answer in OPTIONS[tool].items()}
-    tokens, args, replaced = list(sys.argv[1:] if argv is None else argv), [], []
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, value = token.partition("=")
-        if name not in table:
-            args.append(token)
-            continue
-        metavars, answer = table[name]
-        values = [value] if equals else []
-        while metavars and not equals and tokens and not tokens[0].startswith("--"):
-            values.append(tokens.pop(0))
-            if not metavars[0].endswith("..."):
-                break
-        if not answer.startswith(("--", "ignored")):
-            parser.error(f"argument {name}: {answer}")
-        if metavars and not values:
-            parser.error(f"argument {name}: expected {metavars[0]}")
-        if not answer.startswith("ignored"):
-            words: list[str] = []
-            for word in answer.split():
-                words += values if word == "{}" else [word.replace("{}", "".join(values))]
-            replaced += words
-            answer = " ".join(words)
-        report(f"{name}: {answer}")
-    return parser.parse_args([*args, *replaced])
+    original = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    original.error = parser.error
+    for key, answer in OPTIONS[tool].items():
+        name, *metavar = key.split()
+        nargs = "*" if key.endswith("...") else "?" if metavar else 0
+        original.add_argument(name, action=_OriginalOption, nargs=nargs, metavar="".join(metavar), help=answer)
+    namespace, args = original.parse_known_args(argv, argparse.Namespace(replaced=[]))
+    return parser.parse_args(args + namespace.replaced)
 
 
 def report(line: str) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,18 +122,16 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
     return drawing
 
 
-def draw_sheet(images: Iterable[Image.Image], count: int, columns: int, max_width: int = 2400) -> Image.Image:
-    """Arrange `count` images of one size in rows, scaled down to at most `max_width` pixels in total."""
-    gap, images = 4, iter(images)
-    first = next(images)
-    scale = min(1.0, (max_width / columns - gap) / first.width)
-    width, height = round(scale * first.width), round(scale * first.height)
-    size = (columns * (width + gap) - gap, math.ceil(count / columns) * (height + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    for i, image in enumerate(chain([first], images)):
-        row, column = divmod(i, columns)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+def draw_sheet(images: Iterable[Image.Image], columns: int, max_width: int = 2400) -> Image.Image:
+    """Arrange images of one size in rows, scaled down in place to at most `max_width` pixels in total."""
+    tiles, gap = [], 4
+    for image in images:
+        image.thumbnail((max_width // columns - gap, image.height), Image.Resampling.LANCZOS)
+        tiles.append(image)
+    width, height = tiles[0].width + gap, tiles[0].height + gap
+    sheet = Image.new("RGB", (columns * width - gap, math.ceil(len(tiles) / columns) * height - gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * width, i // columns * height))
     return sheet
 
 
@@ -167,15 +164,13 @@ def write_offsets(
     tokens = [(row, column) for row in rows for column in columns]
     if len(tokens) < height * width:
         summary += f"; {len(tokens)} tokens drawn"
-    bar = tqdm(tokens, disable=None, delay=2, leave=False)
-
-    def draw(row: int, column: int) -> Image.Image:
-        shown = [chains.undeformed(), chains] if plain else [chains]
-        return draw_sheet([draw_points(image, item, row, column) for item in shown], len(shown), len(shown))
-
-    drawings = (draw(row, column) for row, column in bar)
+    shown = [chains.undeformed(), chains] if plain else [chains]
+    drawings = (
+        draw_sheet([draw_points(image, item, row, column) for item in shown], len(shown))
+        for row, column in tqdm(tokens, disable=None, delay=2, leave=False)
+    )
     if grid:
-        draw_sheet(drawings, len(tokens), len(columns)).save(folder / "grid.png")
+        draw_sheet(drawings, len(columns)).save(folder / "grid.png")
         return f"{folder / 'grid.png'}: {summary}"
     for (row, column), drawing in zip(tokens, drawings):
         drawing.save(folder / f"{row}-{column}.png")

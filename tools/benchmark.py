@@ -13,11 +13,11 @@ bfloat16 if the CPU has it. Memory is the peak of a call on a GPU above what was
 and DEVICE.png. Needs `bash setup_env.sh --dev`.
 """
 
-import argparse
 import json
 import platform
 import re
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ Calls = dict[str, Callable[[], object]]  # name: function to time
 class Bench:
     """Time calls on a device and collect the results, also in a file after each comparison."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Namespace):
         self.device, self.repeats, self.output = torch.device(args.device), args.repeats, args.output
         self.batch = args.batch_size or {"cpu": 8, "cuda": 256}[args.device]
         self.groups = [args.models] if args.models else MODELS[: {"cpu": 1, "cuda": 3}[args.device]]
@@ -216,18 +216,15 @@ def bench_input(bench: Bench) -> None:
         for i, image in enumerate(load_sample_images().images):
             Path(folder, "train", str(i)).mkdir(parents=True)
             Image.fromarray(image).resize(JPEG_SIZE).save(f"{folder}/train/{i}/image.jpg", quality=95)
-        config, ranks = (
-            load_config(path, ["MODEL.NUM_CLASSES", "2"], data_path=folder),
-            Ranks(0, 1, torch.device("cpu")),
-        )
+        config, ranks = load_config(path, data_path=folder), Ranks(0, 1, torch.device("cpu"))
         dataset, erase = build_dataset(config, is_training=True), build_erasing(config, ranks)
-        keys, empty = [SampleKey(0, i, i % len(dataset)) for i in range(32)], torch.zeros(0)
-        calls = {
-            "uint8, 1 worker": lambda: [dataset[key] for key in keys],
-            "float32, 1 worker": lambda: [
-                erase(to_device((dataset[key][0][None], empty), config, ranks)[0]) for key in keys
-            ],
-        }
+        keys = [SampleKey(0, i, i % len(dataset)) for i in range(32)]
+
+        def load_floats() -> None:
+            for key in keys:
+                erase(to_device((dataset[key][0][None], torch.zeros(0)), config, ranks)[0])
+
+        calls = {"uint8, 1 worker": lambda: [dataset[key] for key in keys], "float32, 1 worker": load_floats}
         bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
 
 
@@ -252,10 +249,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="(all)")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="timm models to compare with each other")

@@ -12,10 +12,10 @@ return logits `(B, classes)` or, with --dense, feature maps `(B, C, H / s, W / s
 onnx, torch-export (extra_files) and safetensors files hold the architecture and, in JSON, classes and preprocessing.
 """
 
-import argparse
 import json
 import shutil
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,9 +154,7 @@ def export(checkpoint: Path, output: Path, format: str, dense: bool = False) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="file of main.py, or released by the authors")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="PATH", help="(beside the checkpoint)")

@@ -127,7 +127,7 @@ def draw_sampling(weights: Path, paths: list[Path]) -> Image.Image:
     images = [Image.open(path).resize((IMG_SIZE, IMG_SIZE), Image.Resampling.BICUBIC) for path in paths]
     chains = [sampling_chains(classifier.model, classifier.transform(image)) for image in images]
     tiles = [draw_points(*pair, *token) for token in ((0, 0), (1, 1)) for pair in zip(images, chains)]
-    return draw_sheet(tiles, len(tiles), len(images))
+    return draw_sheet(tiles, columns=len(images))
 
 
 def main(argv: list[str] | None = None) -> None:

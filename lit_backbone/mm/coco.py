@@ -1,12 +1,11 @@
 """Checks of COCO annotation files, and of the instances that mmdetection keeps from them."""
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from mmengine.fileio import get_text
 from mmengine.logging import print_log
 
@@ -15,7 +14,7 @@ from ..safe_reader import preview, printable
 
 Entry = dict[str, Any]
 CROWD = "iscrowd is 1"
-MARGIN, MAX_SHARE = 1.1, 0.2  # boxes beyond MARGIN times the image size are counted; share of images with such boxes
+MARGIN, MAX_SHARE = 1.1, 0.2  # warn if boxes end beyond MARGIN times the image size in more than this share of images
 
 
 def _are_numbers(*values: Any) -> bool:
@@ -45,13 +44,12 @@ FIELDS = {
 
 
 class CocoFile(NamedTuple):
-    """Categories of an annotation file, and its annotations of the categories that the config uses."""
+    """Content of an annotation file: images and names of categories by id, and annotations of the config's classes."""
 
     path: str
-    categories: list[Entry]
-    count: int
-    dropped: Counter[str]  # number of annotations that mmdetection drops, by reason
-    far: float  # share of the annotated images that have a box far outside the image
+    images: dict[int, Entry]
+    categories: dict[int, str]
+    annotations: list[Entry]
 
 
 def read_annotations(file: str, backend_args: Any = None, test_mode: bool = True, with_mask: bool = False) -> Entry:
@@ -89,31 +87,36 @@ def read_coco(dataset: Any) -> CocoFile | None:
     if not is_coco or dataset.COCOAPI.__name__ != "COCO":  # LVIS and panoptic files have other fields
         return None
     with_mask = any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms)
-    file, classes = dataset.ann_file, dataset.metainfo.get("classes")
-    content = read_annotations(file, dataset.backend_args, dataset.test_mode, with_mask)
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    content = read_annotations(dataset.ann_file, dataset.backend_args, dataset.test_mode, with_mask)
+    images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
+    names, classes = {i: category["name"] for i, category in categories.items()}, dataset.metainfo.get("classes")
     unused = {i for i, name in names.items() if classes is not None and name not in classes}
-    annotations = [annotation for annotation in content["annotations"] if annotation["category_id"] not in unused]
-    start, size = np.array([x["bbox"] for x in annotations], float).reshape(-1, 2, 2).swapaxes(0, 1)  # (N, 2) each
-    end, limit = start + size, np.array([images.get(x["image_id"], (np.nan,) * 2) for x in annotations]).reshape(-1, 2)
+    annotations = [entry for entry in content["annotations"] if entry["category_id"] not in unused]
+    return CocoFile(dataset.ann_file, images, names, annotations)
 
-    def where(test: Callable[[Entry], Any]) -> np.ndarray:
-        return np.array([test(annotation) for annotation in annotations], bool)
 
-    reasons = {  # the first that applies is counted
-        "category_id is not in categories": where(lambda x: x["category_id"] not in names),
-        "image_id is not in images": where(lambda x: x["image_id"] not in images),
-        "ignore is set": where(lambda x: x.get("ignore")),
-        "the box is smaller than a pixel (are coordinates in 0..1?)": (size < 1).any(1),
-        "the box is outside the image": ((start >= limit) | (end <= 0)).any(1),
-        "area is 0 or negative": where(lambda x: x["area"] <= 0),
-        CROWD: where(lambda x: x.get("iscrowd")),
+def _drop_reason(annotation: Entry, coco: CocoFile) -> str:
+    """Return the first reason for which mmdetection drops an annotation, or an empty string."""
+    x, y, width, height = annotation["bbox"]
+    image = coco.images.get(annotation["image_id"], {"width": math.inf, "height": math.inf})
+    is_outside = x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0
+    reasons = {
+        "category_id is not in categories": annotation["category_id"] not in coco.categories,
+        "image_id is not in images": annotation["image_id"] not in coco.images,
+        "ignore is set": annotation.get("ignore"),
+        "the box is smaller than a pixel (are coordinates in 0..1?)": width < 1 or height < 1,
+        "the box is outside the image": is_outside,
+        "area is 0 or negative": annotation["area"] <= 0,
+        CROWD: annotation.get("iscrowd"),
     }
-    dropped = Counter(filter(None, np.select([*reasons.values()], [*reasons], "").tolist()))
-    image_ids, is_far = np.array([x["image_id"] for x in annotations]), (end > MARGIN * limit).any(1)
-    far = len(np.unique(image_ids[is_far])) / max(len(np.unique(image_ids)), 1)
-    return CocoFile(file, content["categories"], len(annotations), dropped, far)
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _is_far_outside(annotation: Entry, coco: CocoFile) -> bool:
+    """Return True if a box reaches far beyond the right or bottom of its image."""
+    x, y, width, height = annotation["bbox"]
+    image = coco.images.get(annotation["image_id"])
+    return bool(image) and (x + width > MARGIN * image["width"] or y + height > MARGIN * image["height"])
 
 
 def check_instances(coco: CocoFile, kept: Counter[str], *, required: bool) -> None:
@@ -121,20 +124,26 @@ def check_instances(coco: CocoFile, kept: Counter[str], *, required: bool) -> No
 
     Raise DataError if it keeps none and `required`.
     """
-    total, empty = kept.total(), [name for name, count in kept.items() if not count]
-    reasons = coco.dropped + Counter({"the image is filtered out": coco.count - coco.dropped.total() - total})
-    counts = f"{coco.count} annotations" + "".join(f", {count}: {reason}" for reason, count in reasons.most_common())
-    format = "Write them as x, y, width, height instead of x1, y1, x2, y2."
-    problems = {
-        f"no instance of metainfo.classes is left ({counts}). Fix or add annotations.": not total,
-        f"annotations are left out ({counts}). Fix them if needed.": coco.count - coco.dropped[CROWD] > total > 0,
-        f"no instances of {printable(', '.join(empty), 300)}. Add some, or remove the classes.": total and empty,
-        f"boxes reach far outside {coco.far:.0%} of the annotated images. {format}": total and coco.far > MAX_SHARE,
-    }
-    for problem in (problem for problem, applies in problems.items() if applies):
-        if required and not total:
-            raise DataError(f"{coco.path}: {problem}")
-        print_log(f"{coco.path}: {problem}", "current", 30)
+    count, total = len(coco.annotations), kept.total()
+    reasons = Counter(filter(None, (_drop_reason(annotation, coco) for annotation in coco.annotations)))
+    num_crowd, num_filtered = reasons[CROWD], count - reasons.total() - total
+    reasons += Counter({"the image is filtered out": num_filtered})
+    counts = f"{count} annotations" + "".join(f", {number}: {reason}" for reason, number in reasons.most_common())
+    if required and not total:
+        raise DataError(f"{coco.path}: no instance of metainfo.classes is left ({counts}). Fix or add annotations.")
+
+    def warn(problem: str) -> None:
+        print_log(f"{coco.path}: {problem}", "current", logging.WARNING)
+
+    if count - num_crowd > total:
+        warn(f"annotations are left out ({counts}). Fix them if needed.")
+    if empty := [name for name, number in kept.items() if not number]:
+        warn(f"no instances of {printable(', '.join(empty), 300)}. Add some, or remove the classes.")
+    annotated = {annotation["image_id"] for annotation in coco.annotations}
+    far = {annotation["image_id"] for annotation in coco.annotations if _is_far_outside(annotation, coco)}
+    if len(far) > MAX_SHARE * len(annotated):
+        advice = "Write them as x, y, width, height instead of x1, y1, x2, y2."
+        warn(f"boxes reach far outside {len(far) / len(annotated):.0%} of the annotated images. {advice}")
 
 
 def repair_ground_truth(coco: Any) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..images import DataError
 from ..safe_reader import preview
-from .coco import check_instances
+from .coco import CocoFile, check_instances, read_coco
 
 MAX_MASKS = 3000  # masks that are read before the first step; more if a class does not occur in them
 
@@ -49,13 +49,12 @@ def check_equal_classes(datasets: Sequence[Any]) -> None:
         raise DataError(f"metainfo.classes: datasets have different classes, {pair}. Use the same in the same order.")
 
 
-def _check_categories(dataset: Any) -> None:
+def _check_categories(dataset: Any, coco: CocoFile | None) -> None:
     """Compare the categories in a COCO file with the classes in the config, in the order that mmdetection uses."""
     file, classes = dataset.ann_file, list(dataset.metainfo.get("classes") or ())
-    coco = getattr(dataset, "coco_file", None)
     if coco is None and classes == list(dataset.METAINFO.get("classes") or ()):
         return  # a public dataset of another format, such as LVIS, whose large file is not read again
-    names = {category["id"]: category["name"] for category in (coco.categories if coco else load(file)["categories"])}
+    names = coco.categories if coco else {category["id"]: category["name"] for category in load(file)["categories"]}
     if wrong := [name for name in classes if [*names.values()].count(name) != 1]:
         advice = f"Use a subset of metainfo.classes={[*names.values()]}."
         raise DataError(f"{file}: not exactly one category named {preview(wrong)}. {advice}")
@@ -63,17 +62,19 @@ def _check_categories(dataset: Any) -> None:
         raise DataError(f"{file}: the categories are in another order. Set metainfo.classes to {order}.")
 
 
-def check_dataset(dataset: Any, required: bool = True) -> None:
+def check_dataset(dataset: Any, *, required: bool = True, is_single: bool = True) -> None:
     """Raise DataError if a category or file is missing or the dataset is empty. No image is opened.
 
-    With `required=False`, a COCO file may have no usable instance.
+    With `required=False`, a COCO file may have no usable instance. One of several files may have no annotation.
     """
     source, classes = getattr(dataset, "ann_file", "") or dataset.data_root, dataset.metainfo.get("classes") or ()
+    coco = read_coco(dataset)
     if getattr(dataset, "cat_ids", None) is not None:
-        _check_categories(dataset)
+        _check_categories(dataset, coco)
     if getattr(dataset, "img_suffix", "") and not dataset.ann_file:
         _check_suffixes(dataset.data_prefix["img_path"], dataset.img_suffix)
-    coco = None if getattr(dataset, "_indices", None) else getattr(dataset, "coco_file", None)
+    if getattr(dataset, "_indices", None):  # the dataset is a part of the file
+        coco = None
     list_folder = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     kept, missing = Counter(dict.fromkeys(classes, 0)), []
     for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
@@ -85,7 +86,7 @@ def check_dataset(dataset: Any, required: bool = True) -> None:
     if missing:
         raise DataError(f"{missing[0]}: no such file. Files missing in {source}: {len(missing)}.")
     if coco:
-        check_instances(coco, kept, required=required)
+        check_instances(coco, kept, required=required and (is_single or bool(coco.annotations)))
     if not len(dataset):
         raise DataError(f"{source}: no image with annotations. Check data_root and data_prefix of the dataset.")
 
@@ -197,8 +198,8 @@ def check_masks(datasets: Sequence[Any], *, required: bool) -> None:
     if num_masks < len(items):
         print_log(f"{source}: counted the classes in {num_masks} of {len(items)} masks.", "current")
     if absent := [name for name, count in zip(classes, pixels) if not count]:
-        ignored = f"{ignore_index}{' and, with reduce_zero_label=True, 0' * datasets[0].reduce_zero_label}"
+        ignored = f"{ignore_index} and, with reduce_zero_label=True, 0"
         text = f"{source}: class {preview(absent)} occurs in none of {num_masks} masks, which ignore {ignored}."
         if required or not pixels.any():
-            raise DataError(f"{text} Fix the masks{', remove it, or set allow_absent_classes=True' * required}.")
+            raise DataError(f"{text} Fix the masks, remove it, or in training set allow_absent_classes=True.")
         print_log(text, "current", 30)

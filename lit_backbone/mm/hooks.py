@@ -69,12 +69,11 @@ class CheckDataHook(Hook):
                 repair_ground_truth(coco)
         is_single = len(datasets) == 1
         for dataset in datasets:
-            data.check_loaded_files(dataset.pipeline, dataset)
             if is_main_process():
-                coco = getattr(dataset, "coco_file", None)  # one of several files may have images without boxes only
-                data.check_dataset(dataset, required and (is_single or bool(coco and coco.count)))
+                data.check_dataset(dataset, required=required, is_single=is_single)
                 for metric in metrics if is_single else ():
                     data.check_metric(dataset, metric)
+            data.check_loaded_files(dataset.pipeline, dataset)
         data.check_equal_classes(datasets)
         if is_main_process():
             data.check_masks(datasets, required=all_classes)

@@ -43,21 +43,15 @@ class StrictRunner(Runner):
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """Build a dataloader. Raise DataError if an annotation file is invalid or the dataset is empty."""
-        configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
-        drafts = [DATASETS.build(dict(config, lazy_init=True, serialize_data=False)) for config in configs]
-        for draft in drafts:
-            draft.coco_file = read_coco(draft)
         try:
-            loader = Runner.build_dataloader(dataloader, *args, **kwargs)
-        except ValueError as error:
-            if "need at least one array" in str(error):  # NumPy's error for an empty dataset
-                for draft in drafts:
-                    draft.full_init()
-                    check_dataset(draft)
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
+        except Exception:  # mmdetection raises many types, and names neither the file nor the reason
+            for config in unwrap_datasets(dataloader):
+                dataset = DATASETS.build(dict(config, lazy_init=True, serialize_data=False))
+                read_coco(dataset)
+                dataset.full_init()
+                check_dataset(dataset)
             raise
-        for dataset, draft in zip(unwrap_datasets(loader), drafts):
-            dataset.coco_file = draft.coco_file
-        return loader
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Raise DataError if its annotation file is invalid."""
@@ -114,7 +108,8 @@ class StrictRunner(Runner):
             begin, end = config.get("begin", 0), config.get("end", length)
             if begin >= end:
                 raise DataError(f"param_scheduler.{i}.begin={begin}: is not before its end ({end}). Lower it.")
-            last = max(config.get("milestones", [begin + config["T_max"] if config.get("T_max") else end]))
+            last = begin + config["T_max"] if config.get("T_max") else end
+            last = max(config.get("milestones", [last]))
             decays_to_end = str(config["type"]).endswith(("CosineAnnealingLR", "PolyLR"))
             if last > length or (decays_to_end and max(last, config.get("end", 0)) < length):
                 advice = "Change its milestones, T_max or end. Without T_max and end, it ends with the training."
@@ -189,10 +184,9 @@ def class_dependent_keys(config: ConfigDict, model: nn.Module) -> list[str]:
 def keep_float32(model: nn.Module) -> None:
     """Run losses, box arithmetic and RoIAlign in float32 under autocast, as mmdetection 2 did."""
     for module in model.modules():
-        names = ["loss_by_feat", "loss_and_target", "predict_by_feat"]
-        names += ["forward"] * hasattr(module, "roi_layers")  # RoIAlign
-        for name in filter(partial(hasattr, module), names):
-            setattr(module, name, partial(_call_in_float32, getattr(module, name)))  # deepcopy also copies a partial
+        for name in ("loss_by_feat", "loss_and_target", "predict_by_feat", "forward"):
+            if hasattr(module, name) and (name != "forward" or hasattr(module, "roi_layers")):  # RoIAlign
+                setattr(module, name, partial(_call_in_float32, getattr(module, name)))  # deepcopy copies a partial
 
 
 def _call_in_float32(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,6 @@ from mmdet.datasets import CocoDataset
 from mmengine.structures import InstanceData
 
 from lit_backbone.mm import DataError, cli, load_file
-from lit_backbone.mm.coco import read_coco
 from lit_backbone.mm.data import check_dataset
 from tests.dense import TINY, draw_shapes, error_of
 from tests.detection.conftest import DETECTION, check_data, read_config
@@ -177,7 +176,6 @@ def test_coco_classes_with_other_categories(categories: list[dict], tmp_path: Pa
     annotations = [dict(id=1, image_id=6, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0)]
     edit_annotations(tmp_path / "val.json", "annotations", annotations)
     dataset = CocoDataset(ann_file=str(tmp_path / "val.json"), data_prefix=dict(img=str(tmp_path / "images")))
-    dataset.coco_file = read_coco(dataset)
     with pytest.raises(DataError, match="val.json: (the categories are in another order|not exactly one category)"):
         check_dataset(dataset)
 

@@ -118,10 +118,10 @@ def test_points_and_cell_are_drawn_at_their_positions(size: tuple[int, int]) -> 
 
 def test_sheet_holds_evenly_spaced_images() -> None:
     images = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
-    sheet = draw_sheet(images, 10, columns=4)
+    sheet = draw_sheet(images, columns=4)
     assert sheet.size == (4 * 104 - 4, 3 * 64 - 4)
     assert [sheet.getpixel((50 + i % 4 * 104, 30 + i // 4 * 64))[0] for i in range(10)] == list(range(10))
-    assert draw_sheet(images * 10, 100, columns=50, max_width=1000).width <= 1000
+    assert draw_sheet(images * 10, columns=50, max_width=1000).width <= 1000
     assert evenly_spaced(7, 7) == list(range(7)) and evenly_spaced(3, 7) == [0, 1, 2]
     assert evenly_spaced(21, 7) == [1, 4, 7, 10, 13, 16, 19]
 
