@@ -20,9 +20,11 @@ from pydantic_core import ErrorDetails
 from lit_backbone import CheckpointError
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
-from lit_classification.original import LIT_TI_CONFIG, REPLACED_KEYS, is_lit_ti_json, translate_original
+from lit_classification.original import REPLACED_KEYS, translate_original
 
 _logger = logging.getLogger(__name__)
+
+LIT_TI_CONFIG = Path(__file__).parents[1] / "configs" / "lit-ti.yaml"
 
 Layer = tuple[str, dict[str, Any]]  # where keys are set, and their values by dotted key
 
@@ -135,7 +137,7 @@ def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
     for base in filter(None, bases):  # the original writes ['']
         yield from _read_files(path.parent / os.path.expanduser(base), (*heirs, path))
-    if is_lit_ti_json(tree):
+    if "model" in tree:  # the original's lit-ti.json
         yield from _read_files(LIT_TI_CONFIG)
     yield str(path), translate_original(flatten(tree), str(path))
 
