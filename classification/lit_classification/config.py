@@ -4,7 +4,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from timm.models import is_model, is_model_in_modules, model_entrypoint
 
-from lit_backbone.safe_reader import printable
+from lit_backbone.images import DataError
+from lit_backbone.safe_reader import CheckpointError, printable
 
 
 class ConfigError(ValueError):
@@ -20,6 +22,15 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(printable, self.args))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with the message of an error in the user's files or settings. Other exceptions propagate."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Reading configs from YAML files, command line options and checkpoints, with messages that name the key."""
 
-import json
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lit_backbone import CheckpointError
+from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
 from lit_classification.original import REPLACED_KEYS, translate_original
@@ -70,7 +69,11 @@ def load_config(path: str | Path, opts: Sequence[str] = (), *, training: bool = 
     `opts` alternates keys and values, as after `--opts`. `shortcuts` are keys by the last part of their name in lower
     case, such as `batch_size`; None is ignored. `training` adds checks of what only a training needs.
     """
-    return _build([*_read_files(Path(path)), *_read_options(opts, shortcuts)], training)
+    layers = list(_read_files(Path(path)))
+    if run_dir := _run_dir(Path(path)):  # continue that run, also if it was moved
+        place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
+        layers.append((str(path), place))
+    return _build([*layers, *_read_options(opts, shortcuts)], training)
 
 
 def config_from_checkpoint(
@@ -101,14 +104,28 @@ def config_from_checkpoint(
     return _build(layers, training=False) if layers[1:] else config
 
 
-def locate_run(cfg: str) -> tuple[str, list[str]]:
-    """Return a YAML file's run name and extra options; `config.yaml` of a run directory continues that run."""
-    run_dir = Path(os.path.abspath(cfg)).parent
-    if not (run_dir / "starts.jsonl").is_file():
-        return Path(cfg).stem, []
-    place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
-    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in place.items()}
-    return run_dir.parent.name, [text for pair in texts.items() for text in pair]
+def adopt_keywords(config: Config, run_dir: Path) -> Config:
+    """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
+    source, path = config.MODEL.PRETRAINED, run_dir / "config.yaml"
+    if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
+        return config
+    started = load_config(path, training=False) if path.exists() else None
+    stored = started or config_from_checkpoint(read_checkpoint(source), source)
+    if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
+        return config
+    _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")
+    return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
+
+
+def run_name(cfg: str) -> str:
+    """Return the name of a YAML file, or of the config whose run directory it lies in."""
+    run_dir = _run_dir(Path(cfg))
+    return run_dir.parent.name if run_dir else Path(cfg).stem
+
+
+def _run_dir(cfg: Path) -> Path | None:
+    folder = Path(os.path.abspath(cfg)).parent
+    return folder if (folder / "starts.jsonl").is_file() else None
 
 
 def _read_yaml(text: str | bytes, origin: str) -> Any:

@@ -49,9 +49,7 @@ class RunLog:
         if self.path and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
             temp = self.path.with_suffix(".tmp")
-            temp.unlink(missing_ok=True)
-            with open(temp, "x") as file:
-                file.writelines(f"{line}\n" for line in lines)
+            temp.write_text("".join(f"{line}\n" for line in lines))
             os.replace(temp, self.path)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
