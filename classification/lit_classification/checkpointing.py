@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -21,6 +20,8 @@ from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_optimizer_state, class_mismatch, fit_state_dict, unwrap_state_dict
+from lit_backbone.images import DataError
+from lit_backbone.run_lock import lock_directory
 from lit_classification.config import Config, ConfigError
 from lit_classification.distributed import Ranks
 
@@ -78,30 +79,25 @@ def git_commit() -> str:
     """Return the commit of this code, with `-dirty` if files were changed; empty outside a Git repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return ""
+    return result.stdout.strip()
 
 
 @contextmanager
 def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Create the run directory and lock it on rank 0, or raise ConfigError if another training has locked it."""
-    lock = FileLock(run_dir / "run.lock", timeout=0)
-    problem = ""
+    """Create the run directory and lock it on rank 0, or raise DataError on all ranks if another training has."""
+    lock, problem = nullcontext(), ""
     if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
-        except Timeout:
-            problem = f"{run_dir}: another training runs there; wait, or choose another --tag"
+            lock = lock_directory(run_dir)
+        except DataError as error:
+            problem = str(error)
     if problem := ranks.gather(problem)[0]:  # other ranks wait for the directory
-        raise ConfigError(problem)
-    try:
+        raise DataError(problem)
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) -> None:
@@ -138,8 +134,7 @@ def sync_batchnorm(state: TrainState, ranks: Ranks) -> None:
 def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint so that `path` is always the whole old or new file. Keep the old one as `previous`."""
     temp = path.with_name(f".{path.name}.tmp")
-    temp.unlink(missing_ok=True)  # left by a killed run
-    with open(temp, "xb") as file:  # does not follow a link
+    with open(temp, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -175,8 +170,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     Raise CheckpointError if it is of another model, other data or other settings.
     """
     if "optimizer" not in content or "updates_per_epoch" not in content:
-        is_run = {"optimizer", "epoch"} <= content.keys()
-        kind = "a run of the original or another trainer, which cannot be continued" if is_run else "weights, not a run"
+        kind = "weights alone, or a run of the original or another trainer, which cannot be continued"
         raise CheckpointError(f"{path}: holds {kind}. {NEW_RUN}")
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):

@@ -70,7 +70,7 @@ def load_config(path: str | Path, opts: Sequence[str] = (), *, training: bool = 
     case, such as `batch_size`; None is ignored. `training` adds checks of what only a training needs.
     """
     layers = list(_read_files(Path(path)))
-    if run_dir := _run_dir(Path(path)):  # continue that run, also if it was moved
+    if run_dir := started_run(path):  # continue it, also if it was moved
         place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
         layers.append((str(path), place))
     return _build([*layers, *_read_options(opts, shortcuts)], training)
@@ -117,15 +117,10 @@ def adopt_keywords(config: Config, run_dir: Path) -> Config:
     return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
 
 
-def run_name(cfg: str) -> str:
-    """Return the name of a YAML file, or of the config whose run directory it lies in."""
-    run_dir = _run_dir(Path(cfg))
-    return run_dir.parent.name if run_dir else Path(cfg).stem
-
-
-def _run_dir(cfg: Path) -> Path | None:
-    folder = Path(os.path.abspath(cfg)).parent
-    return folder if (folder / "starts.jsonl").is_file() else None
+def started_run(path: str | Path) -> Path | None:
+    """Return the run directory that a `config.yaml` lies in, or None for other configs."""
+    run_dir = Path(os.path.abspath(path)).parent
+    return run_dir if (run_dir / "starts.jsonl").is_file() else None
 
 
 def _read_yaml(text: str | bytes, origin: str) -> Any:
@@ -246,14 +241,15 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
 
 
 def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
-    train, aug = config.TRAIN, config.AUG
+    """Check what only a training needs."""
+    train, aug, model, is_other = config.TRAIN, config.AUG, config.MODEL, not is_lit(config.MODEL.NAME)
     try:
         timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
-    if isinstance(config.MODEL.FREEZE, int) and config.MODEL.FREEZE and not is_lit(config.MODEL.NAME):
-        yield ["MODEL.FREEZE"], f"{config.MODEL.NAME} has no stages of LIT; use backbone"
-    if config.MODEL.DROP_RATE and is_lit(config.MODEL.NAME):
+    if model.FREEZE not in (0, "backbone") and is_other:
+        yield ["MODEL.FREEZE"], f"{model.NAME} has no stages of LIT; use backbone"
+    if model.DROP_RATE and not is_other:
         yield ["MODEL.DROP_RATE"], "is not implemented for LIT, which is regularized by MODEL.DROP_PATH_RATE"
     optimizers = [str(name) for name in timm.optim.list_optimizers()]
     if train.OPTIMIZER.NAME not in optimizers:
@@ -263,9 +259,6 @@ def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
-    is_tiny = config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32)
-    if is_lit(config.MODEL.NAME) and is_tiny and not aug.mixing:
-        yield ["DATA.BATCH_SIZE"], "BatchNorm needs several values, and the last feature map has one pixel; use 2"
     for key, size in {"DATA.BATCH_SIZE": config.DATA.BATCH_SIZE, "TRAIN.GLOBAL_BATCH": train.GLOBAL_BATCH}.items():
         if aug.mixing and size % 2:
             problem = f"mixup and cutmix pair images, but {size} is odd; use {size + 1}"

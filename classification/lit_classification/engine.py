@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import Module
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from lit_backbone.precision import autocast
@@ -204,14 +205,10 @@ def measure_throughput(model: Module, config: Config, ranks: Ranks) -> float:
     images = torch.randint(256, (config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), dtype=torch.uint8)
     images, _ = to_device((images, torch.zeros(0)), config, ranks)
 
-    def run(iterations: int, desc: str) -> None:
-        for _ in progress(range(iterations), ranks.is_main, desc=desc):
-            with autocast(config.TEST.AMP_DTYPE, ranks.device):  # inside the loop: it caches casts of the weights
-                model(images)
-        if ranks.device.type != "cpu":
-            torch.accelerator.synchronize()
+    def forward() -> None:
+        with autocast(config.TEST.AMP_DTYPE, ranks.device):  # not around the loop, as it caches casts of the weights
+            model(images)
 
-    run(WARMUP_ITERATIONS, "warm-up")
-    start = time.perf_counter()
-    run(TIMED_ITERATIONS, "timing")
-    return TIMED_ITERATIONS * len(images) / (time.perf_counter() - start)
+    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+    timer.timeit(WARMUP_ITERATIONS)
+    return len(images) / timer.timeit(TIMED_ITERATIONS).mean

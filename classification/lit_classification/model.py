@@ -62,15 +62,15 @@ def load_teacher(config: Config, device: torch.device, classes: list[str]) -> nn
     if timm.is_model(name):
         teacher: Any = timm.create_model(name, pretrained=True).to(device).eval()
         mean_std = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
-        if mean_std != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-            raise ConfigError(f"DISTILL.TEACHER: {name} expects other mean and std ({mean_std}). Choose another one.")
+        is_normalized = mean_std == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        problem = "" if is_normalized else f"expects other mean and std ({mean_std})"
     else:
-        if mismatch := class_mismatch(read_checkpoint(name), classes):
-            raise ConfigError(f"DISTILL.TEACHER: {name}: {mismatch}. Use a teacher of the same classes.")
+        problem = class_mismatch(read_checkpoint(name), classes)
         teacher = load_classifier(name, device).model
-    if teacher.num_classes != config.MODEL.NUM_CLASSES:
+    if not problem and teacher.num_classes != config.MODEL.NUM_CLASSES:
         problem = f"has {teacher.num_classes} classes, the model {config.MODEL.NUM_CLASSES}"
-        raise ConfigError(f"DISTILL.TEACHER: {name} {problem}. Use a teacher of the same classes.")
+    if problem:
+        raise ConfigError(f"DISTILL.TEACHER: {name}: {problem}. Use another teacher.")
     return teacher.requires_grad_(False)
 
 
