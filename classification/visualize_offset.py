@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torchvision.transforms.functional import normalize, to_pil_image
+from timm.data import create_transform
+from torchvision.transforms.functional import to_pil_image
 
 from lit_backbone.images import open_rgb
 from lit_backbone.original import parse_args
@@ -28,18 +28,16 @@ def main(argv: list[str] | None = None) -> None:
     add_offset_arguments(parser)
     args = parse_args(parser, argv, "visualize")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     import_modules(args.imports)
     image = open_rgb(args.vis_image)
     classifier = load_classifier(args.resume, device, args.model, args.img_size)
     x = classifier.transform(image)  # (3, H, W)
     factor = enlargement(*x.shape[1:])
     size = (3, factor * x.shape[1], factor * x.shape[2])
-    sharp = create_transform(**eval_preprocessing(classifier.config) | {"input_size": size})(image)
-    shown = to_pil_image(normalize(sharp, (-mean / std).tolist(), (1 / std).tolist()).clamp(0, 1))
+    sharp = create_transform(**eval_preprocessing(classifier.config) | {"input_size": size}, normalize=False)(image)
     folder = args.output / args.vis_image.stem
     options = dict(grid=args.grid, plain=args.plain, html=args.html, at_most=args.at_most)
-    print(printable(write_offsets(classifier.model, x.to(device), shown, folder, **options)))
+    print(printable(write_offsets(classifier.model, x.to(device), to_pil_image(sharp), folder, **options)))
 
 
 if __name__ == "__main__":

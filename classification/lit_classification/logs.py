@@ -47,9 +47,9 @@ class RunLog:
         self.path = run_dir / "log.jsonl" if run_dir else None
         self.writer = SummaryWriter(str(run_dir), purge_step=step + 1) if run_dir else None
         if self.path and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]  # whole lines
             temp = self.path.with_suffix(".tmp")
-            temp.write_text("".join(f"{line}\n" for line in lines))
+            temp.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] < epoch))
             os.replace(temp, self.path)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -108,11 +108,3 @@ def write_evaluation(folder: Path, stats: dict[str, Any], predictions: Tensor, i
         axes.set_xticks(range(len(images.classes)), images.classes, rotation=90)
         axes.set_yticks(range(len(images.classes)), images.classes)
     figure.savefig(folder / "confusion.png", dpi=150)
-
-
-def _epoch_of(line: str) -> float:
-    """Return the epoch of a line of `log.jsonl`, or infinity if the line is broken."""
-    try:
-        return json.loads(line)["epoch"]
-    except (KeyError, TypeError, ValueError):
-        return math.inf
