@@ -28,13 +28,7 @@ from lit_backbone.precision import amp_dtype
 from lit_classification import checkpointing, data, distributed
 from lit_classification.checkpointing import BEST, LATEST, TrainState, save_checkpoint
 from lit_classification.config import Config, ConfigError, import_modules, one_line_errors, result_settings
-from lit_classification.config_reader import (
-    adopt_keywords,
-    config_from_checkpoint,
-    dump_config,
-    load_config,
-    started_run,
-)
+from lit_classification.config_reader import adopt_keywords, config_from_checkpoint, dump_config, find_run, load_config
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
 from lit_classification.engine import epoch_averages, evaluate, measure_throughput, to_device, train_one_epoch
 from lit_classification.logs import RunLog, setup_logging, worst_classes, write_evaluation
@@ -225,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
         speed = measure_throughput(build_model(config, ranks.device), config, ranks)
         _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per rank at batch size {config.DATA.BATCH_SIZE}")
         return
-    started = started_run(args.cfg)
+    started = find_run(args.cfg)
     run_dir = Path(config.OUTPUT, started.parent.name if started else Path(args.cfg).stem, config.TAG)
     with checkpointing.run_lock(run_dir, ranks), catch_stop_signals(ranks.stop_signals):
         setup_logging(ranks.rank, run_dir)

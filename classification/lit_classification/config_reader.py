@@ -70,7 +70,7 @@ def load_config(path: str | Path, opts: Sequence[str] = (), *, training: bool = 
     case, such as `batch_size`; None is ignored. `training` adds checks of what only a training needs.
     """
     layers = list(_read_files(Path(path)))
-    if run_dir := started_run(path):  # continue it, also if it was moved
+    if run_dir := find_run(path):  # continue it, also if it was moved
         place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
         layers.append((str(path), place))
     return _build([*layers, *_read_options(opts, shortcuts)], training)
@@ -85,18 +85,17 @@ def config_from_checkpoint(
     checkpoint, `MODEL.KEYWORDS` only for models of `--import`. `opts` and `shortcuts` override the stored config, see
     :func:`load_config`. Raise CheckpointError if the stored config is invalid, ConfigError if an option is.
     """
-    stored = content.get("config")
-    if "classes" not in content or not isinstance(stored, dict):
+    if "classes" not in content or not isinstance(content.get("config"), dict):
         return None
-    stored = flatten(stored)
+    stored = flatten(content["config"])
     if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and (is_lit(name) or is_imported(name))):
         return None
-    known = [*key_fields(), *(key for key in stored if key.startswith("MODEL.KEYWORDS.") and is_imported(name))]
-    values = {k: v for k, v in stored.items() if k in known and not k.startswith(("RUNTIME.", "IMPORTS"))}
-    ignored = ("RUNTIME.", "MODEL.KEYWORDS", "IMPORTS")
-    if unknown := [k for k in stored if k not in {*values, *REPLACED_KEYS} and not k.startswith(ignored)]:
+    skipped, fields = ("RUNTIME", "IMPORTS", *(() if is_imported(name) else ("MODEL.KEYWORDS",))), key_fields()
+    stored = {key: value for key, value in stored.items() if not key.startswith(skipped)}
+    known = {k: v for k, v in stored.items() if k in fields or k.startswith("MODEL.KEYWORDS.")}
+    if unknown := [key for key in stored if key not in known and key not in REPLACED_KEYS]:
         _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
-    layers = [(f"{path}: config", values), *_read_options(opts, shortcuts)]
+    layers = [(f"{path}: config", known), *_read_options(opts, shortcuts)]
     try:
         config = _build(layers[:1], training=False)
     except ConfigError as error:
@@ -117,7 +116,7 @@ def adopt_keywords(config: Config, run_dir: Path) -> Config:
     return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
 
 
-def started_run(path: str | Path) -> Path | None:
+def find_run(path: str | Path) -> Path | None:
     """Return the run directory that a `config.yaml` lies in, or None for other configs."""
     run_dir = Path(os.path.abspath(path)).parent
     return run_dir if (run_dir / "starts.jsonl").is_file() else None
