@@ -134,9 +134,8 @@ def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
             state.best = -math.inf  # its best.pth is elsewhere
         _logger.info(f"resuming {path} at epoch {state.epoch}, step {state.step % state.steps_per_epoch}")
     elif config.MODEL.PRETRAINED:
-        weights = load_pretrained(config, state.model, state.classes)
-        state.load_weights(weights)
-        _logger.info(f"starting from {config.MODEL.PRETRAINED}: {len(weights)} tensors")
+        state.load_weights(load_pretrained(config, state.model, state.classes))
+        _logger.info(f"starting from {config.MODEL.PRETRAINED}")
 
 
 def save_and_exit(state: TrainState, config: Config, ranks: Ranks) -> NoReturn:
@@ -197,8 +196,7 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     _logger.info(f"evaluating {path} in {distributed.describe_precision(config.TEST.AMP_DTYPE, ranks.device)}")
     stats, predictions = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks, columns)
     if ranks.is_main:
-        is_run = Path(path).with_name("starts.jsonl").exists()
-        folder = Path(path).parent if is_run else Path(config.OUTPUT, Path(path).stem)
+        folder = find_run(path) or Path(config.OUTPUT, Path(path).stem)
         write_evaluation(folder, {"checkpoint": str(path)} | stats, predictions, images)
         _logger.info(f"{folder}: wrote eval.json, predictions.csv and confusion.png")
         _logger.info(f"loss {stats['loss']:.3f}")

@@ -90,7 +90,8 @@ def config_from_checkpoint(
     stored = flatten(content["config"])
     if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and (is_lit(name) or is_imported(name))):
         return None
-    skipped, fields = ("RUNTIME", "IMPORTS", *(() if is_imported(name) else ("MODEL.KEYWORDS",))), key_fields()
+    skipped = ("RUNTIME", "IMPORTS") if is_imported(name) else ("RUNTIME", "IMPORTS", "MODEL.KEYWORDS")
+    fields = key_fields()
     stored = {key: value for key, value in stored.items() if not key.startswith(skipped)}
     known = {k: v for k, v in stored.items() if k in fields or k.startswith("MODEL.KEYWORDS.")}
     if unknown := [key for key in stored if key not in known and key not in REPLACED_KEYS]:
@@ -117,7 +118,7 @@ def adopt_keywords(config: Config, run_dir: Path) -> Config:
 
 
 def find_run(path: str | Path) -> Path | None:
-    """Return the run directory that a `config.yaml` lies in, or None for other configs."""
+    """Return the run directory that a file lies in, or None for other files."""
     run_dir = Path(os.path.abspath(path)).parent
     return run_dir if (run_dir / "starts.jsonl").is_file() else None
 
