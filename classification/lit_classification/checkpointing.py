@@ -169,12 +169,11 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
 
     Raise CheckpointError if it is of another model, other data or other settings.
     """
-    if "optimizer" not in content or "updates_per_epoch" not in content:
-        kind = "weights alone, or a run of the original or another trainer, which cannot be continued"
-        raise CheckpointError(f"{path}: holds {kind}. {NEW_RUN}")
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
-        raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {NEW_RUN}")
+        problem = f"{(wrong or ['update'])[0]!r} is not as main.py writes it"
+        others = "Weights alone, or a run of the original or another trainer, cannot be continued."
+        raise CheckpointError(f"{path}: {problem}. {others} {NEW_RUN}")
     if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:
         fix = "If they were only renamed, pass --opts TRAIN.RESUME_CHANGED true."
         raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {NEW_RUN}")
