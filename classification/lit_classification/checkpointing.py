@@ -171,7 +171,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     """
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
-        problem = f"{(wrong or ['update'])[0]!r} is not as main.py writes it"
+        problem = f"{(wrong or ['update'])[0]!r} is missing or not as main.py writes it"
         others = "Weights alone, or a run of the original or another trainer, cannot be continued."
         raise CheckpointError(f"{path}: {problem}. {others} {NEW_RUN}")
     if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:

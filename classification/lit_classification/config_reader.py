@@ -179,25 +179,22 @@ def _build(layers: Sequence[Layer], training: bool) -> Config:
             section = section[part]
         section[name] = value
     import_modules(tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else [])
+    config = None
     try:
         config = Config.model_validate(tree)
+        problems = [*_model_problems(config), *(_training_problems(config) if training else ())]
     except ValidationError as error:
-        _raise_problems(layers, [_explain(detail) for detail in error.errors(include_url=False)])
-        raise
-    _raise_problems(layers, [*_model_problems(config), *(_training_problems(config) if training else ())])
+        problems = [_explain(detail) for detail in error.errors(include_url=False)]
+    if config is None or problems:
+        lines = [": ".join(filter(None, (_origin(keys, layers), keys[0], text))) for keys, text in problems]
+        raise ConfigError(*dict.fromkeys(lines))
     return config
 
 
-def _raise_problems(layers: Sequence[Layer], problems: list[tuple[list[str], str]]) -> None:
-    """Raise ConfigError if there are problems; each line names the last layer that sets one of the keys."""
-
-    def origin(keys: list[str]) -> str:
-        sets_key = [name for name, layer in layers for k in layer for key in keys if f"{k}.".startswith(f"{key}.")]
-        return (sets_key or [layers[0][0]])[-1]
-
-    lines = [": ".join(filter(None, (origin(keys), keys[0], text))) for keys, text in problems]
-    if lines:
-        raise ConfigError(*dict.fromkeys(lines))
+def _origin(keys: list[str], layers: Sequence[Layer]) -> str:
+    """Return the name of the last layer that sets one of the keys, or of the first layer."""
+    names = [name for name, layer in layers for k in layer for key in keys if f"{k}.".startswith(f"{key}.")]
+    return names[-1] if names else layers[0][0]
 
 
 def _explain(error: ErrorDetails) -> tuple[list[str], str]:
@@ -242,14 +239,14 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
 
 def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     """Check what only a training needs."""
-    train, aug, model, is_other = config.TRAIN, config.AUG, config.MODEL, not is_lit(config.MODEL.NAME)
+    train, aug, model, lit = config.TRAIN, config.AUG, config.MODEL, is_lit(config.MODEL.NAME)
     try:
         timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
-    if model.FREEZE not in (0, "backbone") and is_other:
+    if model.FREEZE not in (0, "backbone") and not lit:
         yield ["MODEL.FREEZE"], f"{model.NAME} has no stages of LIT; use backbone"
-    if model.DROP_RATE and not is_other:
+    if model.DROP_RATE and lit:
         yield ["MODEL.DROP_RATE"], "is not implemented for LIT, which is regularized by MODEL.DROP_PATH_RATE"
     optimizers = [str(name) for name in timm.optim.list_optimizers()]
     if train.OPTIMIZER.NAME not in optimizers:

@@ -11,7 +11,7 @@ _TABLES = yaml.safe_load(Path(__file__).with_name("original_keys.yaml").read_tex
 REPLACED_KEYS: dict[str, str] = _TABLES["replaced"]  # the answer to keys that are errors
 NEUTRAL_VALUES: dict[str, list | None] = _TABLES["neutral"]  # values that change nothing here; None = any value
 RENAMED_KEYS: dict[str, str] = _TABLES["renamed"]
-RENAMED_VALUES: dict[str, dict[str, str]] = _TABLES["values"]  # by the new key
+RENAMED_VALUES: dict[str, dict[str, str]] = _TABLES["values"]  # old and new values of each new key
 
 
 def translate_original(layer: dict[str, Any], origin: str) -> dict[str, Any]:
