@@ -21,34 +21,18 @@ from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_backbone import CheckpointError, load_checkpoint, original, read_checkpoint
+from lit_backbone import original, read_checkpoint
 from lit_backbone.checkpoints import stored_classes
 from lit_backbone.dtm import dtm_statistics
-from lit_backbone.images import DataError
 from lit_backbone.precision import amp_dtype
 from lit_classification import checkpointing, data, distributed
 from lit_classification.checkpointing import BEST, LATEST, TrainState, save_checkpoint
-from lit_classification.config import Config, ConfigError, import_modules, result_settings
-from lit_classification.config_reader import config_from_checkpoint, dump_config, load_config, locate_run
+from lit_classification.config import Config, ConfigError, import_modules, one_line_errors, result_settings
+from lit_classification.config_reader import adopt_keywords, config_from_checkpoint, dump_config, find_run, load_config
 from lit_classification.distributed import STOPPED, Ranks, catch_stop_signals, init_distributed
-from lit_classification.engine import (
-    NonFiniteError,
-    epoch_averages,
-    evaluate,
-    measure_throughput,
-    to_device,
-    train_one_epoch,
-)
+from lit_classification.engine import epoch_averages, evaluate, measure_throughput, to_device, train_one_epoch
 from lit_classification.logs import RunLog, setup_logging, worst_classes, write_evaluation
-from lit_classification.model import (
-    adopt_keywords,
-    build_model,
-    find_config,
-    freeze,
-    load_model,
-    load_partial,
-    load_teacher,
-)
+from lit_classification.model import build_model, find_config, freeze, load_model, load_pretrained, load_teacher
 from lit_classification.optim import Schedule, build_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -150,12 +134,8 @@ def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
             state.best = -math.inf  # its best.pth is elsewhere
         _logger.info(f"resuming {path} at epoch {state.epoch}, step {state.step % state.steps_per_epoch}")
     elif config.MODEL.PRETRAINED:
-        if config.MODEL.PRETRAINED_PARTIAL:
-            weights = load_partial(config.MODEL.PRETRAINED, state.model, state.classes)
-        else:
-            weights = load_checkpoint(config.MODEL.PRETRAINED, state.model, classes=state.classes)
-        state.load_weights(weights)
-        _logger.info(f"starting from {config.MODEL.PRETRAINED}: {len(weights)} tensors")
+        state.load_weights(load_pretrained(config, state.model, state.classes))
+        _logger.info(f"starting from {config.MODEL.PRETRAINED}")
 
 
 def save_and_exit(state: TrainState, config: Config, ranks: Ranks) -> NoReturn:
@@ -190,17 +170,6 @@ def log_start(config: Config, ranks: Ranks, state: TrainState) -> None:
         _logger.warning(f"TRAIN.EMA {config.TRAIN.EMA}: {share:.0%} of the last average are initial weights; lower it")
 
 
-def join_ranks(config: Config) -> Ranks:
-    """Join the other ranks. Raise ConfigError if the device lacks a configured precision."""
-    ranks = init_distributed(config.RUNTIME.DEVICE, config.RUNTIME.TIMEOUT)
-    for key, precision in {"RUNTIME": config.RUNTIME.AMP_DTYPE, "TEST": config.TEST.AMP_DTYPE}.items():
-        try:
-            amp_dtype(precision, ranks.device)
-        except ValueError as error:
-            raise ConfigError(f"{key}.AMP_DTYPE: {error}") from error
-    return ranks
-
-
 def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> None:
     """Evaluate --resume with the config that it stores or, if it stores none, with --cfg."""
     config = load_config(args.cfg, args.opts, training=False, **shortcuts) if args.cfg else None
@@ -212,7 +181,7 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     content = read_checkpoint(path)
     stored = config_from_checkpoint(content, path, args.opts, **shortcuts)
     config = stored or config or find_config(content, path, args.opts, **shortcuts)
-    ranks = join_ranks(config)
+    ranks = init_distributed(config)
     setup_logging(ranks.rank)
     if stored and args.cfg:
         _logger.info(f"{path} stores its config, which replaces {args.cfg} except for DATA_PATH; --opts overrides it")
@@ -227,8 +196,7 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     _logger.info(f"evaluating {path} in {distributed.describe_precision(config.TEST.AMP_DTYPE, ranks.device)}")
     stats, predictions = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks, columns)
     if ranks.is_main:
-        is_run = Path(path).with_name("starts.jsonl").exists()
-        folder = Path(path).parent if is_run else Path(config.OUTPUT, Path(path).stem)
+        folder = find_run(path) or Path(config.OUTPUT, Path(path).stem)
         write_evaluation(folder, {"checkpoint": str(path)} | stats, predictions, images)
         _logger.info(f"{folder}: wrote eval.json, predictions.csv and confusion.png")
         _logger.info(f"loss {stats['loss']:.3f}")
@@ -242,15 +210,15 @@ def run(args: argparse.Namespace) -> None:
     import_modules(args.imports or ())  # a checkpoint's config may need them
     if args.mode == "eval":
         return evaluate_checkpoint(args, shortcuts)
-    name, opts = locate_run(args.cfg)
-    config = load_config(args.cfg, [*opts, *args.opts], training=args.mode == "train", **shortcuts)
-    ranks = join_ranks(config)
+    config = load_config(args.cfg, args.opts, training=args.mode == "train", **shortcuts)
+    ranks = init_distributed(config)
     if args.mode == "throughput":
         setup_logging(ranks.rank)
         speed = measure_throughput(build_model(config, ranks.device), config, ranks)
         _logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s per rank at batch size {config.DATA.BATCH_SIZE}")
         return
-    run_dir = Path(config.OUTPUT, name, config.TAG)
+    started = find_run(args.cfg)
+    run_dir = Path(config.OUTPUT, started.parent.name if started else Path(args.cfg).stem, config.TAG)
     with checkpointing.run_lock(run_dir, ranks), catch_stop_signals(ranks.stop_signals):
         setup_logging(ranks.rank, run_dir)
         with logging_redirect_tqdm() if ranks.is_main else nullcontext():  # it logs to the console
@@ -259,9 +227,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        run(parse_args(argv))
-    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+        with one_line_errors():
+            run(parse_args(argv))
     except RuntimeError as error:
         fixes = [fix for words, fix in LOADER_FAILURES.items() if words in str(error)]
         if not fixes:

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from lit_backbone import CheckpointError
 from lit_backbone.datasets import image_loader
 from lit_backbone.images import DataError, find_images
 from lit_backbone.precision import PRECISIONS, amp_dtype, autocast
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_import_argument, positive
-from lit_classification.config import ConfigError, import_modules
+from lit_classification.config import import_modules, one_line_errors
 from lit_classification.model import Classifier, load_classifier
 
 Prediction = tuple[str, float]  # class description and probability
@@ -26,18 +25,16 @@ def predict(
 ) -> Iterator[tuple[str, list[Prediction] | DataError]]:
     """Yield each path with its `topk` most probable classes, or with the reason why it cannot be read."""
     for batch in tqdm(image_loader(paths, classifier.transform), "predict", disable=None, leave=False, unit="batch"):
-        rows = iter(())
+        predictions: list[list[Prediction]] = []
         if readable := [image for _, image in batch if not isinstance(image, DataError)]:
             with autocast(amp, device):
                 logits = classifier.model(torch.stack(readable).to(device))
             probabilities = logits.float().softmax(dim=1)  # (B, classes)
             values, labels = probabilities.topk(min(topk, len(classifier.classes)))  # (B, topk)
-            rows = zip(values.tolist(), labels.tolist())
+            rows = zip(labels.tolist(), values.tolist())
+            predictions = [[(classifier.classes[j], p) for j, p in zip(*row)] for row in rows]
         for path, image in batch:
-            yield (
-                path,
-                image if isinstance(image, DataError) else [(classifier.classes[j], p) for p, j in zip(*next(rows))],
-            )
+            yield path, image if isinstance(image, DataError) else predictions.pop(0)
 
 
 def describe(path: str, predictions: list[Prediction], as_json: bool) -> str:
@@ -47,15 +44,15 @@ def describe(path: str, predictions: list[Prediction], as_json: bool) -> str:
     return "\n".join([printable(path), *(f"{value:8.2%}  {printable(name)}" for name, value in predictions)])
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders that hold images")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of main.py, or released one")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line, nothing else")
-    parser.add_argument(
-        "--amp", choices=PRECISIONS, default="off", help="precision; auto = bf16 on a GPU (%(default)s)"
-    )
+    help = "precision; auto = bf16 on a GPU (%(default)s)"
+    parser.add_argument("--amp", choices=PRECISIONS, default="off", help=help)
     add_import_argument(parser)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,18 +61,15 @@ def main(argv: list[str] | None = None) -> None:
         amp_dtype(args.amp, device)
     except ValueError as error:
         parser.error(f"argument --amp: {error}")
-    try:
-        import_modules(args.imports)
-        paths = find_images(args.images)
-        classifier = load_classifier(args.checkpoint, device)
-        for path, result in predict(classifier, paths, args.topk, device, args.amp):
-            if isinstance(result, DataError):
-                num_errors += 1
-                tqdm.write(f"error: {result}", file=sys.stderr)
-            else:
-                tqdm.write(describe(path, result, args.json))
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    import_modules(args.imports)
+    paths = find_images(args.images)
+    classifier = load_classifier(args.checkpoint, device)
+    for path, result in predict(classifier, paths, args.topk, device, args.amp):
+        if isinstance(result, DataError):
+            num_errors += 1
+            tqdm.write(f"error: {result}", file=sys.stderr)
+        else:
+            tqdm.write(describe(path, result, args.json))
     if num_errors:
         sys.exit(1)
 

@@ -5,7 +5,6 @@ python visualize_attention.py --model pvt_small_full_msa --resume pvt_full_msa.p
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,15 @@ import torch
 from lit_backbone import LIT, CheckpointError
 from lit_backbone.attention_maps import PAPER_TOKENS, average_attention, choose_tokens, draw_attention_maps
 from lit_backbone.datasets import image_loader
-from lit_backbone.images import DataError, find_images
+from lit_backbone.images import find_images
 from lit_backbone.original import parse_args
 from lit_backbone.safe_reader import printable
 from lit_backbone.visualize import add_model_arguments, positive
-from lit_classification.config import ConfigError, import_modules
+from lit_classification.config import import_modules, one_line_errors
 from lit_classification.model import load_classifier
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -36,18 +36,15 @@ def main(argv: list[str] | None = None) -> None:
     add_model_arguments(parser)
     args = parse_args(parser, argv, "visualize")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        import_modules(args.imports)
-        classifier = load_classifier(args.resume, device, args.model, args.img_size)
-        model = classifier.model
-        if not isinstance(model, LIT):
-            raise CheckpointError(f"{args.resume}: holds {classifier.config.MODEL.NAME}. Use a checkpoint of a LIT.")
-        paths = find_images([args.vis_image or str(Path(args.data_path, "val"))])
-        paths = random.Random(args.seed).sample(paths, min(len(paths), args.num_images))
-        queries = choose_tokens(args.tokens, model.map_sizes(classifier.config.DATA.IMG_SIZE, len(model.stages)))
-        maps = average_attention(model, image_loader(paths, classifier.transform), queries, device)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    import_modules(args.imports)
+    classifier = load_classifier(args.resume, device, args.model, args.img_size)
+    model = classifier.model
+    if not isinstance(model, LIT):
+        raise CheckpointError(f"{args.resume}: holds {classifier.config.MODEL.NAME}. Use a checkpoint of a LIT.")
+    paths = find_images([args.vis_image or str(Path(args.data_path, "val"))])
+    paths = random.Random(args.seed).sample(paths, min(len(paths), args.num_images))
+    queries = choose_tokens(args.tokens, model.map_sizes(classifier.config.DATA.IMG_SIZE, len(model.stages)))
+    maps = average_attention(model, image_loader(paths, classifier.transform), queries, device)
     for stage, stage_maps in maps.items():
         draw_attention_maps(stage_maps, queries[stage], args.output / f"stage-{stage + 1}")
         np.save(args.output / f"stage-{stage + 1}.npy", stage_maps.float().cpu())  # (blocks, heads, h, w)

@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -21,6 +20,8 @@ from torch.optim import Optimizer
 
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.checkpoints import check_optimizer_state, class_mismatch, fit_state_dict, unwrap_state_dict
+from lit_backbone.images import DataError
+from lit_backbone.run_lock import lock_directory
 from lit_classification.config import Config, ConfigError
 from lit_classification.distributed import Ranks
 
@@ -78,30 +79,25 @@ def git_commit() -> str:
     """Return the commit of this code, with `-dirty` if files were changed; empty outside a Git repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return ""
+    return result.stdout.strip()
 
 
 @contextmanager
 def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Create the run directory and lock it on rank 0, or raise ConfigError if another training has locked it."""
-    lock = FileLock(run_dir / "run.lock", timeout=0)
-    problem = ""
+    """Create the run directory and lock it on rank 0, or raise DataError on all ranks if another training has."""
+    lock, problem = nullcontext(), ""
     if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
-        except Timeout:
-            problem = f"{run_dir}: another training runs there; wait, or choose another --tag"
+            lock = lock_directory(run_dir)
+        except DataError as error:
+            problem = str(error)
     if problem := ranks.gather(problem)[0]:  # other ranks wait for the directory
-        raise ConfigError(problem)
-    try:
+        raise DataError(problem)
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def save_checkpoint(name: str, state: TrainState, config: Config, ranks: Ranks) -> None:
@@ -174,13 +170,11 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
 
     Raise CheckpointError if it is of another model, other data or other settings.
     """
-    if "optimizer" not in content or "updates_per_epoch" not in content:
-        is_run = {"optimizer", "epoch"} <= content.keys()
-        kind = "a run of the original or another trainer, which cannot be continued" if is_run else "weights, not a run"
-        raise CheckpointError(f"{path}: holds {kind}. {NEW_RUN}")
     wrong = [name for name, kind in STORED_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong or not (0 <= content["update"] < 2**53 and content["updates_per_epoch"] > 0 and content["best"] <= 100):
-        raise CheckpointError(f"{path}: {(wrong or ['update'])[0]!r} is not as main.py writes it. {NEW_RUN}")
+        problem = f"{(wrong or ['update'])[0]!r} is missing or not as main.py writes it"
+        others = "Weights alone, or a run of the original or another trainer, cannot be continued."
+        raise CheckpointError(f"{path}: {problem}. {others} {NEW_RUN}")
     if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:
         fix = "If they were only renamed, pass --opts TRAIN.RESUME_CHANGED true."
         raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {NEW_RUN}")
@@ -199,6 +193,8 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     groups = [stored | group | {"params": stored["params"]} for group, stored in pairs]
     state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     if content["scaler"].keys() == state.scaler.state_dict().keys():  # else one run does not scale its loss
+        if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in content["scaler"].values()):
+            raise CheckpointError(f"{path}: 'scaler' is not as main.py writes it. {NEW_RUN}")
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["update"]
     state.evaluated = content.get("evaluated", state.epoch)

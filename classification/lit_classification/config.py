@@ -4,7 +4,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from timm.models import is_model, is_model_in_modules, model_entrypoint
 
-from lit_backbone.safe_reader import printable
+from lit_backbone.images import DataError
+from lit_backbone.safe_reader import CheckpointError, printable
 
 
 class ConfigError(ValueError):
@@ -20,6 +22,15 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(printable, self.args))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with the message of an error in the user's files or settings. Other exceptions propagate."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -31,16 +42,16 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(gt=0, multiple_of=32, le=2048)]  # at 2048, stage 3 attends over 16,384 tokens
-Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x), Field(strict=False)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(lambda x: (x, x) if isinstance(x, int) else x)]
 _repeat = BeforeValidator(lambda x: (x,) * 4 if isinstance(x, (int, float)) else x)
-FourStages = Annotated[tuple[T, T, T, T], Field(strict=False)]  # one value per stage
+FourStages = tuple[T, T, T, T]  # one value per stage
 Stages = Annotated[FourStages[T], _repeat]  # one value per stage, or one for all
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending), Field(strict=False)]
-FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending), Field(strict=False)]
+Decays = tuple[Decay, Decay]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 Precision = Literal["auto", "bf16", "fp16", "off"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Shape = Literal["cosine", "linear", "step", "multistep", "poly", "constant"]
@@ -54,10 +65,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    @field_validator("*")
+    @field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, value: Any) -> Any:
-        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    def _convert(cls, value: Any) -> Any:
+        """Convert lists of YAML to tuples, and expand the home directory."""
+        if isinstance(value, str) and value.startswith("~/"):
+            return os.path.expanduser(value)
+        return tuple(value) if isinstance(value, list) else value
 
 
 class Data(Section):
@@ -111,7 +125,7 @@ class LRScheduler(Section):
     SCALE_BOUNDS: bool = Field(True, description="scale WARMUP_LR and MIN_LR by GLOBAL_BATCH / 512, like BASE_LR")
     DECAY_EPOCHS: Count = Field(30, description="step: epochs between two decays")
     DECAY_RATE: Fraction = Field(0.1, description="step, multistep: factor of each decay")
-    MILESTONES: tuple[Count, ...] = Field((), strict=False, description="multistep: epochs of the decays")
+    MILESTONES: tuple[Count, ...] = Field((), description="multistep: epochs of the decays")
     POWER: Positive = Field(0.9, description="poly: exponent")
 
 
@@ -188,8 +202,8 @@ class Runtime(Section):
 class Config(Section):
     """Configuration of a run. Attributes have the names of the YAML keys: `config.TRAIN.EPOCHS`."""
 
-    BASE: tuple[str, ...] = RuntimeField((), strict=False, description="YAML files to inherit from; the last one wins")
-    IMPORTS: tuple[str, ...] = Field((), strict=False, description="modules that register models or mergings")
+    BASE: tuple[str, ...] = RuntimeField((), description="YAML files to inherit from; the last one wins")
+    IMPORTS: tuple[str, ...] = Field((), description="modules that register models or mergings")
     DATA: Data = Field(Data(), description="images")
     MODEL: Model = Field(Model(), description="network and loss")
     TRAIN: Train = Field(Train(), description="schedule and optimizer")

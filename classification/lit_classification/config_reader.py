@@ -1,6 +1,5 @@
 """Reading configs from YAML files, command line options and checkpoints, with messages that name the key."""
 
-import json
 import logging
 import os
 import re
@@ -17,12 +16,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lit_backbone import CheckpointError
+from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
-from lit_classification.original import LIT_TI_CONFIG, REPLACED_KEYS, is_lit_ti_json, translate_original
+from lit_classification.original import REPLACED_KEYS, translate_original
 
 _logger = logging.getLogger(__name__)
+
+LIT_TI_CONFIG = Path(__file__).parents[1] / "configs" / "lit-ti.yaml"
 
 Layer = tuple[str, dict[str, Any]]  # where keys are set, and their values by dotted key
 
@@ -68,7 +69,11 @@ def load_config(path: str | Path, opts: Sequence[str] = (), *, training: bool = 
     `opts` alternates keys and values, as after `--opts`. `shortcuts` are keys by the last part of their name in lower
     case, such as `batch_size`; None is ignored. `training` adds checks of what only a training needs.
     """
-    return _build([*_read_files(Path(path)), *_read_options(opts, shortcuts)], training)
+    layers = list(_read_files(Path(path)))
+    if run_dir := find_run(path):  # continue it, also if it was moved
+        place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
+        layers.append((str(path), place))
+    return _build([*layers, *_read_options(opts, shortcuts)], training)
 
 
 def config_from_checkpoint(
@@ -80,18 +85,18 @@ def config_from_checkpoint(
     checkpoint, `MODEL.KEYWORDS` only for models of `--import`. `opts` and `shortcuts` override the stored config, see
     :func:`load_config`. Raise CheckpointError if the stored config is invalid, ConfigError if an option is.
     """
-    stored = content.get("config")
-    if "classes" not in content or not isinstance(stored, dict):
+    if "classes" not in content or not isinstance(content.get("config"), dict):
         return None
-    stored = flatten(stored)
+    stored = flatten(content["config"])
     if not (isinstance(name := stored.get("MODEL.NAME", "lit_s"), str) and (is_lit(name) or is_imported(name))):
         return None
-    known = [*key_fields(), *(key for key in stored if key.startswith("MODEL.KEYWORDS.") and is_imported(name))]
-    values = {k: v for k, v in stored.items() if k in known and not k.startswith(("RUNTIME.", "IMPORTS"))}
-    ignored = ("RUNTIME.", "MODEL.KEYWORDS", "IMPORTS")
-    if unknown := [k for k in stored if k not in {*values, *REPLACED_KEYS} and not k.startswith(ignored)]:
+    skipped = ("RUNTIME", "IMPORTS") if is_imported(name) else ("RUNTIME", "IMPORTS", "MODEL.KEYWORDS")
+    fields = key_fields()
+    stored = {key: value for key, value in stored.items() if not key.startswith(skipped)}
+    known = {k: v for k, v in stored.items() if k in fields or k.startswith("MODEL.KEYWORDS.")}
+    if unknown := [key for key in stored if key not in known and key not in REPLACED_KEYS]:
         _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
-    layers = [(f"{path}: config", values), *_read_options(opts, shortcuts)]
+    layers = [(f"{path}: config", known), *_read_options(opts, shortcuts)]
     try:
         config = _build(layers[:1], training=False)
     except ConfigError as error:
@@ -99,14 +104,23 @@ def config_from_checkpoint(
     return _build(layers, training=False) if layers[1:] else config
 
 
-def locate_run(cfg: str) -> tuple[str, list[str]]:
-    """Return a YAML file's run name and extra options; `config.yaml` of a run directory continues that run."""
-    run_dir = Path(os.path.abspath(cfg)).parent
-    if not (run_dir / "starts.jsonl").is_file():
-        return Path(cfg).stem, []
-    place = {"OUTPUT": str(run_dir.parents[1]), "TAG": run_dir.name, "TRAIN.RESUME_CHANGED": False}
-    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in place.items()}
-    return run_dir.parent.name, [text for pair in texts.items() for text in pair]
+def adopt_keywords(config: Config, run_dir: Path) -> Config:
+    """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
+    source, path = config.MODEL.PRETRAINED, run_dir / "config.yaml"
+    if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
+        return config
+    started = load_config(path, training=False) if path.exists() else None
+    stored = started or config_from_checkpoint(read_checkpoint(source), source)
+    if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
+        return config
+    _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")
+    return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
+
+
+def find_run(path: str | Path) -> Path | None:
+    """Return the run directory that a file lies in, or None for other files."""
+    run_dir = Path(os.path.abspath(path)).parent
+    return run_dir if (run_dir / "starts.jsonl").is_file() else None
 
 
 def _read_yaml(text: str | bytes, origin: str) -> Any:
@@ -135,7 +149,7 @@ def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
     for base in filter(None, bases):  # the original writes ['']
         yield from _read_files(path.parent / os.path.expanduser(base), (*heirs, path))
-    if is_lit_ti_json(tree):
+    if "model" in tree:  # the original's lit-ti.json
         yield from _read_files(LIT_TI_CONFIG)
     yield str(path), translate_original(flatten(tree), str(path))
 
@@ -165,25 +179,22 @@ def _build(layers: Sequence[Layer], training: bool) -> Config:
             section = section[part]
         section[name] = value
     import_modules(tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else [])
+    config = None
     try:
         config = Config.model_validate(tree)
+        problems = [*_model_problems(config), *(_training_problems(config) if training else ())]
     except ValidationError as error:
-        _raise_problems(layers, [_explain(detail) for detail in error.errors(include_url=False)])
-        raise
-    _raise_problems(layers, [*_model_problems(config), *(_training_problems(config) if training else ())])
+        problems = [_explain(detail) for detail in error.errors(include_url=False)]
+    if config is None or problems:
+        lines = [": ".join(filter(None, (_origin(keys, layers), keys[0], text))) for keys, text in problems]
+        raise ConfigError(*dict.fromkeys(lines))
     return config
 
 
-def _raise_problems(layers: Sequence[Layer], problems: list[tuple[list[str], str]]) -> None:
-    """Raise ConfigError if there are problems; each line names the last layer that sets one of the keys."""
-
-    def origin(keys: list[str]) -> str:
-        sets_key = [name for name, layer in layers for k in layer for key in keys if f"{k}.".startswith(f"{key}.")]
-        return (sets_key or [layers[0][0]])[-1]
-
-    lines = [": ".join(filter(None, (origin(keys), keys[0], text))) for keys, text in problems]
-    if lines:
-        raise ConfigError(*dict.fromkeys(lines))
+def _origin(keys: list[str], layers: Sequence[Layer]) -> str:
+    """Return the name of the last layer that sets one of the keys, or of the first layer."""
+    names = [name for name, layer in layers for k in layer for key in keys if f"{k}.".startswith(f"{key}.")]
+    return names[-1] if names else layers[0][0]
 
 
 def _explain(error: ErrorDetails) -> tuple[list[str], str]:
@@ -227,14 +238,15 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
 
 
 def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
-    train, aug = config.TRAIN, config.AUG
+    """Check what only a training needs."""
+    train, aug, model, lit = config.TRAIN, config.AUG, config.MODEL, is_lit(config.MODEL.NAME)
     try:
         timm.data.create_transform(config.DATA.IMG_SIZE, is_training=True, auto_augment=aug.AUTO_AUGMENT or None)
     except (AssertionError, KeyError, ValueError):
         yield ["AUG.AUTO_AUGMENT"], f"timm knows no policy {aug.AUTO_AUGMENT!r}; such as rand-m9-mstd0.5-inc1"
-    if isinstance(config.MODEL.FREEZE, int) and config.MODEL.FREEZE and not is_lit(config.MODEL.NAME):
-        yield ["MODEL.FREEZE"], f"{config.MODEL.NAME} has no stages of LIT; use backbone"
-    if config.MODEL.DROP_RATE and is_lit(config.MODEL.NAME):
+    if model.FREEZE not in (0, "backbone") and not lit:
+        yield ["MODEL.FREEZE"], f"{model.NAME} has no stages of LIT; use backbone"
+    if model.DROP_RATE and lit:
         yield ["MODEL.DROP_RATE"], "is not implemented for LIT, which is regularized by MODEL.DROP_PATH_RATE"
     optimizers = [str(name) for name in timm.optim.list_optimizers()]
     if train.OPTIMIZER.NAME not in optimizers:
@@ -244,8 +256,7 @@ def _training_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         problem = f"{train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS, which is {train.EPOCHS}"
         yield ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"], problem
-    is_tiny = config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32)
-    if is_lit(config.MODEL.NAME) and is_tiny and not aug.mixing:
+    if lit and config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE == (32, 32) and not aug.mixing:
         yield ["DATA.BATCH_SIZE"], "BatchNorm needs several values, and the last feature map has one pixel; use 2"
     for key, size in {"DATA.BATCH_SIZE": config.DATA.BATCH_SIZE, "TRAIN.GLOBAL_BATCH": train.GLOBAL_BATCH}.items():
         if aug.mixing and size % 2:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_backbone.precision import amp_dtype, cpu_has_bf16
+
+if TYPE_CHECKING:
+    from lit_classification.config import Config
 
 STOPPED = 75  # exit status of a run that saved and stopped on a signal: EX_TEMPFAIL, "try again"
 
@@ -60,11 +63,10 @@ class Ranks:
         return "".join(sum(self.gather(self.stop_signals), [])[:1])
 
 
-def init_distributed(device: str = "auto", timeout: float = 30) -> Ranks:
-    """Join the ranks that torchrun started, or return a single rank. Exit if a rank has no device.
+def init_distributed(config: "Config") -> Ranks:
+    """Join the ranks that torchrun started, or return a single rank.
 
-    `device` is `cpu`, `cuda`, `mps`, or `auto` for CUDA where there is a GPU. Waiting for other ranks fails after
-    `timeout` minutes.
+    Exit with a message if this rank has no device, or if the device lacks a configured precision.
     """
     if sys.platform == "linux":
         import resource
@@ -73,6 +75,7 @@ def init_distributed(device: str = "auto", timeout: float = 30) -> Ranks:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # open files, which DataLoader workers use up
         if "TORCHELASTIC_RUN_ID" in os.environ:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: receive SIGTERM when torchrun is killed
+    device = config.RUNTIME.DEVICE
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
@@ -86,9 +89,14 @@ def init_distributed(device: str = "auto", timeout: float = 30) -> Ranks:
             sys.exit(f"error: local rank {local_rank}: this node has {gpus} GPUs. Start one rank per GPU.")
         place = torch.device(device, local_rank)
         torch.cuda.set_device(place)
+    for section, precision in {"RUNTIME": config.RUNTIME.AMP_DTYPE, "TEST": config.TEST.AMP_DTYPE}.items():
+        try:
+            amp_dtype(precision, place)
+        except ValueError as error:
+            sys.exit(f"error: {section}.AMP_DTYPE: {error}")
     if world_size == 1:
         return Ranks(0, 1, place)
-    wait = timedelta(minutes=timeout)
+    wait = timedelta(minutes=config.RUNTIME.TIMEOUT)
     store, rank, _ = next(dist.rendezvous("env://", timeout=wait))
     # torchrun keeps one store over its restarts, which still holds the addresses of ranks that died
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -120,12 +128,10 @@ def describe_precision(precision: str, device: torch.device) -> str:
     """Describe for the log what a model computes in, and where."""
     if dtype := amp_dtype(precision, device):
         return f"{dtype} autocast on {device}"
+    if precision == "auto" and device.type == "cpu" and cpu_has_bf16():
+        return "float32 on cpu, which also has bfloat16 (RUNTIME.AMP_DTYPE bf16)"
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] > 7
-    faster = precision == "auto" and device.type == "cpu" and cpu_has_bf16()
-    note = (
-        ", with TF32 convolutions" if tf32 else ", which also has bfloat16 (RUNTIME.AMP_DTYPE bf16)" if faster else ""
-    )
-    return f"float32 on {device}{note}"
+    return f"float32 on {device}{', with TF32 convolutions' if tf32 else ''}"
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import Module
 from torch.utils.data import DataLoader
@@ -29,17 +28,9 @@ _logger = logging.getLogger(__name__)
 WARMUP_ITERATIONS, TIMED_ITERATIONS = 50, 30  # iterations of the published throughput measurement
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradient that is not finite."""
-
-
 def build_criterion(config: Config) -> Module:
-    """Build the cross-entropy for mixed targets, smoothed labels or plain labels."""
-    if config.AUG.mixing:
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
+    """Build the cross-entropy. Mixup smooths its labels itself."""
+    return nn.CrossEntropyLoss(label_smoothing=0.0 if config.AUG.mixing else config.MODEL.LABEL_SMOOTHING)
 
 
 def build_mixup(config: Config) -> Mixup | None:
@@ -82,8 +73,7 @@ def _mean_and_std(device: torch.device) -> list[Tensor]:
 
 def build_erasing(config: Config, ranks: Ranks) -> RandomErasing:
     """Build timm's random erasing of normalized batches."""
-    aug = config.AUG
-    return RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=ranks.device)
+    return RandomErasing(config.AUG.REPROB, mode=config.AUG.REMODE, max_count=config.AUG.RECOUNT, device=ranks.device)
 
 
 def train_one_epoch(
@@ -91,7 +81,7 @@ def train_one_epoch(
 ) -> None:
     """Train `model`, `state.model` or its DDP wrapper, to the end of the epoch, or until a stop signal is received.
 
-    Append loss and gradient norm of each step to `state.history`. Raise NonFiniteError if one of them is not finite.
+    Append loss and gradient norm of each step to `state.history`. Raise FloatingPointError if one is not finite.
     """
     sampler, optimizer, scaler = cast(TrainSampler, loader.batch_sampler), state.optimizer, state.scaler
     criterion, mixup, erase = build_criterion(config), build_mixup(config), build_erasing(config, ranks)
@@ -145,7 +135,7 @@ def epoch_averages(state: TrainState, ranks: Ranks) -> dict[str, float]:
 
 
 def check_finite(history: list[Tensor], state: TrainState) -> None:
-    """Raise NonFiniteError if the loss or the gradient of a step was not finite.
+    """Raise FloatingPointError if the loss or the gradient of a step was not finite.
 
     A gradient that overflows under fp16's loss scaling makes the scaler skip the step and lower the scale. This is an
     error only once the scale is below 1.
@@ -157,10 +147,9 @@ def check_finite(history: list[Tensor], state: TrainState) -> None:
             rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in state.optimizer.param_groups)
             latest = state.run_dir / LATEST
             resume = f"The same command resumes {latest}." if latest.exists() else "No checkpoint was saved before."
-            raise NonFiniteError(
-                f"loss {loss}, gradient norm {norm} in epoch {epoch}, step {step}, learning rates {rates}. {resume} "
-                "Lower TRAIN.BASE_LR or try RUNTIME.AMP_DTYPE off (to resume, with TRAIN.RESUME_CHANGED true)."
-            )
+            fix = "Lower TRAIN.BASE_LR or try RUNTIME.AMP_DTYPE off (to resume, with TRAIN.RESUME_CHANGED true)."
+            place = f"in epoch {epoch}, step {step}, learning rates {rates}"
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} {place}. {resume} {fix}")
 
 
 def log_progress(history: list[Tensor], seconds: float, state: TrainState, config: Config, log: RunLog) -> None:
@@ -189,26 +178,23 @@ def evaluate(
         dataset its label, predicted label and their probability, `(images, 3)` on the CPU.
     """
     model.eval()
-    rows = []
-    dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
-    totals = torch.zeros(4, dtype=dtype, device=ranks.device)  # hits in 1, hits in 5, loss, images
+    rows = [torch.empty(0, 5, device=ranks.device)]
     for batch in progress(loader, ranks.is_main, desc="evaluate", unit="batch"):
         images, targets = to_device(batch, config, ranks)
         with autocast(config.TEST.AMP_DTYPE, ranks.device):
             logits = model(images).float()  # (B, classes)
         logits = logits if columns is None else logits[:, columns]
         top5 = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
-        hits = top5 == targets[:, None]
-        rows.append(torch.stack((targets, top5[:, 0], logits.softmax(dim=1).amax(dim=1)), dim=1))
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        counts = (hits[:, 0].sum(), hits.sum(), loss, torch.full((), len(targets), device=ranks.device))
-        totals += torch.stack([count.to(totals.dtype) for count in counts])
-    hits1, hits5, loss, count = ranks.sum(totals).tolist()
-    predictions = torch.empty(int(count), 3)
-    for rank, share in enumerate(ranks.gather(torch.cat(rows).cpu() if rows else torch.empty(0, 3))):
-        predictions[rank :: ranks.world_size] = share  # see build_val_loader
-    stats = {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
-    return stats, predictions
+        is_hit = (top5 == targets[:, None]).any(dim=1)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
+        rows.append(torch.stack((targets, top5[:, 0], logits.softmax(dim=1).amax(dim=1), is_hit, loss), dim=1))
+    shares = ranks.gather(torch.cat(rows).cpu())
+    results = torch.empty(sum(map(len, shares)), 5)
+    for rank, share in enumerate(shares):
+        results[rank :: ranks.world_size] = share  # see build_val_loader
+    labels, predicted, _, is_hit, loss = results.double().unbind(dim=1)
+    acc1, acc5 = (100 * hits.double().mean().item() for hits in (labels == predicted, is_hit))
+    return {"acc1": acc1, "acc5": acc5, "loss": loss.mean().item(), "images": len(results)}, results[:, :3]
 
 
 @torch.no_grad()
@@ -218,14 +204,17 @@ def measure_throughput(model: Module, config: Config, ranks: Ranks) -> float:
     images = torch.randint(256, (config.DATA.BATCH_SIZE, 3, *config.DATA.IMG_SIZE), dtype=torch.uint8)
     images, _ = to_device((images, torch.zeros(0)), config, ranks)
 
-    def run(iterations: int, desc: str) -> None:
-        for _ in progress(range(iterations), ranks.is_main, desc=desc):
-            with autocast(config.TEST.AMP_DTYPE, ranks.device):  # inside the loop: it caches casts of the weights
-                model(images)
-        if ranks.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    run(WARMUP_ITERATIONS, "warm-up")
-    start = time.perf_counter()
-    run(TIMED_ITERATIONS, "timing")
+    start = 0.0
+    for i in progress(range(WARMUP_ITERATIONS + TIMED_ITERATIONS), ranks.is_main, desc="throughput"):
+        if i == WARMUP_ITERATIONS:
+            _synchronize(ranks)
+            start = time.perf_counter()
+        with autocast(config.TEST.AMP_DTYPE, ranks.device):  # inside the loop: it caches casts of the weights
+            model(images)
+    _synchronize(ranks)
     return TIMED_ITERATIONS * len(images) / (time.perf_counter() - start)
+
+
+def _synchronize(ranks: Ranks) -> None:
+    if ranks.device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -50,7 +50,7 @@ class RunLog:
             lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
             temp = self.path.with_suffix(".tmp")
             temp.unlink(missing_ok=True)
-            with open(temp, "x") as file:
+            with open(temp, "x") as file:  # does not follow a link
                 file.writelines(f"{line}\n" for line in lines)
             os.replace(temp, self.path)
 

@@ -23,8 +23,8 @@ from lit_backbone.checkpoints import (
     unwrap_state_dict,
 )
 from lit_backbone.released import convert_released
-from lit_classification.config import Config, ConfigError, Lit, is_lit
-from lit_classification.config_reader import config_from_checkpoint, load_config
+from lit_classification.config import Config, ConfigError, is_lit
+from lit_classification.config_reader import config_from_checkpoint
 from lit_classification.data import eval_preprocessing
 from lit_classification.sampler import seed_everything
 
@@ -62,24 +62,28 @@ def load_teacher(config: Config, device: torch.device, classes: list[str]) -> nn
     if timm.is_model(name):
         teacher: Any = timm.create_model(name, pretrained=True).to(device).eval()
         mean_std = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
-        if mean_std != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-            raise ConfigError(f"DISTILL.TEACHER: {name} expects other mean and std ({mean_std}). Choose another one.")
+        is_normalized = mean_std == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        problem = "" if is_normalized else f"expects other mean and std ({mean_std})"
     else:
-        if mismatch := class_mismatch(read_checkpoint(name), classes):
-            raise ConfigError(f"DISTILL.TEACHER: {name}: {mismatch}. Use a teacher of the same classes.")
+        problem = class_mismatch(read_checkpoint(name), classes)
         teacher = load_classifier(name, device).model
-    if teacher.num_classes != config.MODEL.NUM_CLASSES:
+    if not problem and teacher.num_classes != config.MODEL.NUM_CLASSES:
         problem = f"has {teacher.num_classes} classes, the model {config.MODEL.NUM_CLASSES}"
-        raise ConfigError(f"DISTILL.TEACHER: {name} {problem}. Use a teacher of the same classes.")
+    if problem:
+        raise ConfigError(f"DISTILL.TEACHER: {name}: {problem}. Use another teacher.")
     return teacher.requires_grad_(False)
 
 
-def load_partial(path: str, model: nn.Module, classes: list[str]) -> dict[str, Tensor]:
-    """Return the model's weights with those of a checkpoint where name and shape fit, and log the others.
+def load_pretrained(config: Config, model: nn.Module, classes: list[str]) -> dict[str, Tensor]:
+    """Return the weights of MODEL.PRETRAINED, fitted to the model.
 
-    The head stays random if the class names of the checkpoint differ from `classes`.
+    The head stays random if the class names of the checkpoint differ from `classes`. With PRETRAINED_PARTIAL, so do
+    all tensors whose name or shape does not fit, and the log lists them.
     """
-    content, expected = read_checkpoint(path), model.state_dict()
+    path, expected = config.MODEL.PRETRAINED, model.state_dict()
+    if not config.MODEL.PRETRAINED_PARTIAL:
+        return load_checkpoint(path, model, classes=classes)
+    content = read_checkpoint(path)
     weights = resize_position_tables(load_checkpoint(path, content=content), model)
     fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
     if mismatch := class_mismatch(content, classes):
@@ -132,7 +136,7 @@ def load_classifier(
     if name not in (None, config.MODEL.NAME):
         raise CheckpointError(f"{path}: holds {config.MODEL.NAME}, not {name}. Omit --model, or use another file.")
     class_names = stored_classes(content)
-    classes = class_descriptions(class_names) or default_classes(config.MODEL.NUM_CLASSES)
+    classes = class_descriptions(class_names, config.MODEL.NUM_CLASSES)
     if len(classes) != config.MODEL.NUM_CLASSES:
         raise CheckpointError(f"{path}: has {len(classes)} classes for {config.MODEL.NUM_CLASSES} outputs.")
     model = load_model(content, path, config, device)
@@ -140,19 +144,6 @@ def load_classifier(
         data = config.DATA.model_copy(update={"IMG_SIZE": (img_size[0], img_size[-1])})
         config = config.model_copy(update={"DATA": data})
     return Classifier(model, config, classes, cast(Any, create_transform(**eval_preprocessing(config))), class_names)
-
-
-def adopt_keywords(config: Config, run_dir: Path) -> Config:
-    """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
-    source, path = config.MODEL.PRETRAINED, run_dir / "config.yaml"
-    if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
-        return config
-    started = load_config(path, training=False) if path.exists() else None
-    stored = started or config_from_checkpoint(read_checkpoint(source), source)
-    if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
-        return config
-    _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")
-    return config.model_copy(update={"MODEL": config.MODEL.model_copy(update={"LIT": stored.MODEL.LIT})})
 
 
 def find_config(content: dict[str, Any], path: str | Path, opts: Sequence[str] = (), **shortcuts: Any) -> Config:
@@ -178,13 +169,10 @@ def _shapes(state_dict: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
 
 
-def class_descriptions(names: list[str]) -> list[str]:
-    """Replace ImageNet's identifiers (n01440764) by descriptions (tench, Tinca tinca)."""
+def class_descriptions(names: list[str], count: int) -> list[str]:
+    """Describe ImageNet's classes (n01440764: tench, Tinca tinca). Unnamed classes are ImageNet's if it has `count`."""
+    if not names:
+        subset = infer_imagenet_subset({"num_classes": count})
+        return list(ImageNetInfo(subset).label_descriptions()) if subset else [str(i) for i in range(count)]
     descriptions = cast(dict[str, str], ImageNetInfo().label_descriptions(as_dict=True))
     return [descriptions.get(name, name) for name in names]
-
-
-def default_classes(count: int) -> list[str]:
-    """Return ImageNet's class descriptions if it has as many, else numbers."""
-    subset = infer_imagenet_subset({"num_classes": count})
-    return list(ImageNetInfo(subset).label_descriptions()) if subset else [str(i) for i in range(count)]

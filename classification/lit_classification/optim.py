@@ -5,8 +5,7 @@ from typing import Any
 
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
-from timm.scheduler.scheduler import Scheduler
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import Optimizer
 
@@ -69,19 +68,13 @@ class Schedule:
         train, cfg = config.TRAIN, config.TRAIN.LR_SCHEDULER
         self.steps_per_unit = steps_per_epoch if cfg.STEP == "epoch" else 1
         units = steps_per_epoch // self.steps_per_unit  # per epoch
-        total, (_, warmup_lr, min_lr) = train.EPOCHS * units, config.learning_rates
-        warmup = dict(warmup_t=train.WARMUP_EPOCHS * units, warmup_lr_init=warmup_lr, warmup_prefix=False)
-        if cfg.NAME == "cosine":
-            self.scheduler: Scheduler = CosineLRScheduler(optimizer, total, min_lr, **warmup)
-        elif cfg.NAME in ("linear", "poly"):
-            power = 1.0 if cfg.NAME == "linear" else cfg.POWER
-            self.scheduler = PolyLRScheduler(optimizer, total, power, min_lr, **warmup)
-        elif cfg.NAME == "multistep":
-            milestones = [epoch * units for epoch in cfg.MILESTONES]
-            self.scheduler = MultiStepLRScheduler(optimizer, milestones, cfg.DECAY_RATE, **warmup)
-        else:  # a constant rate is a step without decay
-            rate = cfg.DECAY_RATE if cfg.NAME == "step" else 1.0
-            self.scheduler = StepLRScheduler(optimizer, cfg.DECAY_EPOCHS * units, rate, **warmup)
+        _, warmup_lr, min_lr = config.learning_rates
+        name = {"linear": "poly", "constant": "step"}.get(cfg.NAME, cfg.NAME)
+        rate = {"linear": 1.0, "constant": 1.0, "poly": cfg.POWER}.get(cfg.NAME, cfg.DECAY_RATE)
+        warmup = dict(warmup_epochs=train.WARMUP_EPOCHS * units, warmup_lr=warmup_lr)
+        decay: dict[str, Any] = dict(decay_rate=rate, decay_epochs=cfg.DECAY_EPOCHS * units, min_lr=min_lr)
+        decay["decay_milestones"] = [epoch * units for epoch in cfg.MILESTONES]
+        self.scheduler, _ = create_scheduler_v2(optimizer, name, train.EPOCHS * units, **warmup, **decay)
 
     def set(self, step: int) -> None:
         """Set the learning rates of a step, counted from 0 over the whole run."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from filelock import FileLock, Timeout
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -20,6 +19,7 @@ from ..checkpoints import CheckpointError
 from ..images import DataError
 from ..original import parse_args
 from ..precision import amp_dtype, cpu_has_bf16
+from ..run_lock import lock_directory
 from ..safe_reader import preview
 from .data import unwrap_datasets
 from .original import translate_model
@@ -77,12 +77,7 @@ def run_lock(work_dir: str, launcher: str) -> AbstractContextManager[Any]:
     """Create the work directory and lock it on rank 0, or raise DataError if another training has locked it."""
     if int(os.environ.get(RANK_VARIABLES.get(launcher, ""), 0)):
         return nullcontext()  # other ranks end with rank 0
-    Path(work_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(Path(work_dir, "run.lock"), timeout=0).acquire()
-    except Timeout:
-        advice = "Wait until it has ended, or choose another --work-dir."
-        raise DataError(f"{work_dir}: another training runs there. {advice}") from None
+    return lock_directory(work_dir)
 
 
 @one_line_errors()
