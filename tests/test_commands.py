@@ -22,7 +22,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 from lit_classification.config_reader import load_config
 from lit_classification.model import build_model
 from tests.classification.conftest import CLASSES, TINY_LIT, write_images
-from tests.dense import TINY_BACKBONE, draw_shapes
+from tests.dense import TINY_BACKBONE, draw_shapes, quick_configs  # noqa: F401, fixture
 from tests.programs import Program, single_thread  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.slow
