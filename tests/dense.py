@@ -78,9 +78,10 @@ def error_of(tool: Callable[..., Any], *args: Any) -> str:
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_configs() -> Iterator[None]:
-    """Write configs without yapf, and look for no config in the model indices of mmdet and mmseg, in 300 YAML files.
+    """Omit steps that take longer than the runs.
 
-    Both take longer than the runs. The indices do not list what is in `_base_`, and configs inherit from that alone.
+    These are yapf, descriptions of compilers, and a search in the model indices of mmdet and mmseg, which are 300 YAML
+    files. The indices do not list what is in `_base_`, and configs inherit from that alone.
     """
     if importlib.util.find_spec("mmengine") is None:  # an environment for classification
         yield
@@ -92,4 +93,5 @@ def quick_configs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda code, **_: (code, True))
         patch.setattr("mmengine.config.utils._get_cfg_metainfo", is_base)
+        patch.setattr("mmengine.runner.runner.collect_env", dict)
         yield
