@@ -22,7 +22,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 from lit_classification.config_reader import load_config
 from lit_classification.model import build_model
 from tests.classification.conftest import CLASSES, TINY_LIT, write_images
-from tests.dense import TINY, draw_shapes
+from tests.dense import TINY_BACKBONE, draw_shapes, quick_configs  # noqa: F401, fixture
 from tests.programs import Program, single_thread  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,6 @@ REAL_PROGRAMS = ("bash", "dirname", "mkdir", "tar")
 STAND_INS = ("python", "torchrun", "sbatch", "make", "pip", "wget")  # any other program fails the test
 RECORD = '#!/bin/bash\n[[ ${1:-} == -I ]] || { printf "%s\\0" "${0##*/}" "$PWD" "$@"; printf "\\1"; } >>"$CALLS"\n'
 RELEASED = {"lit_ti": "lit-ti", "lit_s": "lit-s", "lit_b": "lit-b", "pvt_full_msa": "lit-ti"}  # checkpoint: recipe
-TINY_BACKBONE = [option for option in TINY if option != "model.neck.out_channels=16"]
 DENSE = {  # checkpoint: its config
     "detection/mask_rcnn_lit_s.pth": "mask_rcnn_lit_s_fpn_1x_coco.py",
     "segmentation/sem_fpn_lit_s.pth": "lit_s_fpn_r50_512x512_80k_ade20k.py",

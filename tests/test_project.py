@@ -49,6 +49,7 @@ def test_features(folder: Path) -> None:
     assert run_example("photo.jpg")["features"].shape == (1, 768)
 
 
+@pytest.mark.slow
 def test_fine_tuning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = run_example("ImageFolder")
     assert "its head has 1000 classes, the model 2" in caplog.text
@@ -105,6 +106,7 @@ def test_versions_agree() -> None:
     assert len(used) == 2 and used <= pins
 
 
+@pytest.mark.slow
 def test_the_backbone_installs_alone(tmp_path: Path) -> None:
     """Without the packages of the trainer, and outside of the repository."""
     source, target = tmp_path / "source", tmp_path / "target"

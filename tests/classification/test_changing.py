@@ -48,8 +48,7 @@ def same(a: dict, b: dict) -> bool:
     return all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-OPTIMIZERS = {"sgd": 0.05, "momentum": 0.05, "nesterov": 0.05, "lamb": 0.05, "lion": 0.01, "adamax": 0.05, "muon": 0.05}
-OPTIMIZERS |= {"adafactor": 0.05, "rmsprop": 0.01}
+OPTIMIZERS = {"momentum": 0.05, "lion": 0.01, "muon": 0.05, "adafactor": 0.05}  # base learning rates
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -86,8 +85,6 @@ def test_optimizer_keywords(tiny_cfg):
         (["TRAIN.OPTIMIZER.NAME", "adamv"], "TRAIN.OPTIMIZER.NAME: timm has no such optimizer; did you mean adam"),
         (["TRAIN.LR_SCHEDULER.NAME", "multistep"], "MILESTONES: multistep needs"),
         (["MODEL.FREEZE", "1", "MODEL.NAME", "resnet18", "MODEL.LIT", "{}"], "FREEZE: resnet18 has no stages of LIT"),
-        (["MODEL.FREEZE", "5"], "MODEL.FREEZE"),
-        (["DISTILL.TYPE", "medium"], "DISTILL.TYPE: expected 'soft' or 'hard'"),
     ],
 )
 def test_wrong_keys_are_named(tiny_cfg, opts, problem):
@@ -145,9 +142,9 @@ def test_layer_decay(train, tiny_cfg):
 
 
 @pytest.mark.parametrize("freeze", [2, "backbone"])
-def test_frozen_part_does_not_change(train, tmp_path, freeze):
-    start = train(tag="start")["model"]
-    end = train("--pretrained", str(tmp_path / "output/tiny/start/latest.pth"), MODEL={"FREEZE": freeze})["model"]
+def test_frozen_part_does_not_change(train, finished, freeze):
+    start = read_checkpoint(finished / LATEST)["model"]
+    end = train("--pretrained", str(finished / LATEST), MODEL={"FREEZE": freeze})["model"]
     frozen = {k for k in start if torch.equal(start[k], end[k])}
     if freeze == "backbone":
         assert frozen == {key for key in start if not key.startswith("head.")}
@@ -161,13 +158,13 @@ def test_batch_norm_keeps_its_statistics(train):
     assert len(statistics) == 3 and not any(value.any() for value in statistics.values())
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation(train, tmp_path, kind):
-    train(tag="teacher", TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
-    teacher = str(tmp_path / "output/tiny/teacher/latest.pth")
-    whole = train(tag="whole", DISTILL={"TEACHER": teacher, "TYPE": kind, "ALPHA": 1.0})
-    assert not same(whole["model"], train(tag="none")["model"])
-    assert not any(key.startswith("teacher") for key in whole["model"])
+def test_distillation(train, finished):
+    """Runs with each type of loss and without distillation, as the fixture, end with different weights."""
+    models = [read_checkpoint(finished / LATEST)["model"]]
+    for kind in ("soft", "hard"):
+        models += [train(tag=kind, DISTILL={"TEACHER": str(finished / LATEST), "TYPE": kind, "ALPHA": 1.0})["model"]]
+    assert not any(same(models[i], models[i - 1]) for i in range(3))
+    assert not any(key.startswith("teacher") for key in models[2])
 
 
 def test_distillation_loss_is_that_of_deit():
@@ -181,18 +178,15 @@ def test_distillation_loss_is_that_of_deit():
     assert mixed.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_teacher_must_fit(tiny_cfg, train, tmp_path, monkeypatch):
-    train(TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
-    teacher = str(tmp_path / "output/tiny/default/latest.pth")
-    config = load_config(tiny_cfg(DISTILL={"TEACHER": teacher}))
+def test_teacher_must_fit(tiny_cfg, finished):
+    config = load_config(tiny_cfg(DISTILL={"TEACHER": str(finished / LATEST)}))
     assert not load_teacher(config, torch.device("cpu"), list(CLASSES)).training
     with pytest.raises(ConfigError, match="DISTILL.TEACHER: .*class names differ"):
         load_teacher(config, torch.device("cpu"), ["ant", "bee", "dog"])
 
 
-def test_pretrained_brings_its_keywords(train, tmp_path, capsys):
-    train(tag="start")
-    start, model = str(tmp_path / "output/tiny/start/latest.pth"), {"LIT": {}}
+def test_pretrained_brings_its_keywords(train, finished, tmp_path, capsys):
+    start, model = str(shutil.copy(finished / LATEST, tmp_path)), {"LIT": {}}
     end = train("--pretrained", start, MODEL=model)
     assert f"{start}: taking its MODEL.LIT" in capsys.readouterr().out
     assert end["config"]["MODEL"]["LIT"]["embed_dims"] == [8, 16, 24, 32]
@@ -200,9 +194,8 @@ def test_pretrained_brings_its_keywords(train, tmp_path, capsys):
     train("--pretrained", start, "--opts", "TRAIN.EPOCHS", "3", "TRAIN.RESUME_CHANGED", "true", MODEL=model)
 
 
-def test_pretrained_in_part(train, tmp_path, capsys):
-    train(tag="start")
-    start = str(tmp_path / "output/tiny/start/latest.pth")
+def test_pretrained_in_part(train, finished, tmp_path, capsys):
+    start = str(finished / LATEST)
     ablation = {"LIT": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": 1, "mlp_ratios": 2}}
     with pytest.raises(SystemExit, match="keys missing"):
         train("--pretrained", start, MODEL=ablation)
@@ -222,9 +215,8 @@ def test_pretrained_in_part(train, tmp_path, capsys):
 # ---- results
 
 
-def test_evaluation_writes_its_results(train, tiny_cfg, tmp_path, image_folder):
-    train(TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
-    run_dir = tmp_path / "output/tiny/default"
+def test_evaluation_writes_its_results(finished_run, image_folder):
+    run_dir = finished_run
     assert "worst classes" in (run_dir / "log_rank0.txt").read_text()
     main.main(["--eval", "--resume", str(run_dir / LATEST), "--data-path", str(image_folder)])
     result = json.loads((run_dir / "eval.json").read_text())
@@ -242,15 +234,14 @@ def test_evaluation_writes_its_results(train, tiny_cfg, tmp_path, image_folder):
     assert start["git"] == read_checkpoint(run_dir / LATEST)["git"] and len(start["git"]) >= 40
 
 
-def test_part_of_the_classes(train, tmp_path, image_folder, capsys):
+def test_part_of_the_classes(finished_run, tmp_path, image_folder, capsys):
     """Classes are matched by name, and only their logits compete, as in timm's validation on ImageNet-R."""
-    train(TRAIN={"BASE_LR": 0.05})
-    checkpoint, part = str(tmp_path / "output/tiny/default/latest.pth"), tmp_path / "part"
+    checkpoint, part = str(finished_run / LATEST), tmp_path / "part"
     for name in ("cat", "bee"):
         shutil.copytree(image_folder / "val" / name, part / "some" / name)
     main.main(["--eval", "--resume", checkpoint, "--data-path", str(part), "--opts", "DATA.VAL_SPLIT", "some"])
     assert "evaluating the logits of the 2 of its 3 classes in the data" in capsys.readouterr().out
-    result = json.loads((tmp_path / "output/tiny/default/eval.json").read_text())
+    result = json.loads((finished_run / "eval.json").read_text())
     classifier = load_classifier(checkpoint, torch.device("cpu"))
     hits = []
     for name in ("bee", "cat"):
@@ -308,7 +299,6 @@ def test_missing_precision_is_an_error(tiny_cfg, image_folder, monkeypatch, caps
 # ---- custom modules
 
 MODULE = """
-import timm, torch
 from torch import nn
 from lit_backbone.lit import register_merging
 
@@ -320,22 +310,10 @@ class MeanMerging(nn.Module):
 
     def forward(self, x):  # (B, H, W, C) -> (B, H/2, W/2, C')
         return self.proj(nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
-
-@timm.models.register_model
-def average_color(pretrained=False, num_classes=1000, width=4, **kwargs):
-    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width), nn.GELU(), nn.Linear(width, num_classes)
-    model = nn.Sequential(*layers)
-    model.pretrained_cfg, model.num_classes = {"classifier": "4"}, num_classes
-    return model
 """
-OWN_MODELS = {
-    "merging": {"LIT": TINY_LIT | {"merging": "mean"}},
-    "model": {"NAME": "average_color", "LIT": {}, "KEYWORDS": {"width": 7}},
-}
 
 
-@pytest.mark.parametrize("kind", OWN_MODELS)
-def test_own_module(tiny_cfg, tmp_path, image_folder, kind):
+def test_own_module(tiny_cfg, tmp_path, image_folder):
     """A config may import modules. A checkpoint imports nothing by itself."""
     (tmp_path / "own_module.py").write_text(MODULE)
     image, checkpoint = next((image_folder / "val").glob("*/*.jpg")), tmp_path / "output/tiny/default" / LATEST
@@ -343,21 +321,18 @@ def test_own_module(tiny_cfg, tmp_path, image_folder, kind):
     def start(program: Path, *args: str | Path) -> Program:
         return Program(program, *args, prepare=partial(os.chdir, tmp_path))  # a process without the module
 
-    start(MAIN, "--cfg", tiny_cfg(IMPORTS=["own_module"], MODEL=OWN_MODELS[kind])).finish("finished 2 epochs")
+    model, short = {"LIT": TINY_LIT | {"merging": "mean"}}, {"EPOCHS": 1, "WARMUP_EPOCHS": 0}
+    start(MAIN, "--cfg", tiny_cfg(IMPORTS=["own_module"], MODEL=model, TRAIN=short)).finish("finished 1 epochs")
     predicted = [image, "--checkpoint", checkpoint]
     start(PREDICT, *predicted).finish("error: ", status=1)
     start(PREDICT, *predicted, "--import", "own_module").finish("%  ")
     evaluation = ["--eval", "--resume", checkpoint, "--data-path", image_folder]
     start(MAIN, *evaluation, "--import", "own_module").finish(" * Acc@1")
     attention = ["--resume", checkpoint, "--vis_image", image, "--import", "own_module"]
-    if kind == "model":
-        message = "holds average_color. Use a checkpoint of a LIT."
-        start(MAIN.with_name("visualize_attention.py"), *attention).finish(message, status=1)
-    else:
-        start(MAIN.with_name("visualize_attention.py"), *attention).finish("stages 3, 4")
-        assert (tmp_path / "attention_map/stage-4.npy").exists()
-        exported = [checkpoint, "--format", "safetensors", "--import", "own_module"]
-        start(Path(export.__file__), *exported).finish("latest.safetensors")
+    start(MAIN.with_name("visualize_attention.py"), *attention).finish("stages 3, 4")
+    assert (tmp_path / "attention_map/stage-4.npy").exists()
+    exported = [checkpoint, "--format", "safetensors", "--import", "own_module"]
+    start(Path(export.__file__), *exported).finish("latest.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -373,8 +348,3 @@ def test_own_module(tiny_cfg, tmp_path, image_folder, kind):
 def test_programs_import_modules(program, options):
     with pytest.raises(SystemExit, match="error: IMPORTS: no_such_module: No module named"):
         program.main([*options, "--import", "no_such_module"])
-
-
-def test_missing_module_is_named(tiny_cfg):
-    with pytest.raises(ConfigError, match="IMPORTS: no_such_module: No module"):
-        load_config(tiny_cfg(IMPORTS=["no_such_module"]))

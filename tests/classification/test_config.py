@@ -45,35 +45,27 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     # Unknown keys and sections
     ("TRAIN.EPOCH", "5", "TRAIN.EPOCH: unknown key", "TRAIN.EPOCHS?"),
     ("EPOCHS", "5", "EPOCHS: unknown key", "TRAIN.EPOCHS?"),
-    ("TEST.XYZ", "5", "TEST.XYZ: unknown key", "TEST.CROP, TEST.AMP_DTYPE"),
     ("MODEL.LIT.embed_dim", "96", "MODEL.LIT.embed_dim: unknown key", "MODEL.LIT.embed_dims?"),
-    ("MODEL.LIT.pretrained", "true", "MODEL.LIT.pretrained: unknown key", ""),
     # Types
     ("TRAIN.EPOCHS", "abc", "TRAIN.EPOCHS: expected a valid integer, got 'abc'", "number of epochs"),
-    ("TRAIN.EPOCHS", "'128'", "TRAIN.EPOCHS: expected a valid integer", "'128'"),
     ("TRAIN.BASE_LR", "1e999", "TRAIN.BASE_LR: expected a finite number", "inf"),
     ("TRAIN.AUTO_RESUME", "yes", "TRAIN.AUTO_RESUME: expected a valid boolean", "'yes'"),
     ("MODEL.LIT.depths", "2", "MODEL.LIT.depths: expected a valid tuple", "got 2"),
-    ("MODEL.LIT.embed_dims", "96", "MODEL.LIT.embed_dims: expected a valid tuple", "got 96"),
     ("AUG.SCALE", "0.5", "AUG.SCALE: expected a valid tuple", "[low, high]"),
     # Ranges and choices
     ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE: expected greater than or equal to 1", ""),
     ("DATA.IMG_SIZE", "[224, 100]", "DATA.IMG_SIZE: expected a multiple of 32", "100"),
-    ("DATA.DATASET", "cifar10", "DATA.DATASET: ", "'cifar10'"),
     ("DATA.INTERPOLATION", "cubic", "DATA.INTERPOLATION: ", "'bicubic'"),
     ("AUG.SCALE", "[1.0, 0.08]", "AUG.SCALE: expected [low, high]", ""),
-    ("AUG.AUTO_AUGMENT", "randaug", "AUG.AUTO_AUGMENT: ", "rand-m9-mstd0.5-inc1"),
     ("TAG", "../../x", "TAG: ", "'../../x'"),
     # Keys of the original and of earlier versions
     ("AMP_OPT_LEVEL", "O3", "AMP_OPT_LEVEL: ", "RUNTIME.AMP_DTYPE"),
     ("DATA.ON_BAD_IMAGE", "skip", "DATA.ON_BAD_IMAGE: ", "delete"),
     # Models
     ("MODEL.DROP_RATE", "0.1", "MODEL.DROP_RATE: is not implemented for LIT", "MODEL.DROP_PATH_RATE"),
-    ("MODEL.NAME", "lit-small", "MODEL.NAME: ", "lit_b, lit_m, lit_s, lit_ti"),
     ("MODEL.NAME", "LIT-Ti", "MODEL.NAME: ", "lit_ti?"),
     ("MODEL", "{NAME: vgg11, NUM_CLASSES: 2}", "MODEL.NAME: makes no model", ""),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS: makes no model", ""),
-    ("MODEL", "{NAME: resnet18, LIT: {mlp_ratios: 1}}", "MODEL.LIT: ", "MODEL.KEYWORDS"),
     ("MODEL.KEYWORDS", "{depths: 1}", "MODEL.KEYWORDS: ", "MODEL.LIT"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT: makes no model", "num_heads=7"),
     # Combinations
@@ -119,21 +111,6 @@ def test_broken_file_is_named_with_the_line(write, text, problem):
     assert config_error(path).startswith(f"{path}: {problem}")
 
 
-def test_missing_file_lists_its_neighbors(write, tmp_path):
-    write("BASE: [x.yaml]", "lit-s.yaml")
-    write("", "notes.txt")
-    for path, files in ((tmp_path / "lit-x.yaml", "lit-s.yaml"), (tmp_path / "no" / "x.yaml", "no YAML file")):
-        message = config_error(path)
-        assert message.startswith(f"{path}: no such file") and message.endswith(files)
-    assert f"BASE: {tmp_path / 'x.yaml'}: no such file" in config_error(tmp_path / "lit-s.yaml")
-
-
-@pytest.mark.parametrize("opts", [["SEED", "1", "TAG=x"], ["AUG.SCALE", "[0.1"], ["BASE", "[a.yaml]"]])
-def test_options_must_be_pairs_of_key_and_yaml(opts):
-    key = opts[-1] if len(opts) % 2 else opts[-2]
-    assert config_error(CONFIGS / "lit-s.yaml", opts).startswith(f"--opts: {key}: ")
-
-
 # Inheritance
 
 
@@ -165,24 +142,16 @@ def test_mistake_is_attributed_to_the_layer_that_made_it(write):
 # Values
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "value"),
-    [
-        ("TRAIN.BASE_LR", "1e-3", 0.001),
-        ("TRAIN.CLIP_GRAD", "null", None),
-        ("TEST.AMP_DTYPE", "off", "off"),
-        ("TEST.CROP", "False", False),
-        ("TAG", "on", "on"),
-        ("SEED", "010", 10),
-        ("DATA.IMG_SIZE", "256", (256, 256)),
-        ("DATA.IMG_SIZE", "[256, 320]", (256, 320)),
-        ("AUG.AUTO_AUGMENT", '""', ""),
-    ],
-)
-def test_yaml_values_have_the_type_that_they_appear_to_have(write, key, text, value):
-    for config in (load_config(write(nested_yaml(key, text))), load_config(write("{}\n"), [key, text])):
-        actual = flatten(config.model_dump())[key]
-        assert actual == value and type(actual) is type(value)
+def test_yaml_values_have_the_type_that_they_appear_to_have(write):
+    opts = (
+        "TRAIN.BASE_LR 1e-3 TRAIN.CLIP_GRAD null TEST.AMP_DTYPE off TEST.CROP False TAG on SEED 010 DATA.IMG_SIZE 256"
+    )
+    expected = [0.001, None, "off", False, "on", 10, (256, 256)]
+    text = "{TRAIN: {BASE_LR: 1e-3, CLIP_GRAD: null}, TEST: {AMP_DTYPE: off, CROP: False}, TAG: on, SEED: 010}"
+    for path, options in ((write(text), ["DATA.IMG_SIZE", "[256, 256]"]), (write("{}", "empty.yaml"), opts.split())):
+        values = flatten(load_config(path, options).model_dump())
+        actual = [values[key] for key in opts.split()[::2]]
+        assert actual == expected and list(map(type, actual)) == list(map(type, expected))
 
 
 def test_shortcuts_set_their_keys_and_none_is_ignored():
@@ -194,7 +163,7 @@ def test_shortcuts_set_their_keys_and_none_is_ignored():
     assert config.AUG.AUTO_AUGMENT == ""
 
 
-@pytest.mark.parametrize("tag", "1e-3 off yes 5 010 null ~ true 2024-01-01 12:30".split() + ["", "é: #", "a\nb"])
+@pytest.mark.parametrize("tag", "1e-3 off 010 null 2024-01-01 12:30".split() + ["", "é: #", "a\nb"])
 def test_dumped_config_reads_back_equal(write, tag):
     opts = ["MODEL.LIT", "{norm_eps: 1e-6, depths: [1, 1, 2, 1], class_token: true}", "DATA.IMG_SIZE", "[64, 96]"]
     config = load_config(CONFIGS / "lit-ti.yaml", opts, tag=tag)
@@ -257,19 +226,6 @@ def test_recipe_is_that_of_the_paper(goldens, name, published):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for fact in (f"bash scripts/{name}.sh 8", "1024 (8 x 128)", f"{published} top-1", "not run here"):
         assert any(line.endswith(fact) for line in header), fact
-
-
-def test_learning_rates_follow_the_global_batch():
-    opts = ["TRAIN.GLOBAL_BATCH", "256"]
-    assert load_config(CONFIGS / "lit-s.yaml", opts).learning_rates == pytest.approx((2.5e-4, 2.5e-7, 2.5e-6))
-    assert load_config(CONFIGS / "lit-ti.yaml", opts).learning_rates == pytest.approx((2.5e-4, 1e-6, 1e-5))
-
-
-def test_model_of_the_digits_demo_is_a_lit():
-    config = load_config(CONFIGS / "lit-digits.yaml")
-    model = timm.create_model(**config.model_keywords)
-    assert config.MODEL.NUM_CLASSES == 10 and config.AUG.HFLIP == 0
-    assert model(torch.zeros(2, 3, *config.DATA.IMG_SIZE)).shape == (2, 10)
 
 
 ATTENTION_STAGES = ("1111", "0111", "0011", "0001", "0000")

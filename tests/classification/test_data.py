@@ -1,10 +1,8 @@
 """Sampler, loaders, transforms and datasets: batches are a function of config, seed and position alone."""
 
 import gzip
-import logging
 import lzma
 import os
-import random
 import re
 import shutil
 import tarfile
@@ -60,32 +58,12 @@ class TestTrainSampler:
         micro_batches = [batch for pair in zip(*ranks, strict=True) for batch in pair]
         assert micro_batches == list(TrainSampler(100, 24, 4, repeats=repeats))
 
-    def test_order_follows_from_seed_and_epoch(self):
-        def order(seed: int, epoch: int) -> tuple[int, ...]:
-            sampler = TrainSampler(100, 24, 8, seed=seed)
-            sampler.set_epoch(epoch)
-            return tuple(sampler.order().tolist())
-
-        assert order(0, 0) == order(0, 0)
-        assert len({order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
     def test_repeated_augmentation_keeps_the_length_and_spreads_copies(self):
         batches = list(TrainSampler(96, 24, 8, repeats=3))
         images = Counter(key.index for batch in batches for key in batch)
         assert set(images.values()) == {3} and len(images) == 96 // 3
         assert all(len({key.index for key in batch}) == 8 for batch in batches)  # no two copies in a micro-batch
         assert len({key.position for batch in batches for key in batch}) == 96  # each copy is augmented differently
-
-
-def test_seeding_covers_all_generators():
-    def draw(purpose: str, *key: int) -> tuple[float, ...]:
-        seed_everything(purpose, *key)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    assert draw("a", 1, 2) == draw("a", 1, 2)
-    others = [("a", 2, 1), ("a", 1, 3), ("a", 12), ("a", 1, 2, 0), ("b", 1, 2)]
-    draws = zip(draw("a", 1, 2), *(draw(*other) for other in others))
-    assert [len(set(values)) for values in draws] == [6, 6, 6]
 
 
 # Loaders
@@ -102,21 +80,6 @@ def test_accumulation_follows_from_the_global_batch():
     assert [accumulation_steps(world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
     with pytest.raises(ConfigError, match="33 is odd"):  # mixup and cutmix pair images
         accumulation_steps(2, "DATA.BATCH_SIZE", "33", "TRAIN.GLOBAL_BATCH", "66")
-
-
-NO_MIXING = ("AUG.MIXUP", "0", "AUG.CUTMIX", "0")
-BATCH_900 = ("DATA.BATCH_SIZE", "100", "TRAIN.GLOBAL_BATCH", "900")
-
-
-@pytest.mark.parametrize(
-    ("world_size", "opts", "size"),
-    [(16, (), 64), (6, BATCH_900, 50), (6, (*BATCH_900, *NO_MIXING), 75), (3, (), None)],
-)
-def test_message_for_an_indivisible_batch_proposes_one_that_works(world_size, opts, size):
-    with pytest.raises(ConfigError, match=f"--batch-size {size}" if size else "another number of ranks"):
-        accumulation_steps(world_size, *opts)
-    if size:
-        assert accumulation_steps(world_size, *opts, "DATA.BATCH_SIZE", str(size)) >= 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -193,14 +156,6 @@ def test_training_transform_augments_every_image(tiny_cfg):
         assert transform(image).shape == (3, 32, 32)
 
 
-def test_evaluation_without_crop_keeps_the_whole_image(tiny_cfg):
-    config = load_config(tiny_cfg(), ["TEST.CROP", "false", "DATA.IMG_SIZE", "[32, 64]"])
-    image = Image.new("RGB", (200, 50))
-    image.paste((255, 255, 255), (0, 0, 4, 50))  # a bar at the left edge, which a crop would lose
-    tensor = build_dataset(config, is_training=False).transform(image)
-    assert tensor.shape == (3, 32, 64) and tensor[0, 16, 0] > 200 > 50 > tensor[0, 16, 40]
-
-
 # Folders and archives
 
 
@@ -237,8 +192,8 @@ def tree(request, tmp_path) -> Path:
     return root
 
 
-def pack(tree: Path, archive: Path, arcname: str = ".", **options) -> Path:
-    with tarfile.open(archive, "w", **options) as tar:
+def pack(tree: Path, archive: Path, arcname: str = ".") -> Path:
+    with tarfile.open(archive, "w") as tar:
         tar.add(tree, arcname)
     return archive
 
@@ -262,7 +217,7 @@ def write_ilsvrc(tree: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layout", ["pax", "gnu", "one folder around", "one archive per class"])
+@pytest.mark.parametrize("layout", ["pax", "one folder around", "one archive per class"])
 def test_archive_equals_its_folder(tree, layout, tmp_path):
     path, prefix = tmp_path / "tree.tar", "val/" if layout == "one folder around" else ""
     if layout.startswith("one"):
@@ -274,24 +229,11 @@ def test_archive_equals_its_folder(tree, layout, tmp_path):
             pytest.skip("the links lead from one archive to another")
         archive = ImageTar(write_ilsvrc(tree, path))
     else:
-        format = tarfile.GNU_FORMAT if layout == "gnu" else tarfile.PAX_FORMAT
-        archive = ImageTar(pack(tree, path, prefix or ".", format=format))
+        archive = ImageTar(pack(tree, path, prefix or "."))
     assert archive.classes == folder.classes
     assert archive.samples == [(prefix + os.path.relpath(path, tree), label) for path, label in folder.samples]
     for i in range(len(folder)):
         assert np.array_equal(*(np.asarray(dataset[i][0]) for dataset in (folder, archive)))
-
-
-def test_what_is_skipped_is_logged(tmp_path, caplog):
-    names = "ant/0.png bee/1.png bee/2.png bee/notes.txt ant/._0.png .x/0.png ant/@eaDir/0.png __MACOSX/0.png 0.png"
-    tree = write_tree(tmp_path / "tree", *names.split())
-    caplog.set_level(logging.INFO)
-    for kind, path in ((ImageFolder, tree), (ImageTar, pack(tree, tmp_path / "tree.tar"))):
-        dataset = kind(path)
-        assert dataset.classes == ["ant", "bee"] and len(dataset) == 3
-        assert "3 images in 2 classes" in caplog.text
-        assert "4 hidden" in caplog.text and "1 .txt" in caplog.text and "1 in no class folder" in caplog.text
-        caplog.clear()
 
 
 DAMAGES: dict[str, Callable[[bytes, list[int]], list[bytes]]] = {  # bytes of an archive, offsets of its headers
@@ -316,22 +258,19 @@ def test_damaged_archive_is_refused(damage, is_nested, tmp_path):
             ImageTar(path)
 
 
-def test_class_that_was_appended_again_is_refused(tmp_path):
-    tree = write_tree(tmp_path / "tree", "ant/0.png", "bee/1.png")
-    path = pack(tree, tmp_path / "val.tar")
+def test_repeated_classes_and_links_to_no_file_of_the_archive_are_refused(tmp_path):
+    tree, path = write_tree(tmp_path / "tree", "ant/0.png", "bee/1.png"), tmp_path / "val.tar"
+    pack(tree, path)
     with tarfile.open(path, "a") as tar:
         tar.add(tree / "ant", "ant")
     with pytest.raises(DataError, match=f"^{path}: ant/0.png: "):
         ImageTar(path)
-
-
-@pytest.mark.parametrize("target", ["../../store/0.png", "/store/0.png", "gone.png", "2.png"])
-def test_link_to_no_file_of_the_archive_is_refused(target, tmp_path):
-    tree = write_tree(tmp_path / "tree", "ant/0.png", "bee/1.png")
-    (tree / "bee" / "2.png").symlink_to(target)
-    path = pack(tree, tmp_path / "val.tar")
-    with pytest.raises(DataError, match=f"^{path}: bee/2.png: "):
-        ImageTar(path)
+    for target in ("../../store/0.png", "/store/0.png", "gone.png", "2.png"):
+        (tree / "bee" / "2.png").unlink(missing_ok=True)
+        (tree / "bee" / "2.png").symlink_to(target)
+        pack(tree, path)
+        with pytest.raises(DataError, match=f"^{path}: bee/2.png: "):
+            ImageTar(path)
 
 
 @pytest.mark.parametrize(
@@ -369,21 +308,20 @@ def test_images_and_labels_match(is_archive, tiny_cfg, image_folder, tmp_path):
 
 
 def test_inaturalist(tiny_cfg, tmp_path):
-    """Read torchvision's folder layout of iNaturalist 2021, with three species, and open its files as all others."""
-    for i, species in enumerate(("Lumbricus_terrestris", "Apis_mellifera", "Felis_catus")):
+    """Read torchvision's folder layout of iNaturalist 2021, with two species, and open its files as all others."""
+    for i, species in enumerate(("Apis_mellifera", "Felis_catus")):
         for split in ("2021_train", "2021_valid"):
             folder = tmp_path / split / f"{i:05}_Animalia_Phylum_Class_Order_Family_{species}"
             folder.mkdir(parents=True)
             Image.new("RGB", (50, 40), (i, 0, 0)).save(folder / "0.png")
     config = load_config(tiny_cfg(), ["DATA.DATASET", "torch/inaturalist"], data_path=str(tmp_path))
     train, val = (build_dataset(config, is_training) for is_training in (True, False))
-    check_classes(config, train, val)
-    assert len(train.classes) == 3 and train.classes[1].endswith("Apis_mellifera")
-    assert all(np.asarray(image).max() == label for image, label in map(train.read, range(3)))
-    assert train[SampleKey(0, 0, 2)][0].shape == (3, 32, 32)
+    assert len(train.classes) == 2 and train.classes[0].endswith("Apis_mellifera")
+    assert all(np.asarray(image).max() == label for image, label in map(train.read, range(2)))
+    assert train[SampleKey(0, 0, 1)][0].shape == (3, 32, 32)
     (folder / "0.png").write_bytes(EPS)  # Pillow would start Ghostscript
     with pytest.raises(DataError, match=r"Felis_catus/0\.png: unreadable image"):
-        val.read(2)
+        val.read(1)
 
 
 # Unusable data
@@ -400,7 +338,6 @@ def remove_two_classes(data: Path) -> None:
     [
         (shutil.rmtree, [], "DATA.DATA_PATH .*train.tar.*--data-path"),
         (None, ["DATA.DATASET", "torch/no_such_set"], "DATA.DATASET 'torch/no_such_set'"),
-        (None, ["MODEL.NUM_CLASSES", "5"], "3 classes.*5 outputs.*MODEL.NUM_CLASSES 3"),
         (None, ["TRAIN.GLOBAL_BATCH", "40"], "TRAIN.GLOBAL_BATCH: 40 is more than the 12 training images"),
         (lambda data: (data / "val/cat").rename(data / "val/dog"), [], r"train and val have different .*cat.* dog"),
         (remove_two_classes, ["MODEL.NUM_CLASSES", "1"], "one class"),
@@ -416,12 +353,10 @@ def test_unusable_data_is_refused(tiny_cfg, own_folder, change, opts, problem):
         build_train_loader(train, config, ONE_RANK)
 
 
-@pytest.mark.parametrize("content", [b"", EPS], ids=["empty", "eps"])
-@pytest.mark.parametrize("is_archive", [False, True])
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_image_is_named(tiny_cfg, own_folder, content, is_archive, workers):
+@pytest.mark.parametrize("is_archive, workers", [(False, "0"), (False, "2"), (True, "2")])
+def test_unreadable_image_is_named(tiny_cfg, own_folder, is_archive, workers):
     path = own_folder / "val" / "bee" / "bad.jpg"
-    path.write_bytes(content)
+    path.write_bytes(EPS)
     name = str(path)
     if is_archive:
         name = f"{pack(own_folder / 'val', own_folder / 'val.tar')}: bee/bad.jpg"

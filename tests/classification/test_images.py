@@ -57,7 +57,7 @@ def test_16_bits_are_scaled_and_exif_orientation_is_ignored(read, tmp_path):
     assert np.array_equal(read(tmp_path / "16-bit.png"), np.repeat(GRAY[..., None], 3, axis=2))
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("name", ["eps.jpg", "truncated.jpg"])  # lit_backbone/test_images.py has the others
 def test_unreadable_file_is_refused_by_every_program(name, read, tmp_path):
     write, problem = UNREADABLE[name]
     write(tmp_path / name)

@@ -73,7 +73,7 @@ def load_into_a_model(cfg: Path, file: Path) -> nn.Module:
 def load_pretrained(cfg: Path, file: Path, **kwargs) -> nn.Module:
     """Copy the file to torch.hub's cache of downloads, and create a model with `pretrained=True`."""
     cached = file.parent / "hub" / "checkpoints" / Path(timm.get_pretrained_cfg("lit_s").url).name
-    cached.parent.mkdir(parents=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, cached)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(file.parent))
@@ -181,12 +181,11 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_refuses_unsuitable_weights(door, fault, run):
+def test_every_door_refuses_unsuitable_weights(door, run):
     cfg, file, *_ = run
-    change, words = FAULTS[fault]
     content = read_checkpoint(file)
-    torch.save(content | {key: change(content[key]) for key in ("model", "model_ema")}, file)
-    with pytest.raises((CheckpointError, SystemExit), match=words):
-        DOORS[door](cfg, file)
+    for change, words in FAULTS.values():
+        torch.save(content | {key: change(content[key]) for key in ("model", "model_ema")}, file)
+        with pytest.raises((CheckpointError, SystemExit), match=words):
+            DOORS[door](cfg, file)

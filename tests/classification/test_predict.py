@@ -162,13 +162,6 @@ def test_unreadable_images_are_reported_and_skipped(batch_size, trained, photos,
     assert err.startswith(f"error: {damaged}: unreadable image")
 
 
-def test_checkpoint_of_a_detector_is_refused(goldens, photos, tmp_path):
-    shapes = goldens["state_dicts"]["lit_ti_det"]["keys"]
-    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "other.pth")
-    message = refusal(predict, photos / "10.png", "--checkpoint", tmp_path / "other.pth")
-    assert message.startswith(f"{tmp_path / 'other.pth'}: ") and "no known LIT" in message
-
-
 IMPORTS = """
 import sys
 sys.modules.update(dict.fromkeys(["fcntl", "resource", "termios"]))  # None: as on a system that lacks them

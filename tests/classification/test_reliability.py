@@ -5,7 +5,6 @@ docs/reliability.md says what is promised and names these tests.
 
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -26,7 +25,7 @@ from torch.utils.data import get_worker_info
 import main
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_classification import engine
-from lit_classification.checkpointing import BEST, DAMAGED, LATEST, PREVIOUS, find_resumable
+from lit_classification.checkpointing import BEST, DAMAGED, LATEST, PREVIOUS
 from lit_classification.config import Config
 from lit_classification.distributed import STOPPED, catch_stop_signals
 from lit_classification.optim import Schedule
@@ -105,6 +104,7 @@ def test_signal_saves_and_exits(tiny_cfg, output):
     assert_same_end(output / "stopped", output / "whole")
 
 
+@pytest.mark.slow
 def test_no_process_outlives_torchrun(tiny_cfg, output):
     """The ranks of a killed torchrun save and end, and so do their workers."""
     run = start("--cfg", tiny_cfg(TRAIN=LONG, DATA={"NUM_WORKERS": 1}), ranks=2)
@@ -176,37 +176,6 @@ def test_ranks_that_would_train_differently_are_refused(own_folder, tiny_cfg, ou
 
 
 # ---- kills and hangs
-
-
-def train_until_killed(cfg: Path, tag: str, seconds: float) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    main.main(["--cfg", str(cfg), "--tag", tag])
-    os._exit(0)
-
-
-def run_until_killed(*args: Any) -> int | None:
-    child = get_context("fork").Process(target=train_until_killed, args=args)
-    child.start()
-    child.join(120)
-    return child.exitcode
-
-
-@pytest.mark.slow
-def test_killed_five_times(tiny_cfg, output):
-    """A run that saves each step and is killed at five instants ends as if it had not been killed."""
-    cfg = tiny_cfg(TRAIN={"EPOCHS": 12, "SAVE_STEPS": 1, "EMA": 0.9})
-    started = time.monotonic()
-    assert run_until_killed(cfg, "whole", 1000) == 0
-    seconds, draw, steps = time.monotonic() - started, random.Random(0), []
-    for _ in range(5):
-        assert run_until_killed(cfg, "killed", draw.uniform(0.3, 1) * seconds / 5) == -signal.SIGKILL
-        if latest := find_resumable(output / "killed"):
-            steps.append(latest[1]["update"])
-    assert steps == sorted(steps) and steps[-1] > steps[0]  # what was saved is never lost
-    assert run_until_killed(cfg, "killed", 1000) == 0
-    assert_same_end(output / "killed", output / "whole")
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import time
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,7 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.amp import GradScaler
 from torch.utils._pytree import tree_flatten
 
@@ -30,7 +28,6 @@ from lit_classification.checkpointing import (
 )
 from lit_classification.config import Config, result_settings
 from lit_classification.config_reader import load_config
-from lit_classification.logs import RunLog
 from lit_classification.model import build_model
 from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES, read_log, refusal
@@ -96,7 +93,6 @@ def reference(uninterrupted, tiny_cfg, tmp_path) -> dict:
 
 
 INTERRUPTIONS = {  # options, and the step at whose start the run is interrupted
-    "in an epoch": [((), 1)],
     "between epochs": [((), STEPS // 2)],
     "before the last step": [((), STEPS - 1)],
     "twice, with other numbers of workers": [(("DATA.NUM_WORKERS", "2"), 3), (("DATA.NUM_WORKERS", "1"), 6)],
@@ -123,10 +119,10 @@ def test_seed_and_ema_change_the_weights(reference, tiny_cfg):
 
 
 def test_best_checkpoint_has_the_highest_accuracy(tiny_cfg, run_dir):
-    train(tiny_cfg(), "TRAIN.EPOCHS", "6")
+    train(tiny_cfg(), "TRAIN.EPOCHS", "4")
     accuracies = read_log(run_dir, "val/acc1")
     best = read_checkpoint(run_dir / BEST)
-    assert len(accuracies) == 6 and best["best"] == max(accuracies)
+    assert len(accuracies) == 4 and best["best"] == max(accuracies)
     assert best["update"] == (accuracies.index(max(accuracies)) + 1) * 4
 
 
@@ -146,24 +142,12 @@ def test_best_accuracy_starts_again_in_another_directory_or_on_other_images(own_
 
 def test_log_has_one_line_per_epoch(tiny_cfg, run_dir):
     """An epoch that was logged but not saved is trained again and replaces its line."""
-    cfg = tiny_cfg(SAVE_FREQ=3)
-    train(cfg, "TRAIN.EPOCHS", "5", stop_at=4 * 4 + 1)
+    cfg = tiny_cfg(SAVE_FREQ=2)
+    train(cfg, "TRAIN.EPOCHS", "4", stop_at=3 * 4 + 1)
     with open(run_dir / "log.jsonl", "a") as file:
-        file.write('{"epoch": 4, "train/l')  # a line cut short by a kill
-    train(cfg, "TRAIN.EPOCHS", "5")
-    assert read_log(run_dir, "epoch") == [0, 1, 2, 3, 4]
-
-
-def test_tensorboard_shows_the_last_value_of_each_step(tmp_path, monkeypatch):
-    started = time.time()
-    for start, (first, last) in enumerate([(0, 6), (3, 5), (4, 8)]):
-        monkeypatch.setattr(time, "time", lambda now=started + start * 3600: now)
-        log = RunLog(tmp_path, epoch=0, step=first)
-        for step in range(first + 1, last + 1):
-            log.scalars({"loss": 100 * start + step}, step)
-        log.writer.close()
-    values = [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
-    assert values == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
+        file.write('{"epoch": 3, "train/l')  # a line cut short by a kill
+    train(cfg, "TRAIN.EPOCHS", "4")
+    assert read_log(run_dir, "epoch") == [0, 1, 2, 3]
 
 
 # ---- replacing a checkpoint
@@ -279,19 +263,12 @@ def remove_image(folder: Path) -> None:
     (folder / "train" / "bee" / "1.jpg").unlink()
 
 
-def rename_class(folder: Path) -> None:
-    for split in ("train", "val"):
-        (folder / split / "bee").rename(folder / split / "bug")
-
-
 @pytest.mark.parametrize(
     "change, options, problems",
     [
-        (keep, ["TRAIN.WEIGHT_DECAY", "0.3"], ["TRAIN.WEIGHT_DECAY 0.05.* 0.3"]),
-        (keep, ["SEED", "1", "AUG.HFLIP", "0"], ["AUG.HFLIP 0.5.* 0.0", "SEED 0.* 1"]),
+        (keep, ["TRAIN.WEIGHT_DECAY", "0.3", "SEED", "1"], ["SEED 0.* 1", "TRAIN.WEIGHT_DECAY 0.05.* 0.3"]),
         (keep, ["TRAIN.BASE_LR", "0.05", "TRAIN.EPOCHS", "3"], ["TRAIN.BASE_LR 0.5.* 0.05", "TRAIN.EPOCHS 2.* 3"]),
         (remove_image, [], ["train images 12.* 11"]),
-        (rename_class, [], ["bee / bug"]),
     ],
 )
 def test_changed_run_resumes_only_on_demand(own_folder, tiny_cfg, run_dir, tmp_path, change, options, problems):
@@ -310,6 +287,5 @@ def test_changed_run_resumes_only_on_demand(own_folder, tiny_cfg, run_dir, tmp_p
     groups = resumed["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [decay, 0.0, decay]  # the new values are in force
     assert groups[0]["initial_lr"] == (0.05 if "TRAIN.BASE_LR" in options else 0.5) / 512 * 8
-    if change is not rename_class:
-        assert all(re.search(problem, (run_dir / "log_rank0.txt").read_text()) for problem in problems)
+    assert all(re.search(problem, (run_dir / "log_rank0.txt").read_text()) for problem in problems)
     train(cfg, *free, *options)  # the run that was resumed has these settings now

@@ -8,13 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from demo.digit_scenes import (
-    MIN_VISIBLE,
-    NUM_DIGITS,
-    SPLITS,
-    main,
-    write_scenes,
-)
+from demo.digit_scenes import MIN_VISIBLE, NUM_DIGITS, SPLITS, main, write_scenes
 from demo.digits import split_digits
 
 SETTINGS = {"size": 64, "train": 30, "val": 20}
@@ -102,27 +96,15 @@ def test_scenes_are_deterministic_and_do_not_depend_on_their_number(folder, tmp_
     assert len(files) == 2 * 5 and files.items() <= content(folder).items()
 
 
-def test_incomplete_scenes_are_written_again_and_other_files_are_kept(tmp_path):
+def test_incomplete_scenes_are_written_again_and_other_files_are_kept(tmp_path, monkeypatch, capsys):
     other = tmp_path / "images" / "train" / "holiday.jpg"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"sunset")
-    settings = {"size": 64, "train": 3, "val": 2}
-    assert write_scenes(tmp_path, **settings)
+    monkeypatch.setattr(sys, "argv", ["", "--output", str(tmp_path), "--train", "3", "--val", "2"])
+    main()
+    assert "3 train, 2 val scenes" in capsys.readouterr().out
     before = content(tmp_path)
-    assert not write_scenes(tmp_path, **settings)
+    assert not write_scenes(tmp_path, train=3, val=2)
     (tmp_path / "annotations" / "val.json").unlink()
-    assert write_scenes(tmp_path, **settings)
+    main()
     assert content(tmp_path) == before and other.read_bytes() == b"sunset"
-
-
-def test_command(tmp_path, monkeypatch, capsys):
-    def call(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["digit_scenes.py", "--output", str(tmp_path / "scenes"), *arguments])
-        main()
-
-    for arguments in (["--train", "0"], ["--val", "-1"]):
-        with pytest.raises(SystemExit):
-            call(*arguments)
-        assert "1 or more" in capsys.readouterr().err and not (tmp_path / "scenes").exists()
-    call("--train", "2", "--val", "1")
-    assert "2 train, 1 val scenes" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from demo.digits import draw_digit, split_digits, write_digits
+from demo.digits import draw_digit, write_digits
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,6 @@ def test_every_scan_is_written_once(digits, tmp_path):
         assert image.getextrema()[1] > 200
     first.unlink()
     assert write_digits(tmp_path) and content(tmp_path) == before
-
-
-def test_split_keeps_the_proportions(digits):
-    share = np.bincount(digits.target) / 1797
-    for members in split_digits(digits.target).values():
-        assert np.bincount(digits.target[members]) == pytest.approx(share * len(members), abs=1)
 
 
 def test_image_interpolates_the_scan(digits):

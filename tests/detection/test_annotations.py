@@ -46,25 +46,16 @@ def write(scenes: Path, out: Path, change: Change, split: str = "train") -> Path
 
 INVALID: dict[str, tuple[Change, str]] = {
     "noarea": (lambda a, image, i: a.pop("area"), r"annotations.0..area is missing. Use width \* height."),
-    "nocategory": (lambda a, image, i: a.pop("category_id"), "annotations.0..category_id is missing. Use"),
-    "noimage": (lambda a, image, i: a.pop("image_id"), "annotations.0..image_id is missing. Use"),
-    "noid": (lambda a, image, i: a.pop("id"), "annotations.0..id is missing. Use"),
-    "nobox": (lambda a, image, i: a.pop("bbox"), "annotations.0..bbox is missing. Use"),
     "sameid": (lambda a, image, i: a.update(id=1), "annotations: ids are not unique .1."),
     "short": (lambda a, image, i: a.update(bbox=a["bbox"][:3]), r"annotations.0..bbox is .* Use \[x, y, width, "),
     "nan": (lambda a, image, i: a.update(bbox=[math.nan] * 4), "annotations.0..bbox is .nan"),
-    "nanarea": (lambda a, image, i: a.update(area=math.nan), "annotations.0..area is nan"),
     "textid": (lambda a, image, i: a.update(image_id=str(a["image_id"])), "annotations.0..image_id is '0'. Use"),
-    "textbox": (lambda a, image, i: a.update(bbox=[*map(str, a["bbox"])]), "annotations.0..bbox is"),
     "crowdtext": (lambda a, image, i: a.update(iscrowd="no"), "annotations.0..iscrowd is 'no'. Use 0 or 1"),
     "points": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4]]), "annotations.0..segmentation is .* Use poly"),
-    "odd": (lambda a, image, i: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotations.0..segmentation is "),
     "nanpoint": (lambda a, image, i: a.update(segmentation=[[math.nan] * 6]), "annotations.0..segmentation is .*nan"),
     "nomask": (lambda a, image, i: a.pop("segmentation"), "annotations.0..segmentation is "),
-    "emptymask": (lambda a, image, i: a.update(segmentation=[[]]), "annotations.0..segmentation is "),
     "masksize": (lambda a, image, i: a["segmentation"].update(size=[9, 9]), "annotations.0..segmentation.size is .9"),
     "noname": (lambda a, image, i: image.pop("file_name", 0), "images.0..file_name is missing. Use"),
-    "nosize": (lambda a, image, i: image.pop("width", 0), "images.0..width is missing. Use"),
     # nothing is left
     "area0": (lambda a, image, i: a.update(area=0), r"no instance .*\d+ annotations, \d+: area is 0 or negative"),
     "unit": (to_unit, r"no instance .*are coordinates in 0..1"),
@@ -89,11 +80,8 @@ def test_unusable_annotations(kind: str, split: str, scenes: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "no valid JSON"),
         ('{"images": [', "no valid JSON"),
-        ("\x00\xff", "no valid JSON"),
         ("[1]", "has no list 'images'"),
-        ("{}", "has no list 'images'"),
         ('{"images": [3], "categories": [], "annotations": []}', "images.0..id is missing"),
         ('{"images": [{"id": 1, "width": 9, "height": 9, "file_name": 5}]}', "images.0..file_name is 5"),
         ('{"images": [], "categories": [{"id": 1}], "annotations": []}', "categories.0..name is missing"),

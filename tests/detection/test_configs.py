@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_backbone.mm import load_file
 from lit_backbone.mm.cli import train
 from lit_backbone.mm.runner import StrictRunner
-from tests.dense import derive
+from tests.dense import TINY_BACKBONE, derive
 from tests.detection.conftest import DEMO, PUBLISHED, classes_of_all_splits
 from tests.goldens.compare import meta_state, parameter_count
 
@@ -31,30 +31,17 @@ DETECTORS = {
 CLASS_TOKEN_SLOT = 512  # parameters in the last position table of lit_ti, unused in dense prediction
 
 
-def load(name: str) -> Config:
+@pytest.mark.parametrize("name", DETECTORS)
+def test_released_layout_and_recipe(name: str, goldens: dict[str, Any]) -> None:
     cfg = Config.fromfile(PUBLISHED / f"{name}_fpn_1x_coco.py")
     init_default_scope(cfg.default_scope)
-    return cfg
-
-
-def build(cfg: Config) -> nn.Module:
     with torch.device("meta"):
-        return MODELS.build(cfg.model)
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_size_and_released_layout(name: str, goldens: dict[str, Any]) -> None:
-    model = build(load(name))
-    parameters, _ = DETECTORS[name]
+        model = MODELS.build(cfg.model)
+    parameters, learning_rate = DETECTORS[name]
     figures = goldens["state_dicts"][name]
     assert figures["parameters"] == parameters
     assert parameter_count(model) == parameters - (CLASS_TOKEN_SLOT if name.endswith("ti") else 0)
-    model.load_state_dict(meta_state(figures["keys"]), strict=True, assign=True)
 
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_recipe(name: str) -> None:
-    cfg = load(name)
     assert cfg.train_dataloader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_cfg.max_epochs == 12
     warmup, steps = cfg.param_scheduler
@@ -66,23 +53,21 @@ def test_recipe(name: str) -> None:
     small = name.endswith("lit_s")
     assert cfg.optim_wrapper.pop("type") == ("AmpOptimWrapper" if small else "OptimWrapper")
     assert bool(cfg.model.backbone.get("with_cp")) == small
-    model = build(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper | dict(type="OptimWrapper")).optimizer
     assert type(optimizer) is torch.optim.AdamW
     groups = optimizer.param_groups
-    assert {(group["lr"], group["betas"]) for group in groups} == {(DETECTORS[name][1], (0.9, 0.999))}
+    assert {(group["lr"], group["betas"]) for group in groups} == {(learning_rate, (0.9, 0.999))}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     no_decay = {key for key, p in model.named_parameters() if decays[id(p)] == 0}
     expected = {key for key, _ in model.named_parameters() if "norm" in key or "rel_pos_bias" in key}
     assert set(decays.values()) <= {0.0, 1e-4}
     assert no_decay == (expected if small else set()) and len(expected) > 20
+    model.load_state_dict(meta_state(figures["keys"]), strict=True, assign=True)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "retinanet_lit_ti" else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
-)
+@pytest.mark.parametrize("name", ["retinanet_lit_ti", pytest.param("mask_rcnn_lit_s", marks=pytest.mark.slow)])
 def test_trains_and_validates(name: str, options: Any, tmp_path: Any) -> None:
-    """Run one step and one validation of the config on data with fewer classes and smaller images."""
+    """Run one step and one validation of the config with a small backbone on other data with smaller images."""
     heads = ["bbox_head"] if name.startswith("retinanet") else ["roi_head__bbox_head", "roi_head__mask_head"]
     changes: dict[str, Any] = {f"model__{head}__num_classes": 10 for head in heads}
     for split, file, resize in (("train", "train", 2), ("val", "val", 1), ("test", "val", 1)):
@@ -93,9 +78,9 @@ def test_trains_and_validates(name: str, options: Any, tmp_path: Any) -> None:
             f"{dataset}indices": 2,
             f"{dataset}pipeline__{resize}__scale": "(128,128)",
         }
-    inherited = classes_of_all_splits(tuple("0123456789")) + "\nmodel = dict(backbone=dict(init_cfg=None))"
+    inherited = classes_of_all_splits(tuple("0123456789"))
     config = derive(tmp_path / "config.py", PUBLISHED / f"{name}_fpn_1x_coco.py", inherited)
-    train("", [str(config), *options(**changes)])
+    train("", [str(config), *options(**changes), *TINY_BACKBONE])
     saved = load_file(str(tmp_path / "run" / "epoch_1.pth"))
     assert saved["meta"]["iter"] == 1 and saved["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
 

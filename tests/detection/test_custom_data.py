@@ -72,17 +72,11 @@ def test_config_trains_and_validates(trained: Path) -> None:
     assert cfg.optim_wrapper.optimizer.lr == 1e-4 * cfg.train_dataloader.batch_size / 16
 
 
-@pytest.mark.parametrize(
-    "name, metrics, options",
-    [
-        ("mask_rcnn_lit_s_own", ["coco/bbox_mAP:", "coco/segm_mAP:"], [*TINY, *ROI_HEADS, *SHORT]),
-        ("retinanet_lit_mini_own", ["coco/bbox_mAP:"], [*SHORT, "model.test_cfg.score_thr=0"]),
-    ],
-)
-def test_other_configs_train_and_validate(name: str, metrics: list[str], options: list[str], home: Path) -> None:
-    command = [TOOLS / "train.py", CONFIG.with_name(f"{name}.py"), "--cfg-options", *options]
-    Program(*command, prepare=partial(os.chdir, home)).finish(*metrics)
-    meta = load_file(str(home / "work_dirs" / name / "epoch_1.pth"))["meta"]
+def test_mask_rcnn_trains_and_validates(home: Path) -> None:
+    config = CONFIG.with_name("mask_rcnn_lit_s_own.py")
+    command = [TOOLS / "train.py", config, "--cfg-options", *TINY, *ROI_HEADS, *SHORT]
+    Program(*command, prepare=partial(os.chdir, home)).finish("coco/bbox_mAP:", "coco/segm_mAP:")
+    meta = load_file(str(home / "work_dirs" / config.stem / "epoch_1.pth"))["meta"]
     assert meta["iter"] == 3 and meta["dataset_meta"]["classes"] == ("disc", "square")
 
 
@@ -98,17 +92,14 @@ def test_mini_learns(tmp_path: Path) -> None:
     assert float(re.findall(r"coco/bbox_mAP_50: ([\d.]+)", output)[-1]) > 0.9
 
 
-def test_learning_rate_of_mask_rcnn() -> None:
-    cfg = read_config(CONFIG.with_name("mask_rcnn_lit_s_own.py"))
-    assert cfg.load_from.endswith("/mask_rcnn_lit_s.pth")
-    assert cfg.optim_wrapper.optimizer.lr == 2e-4 * cfg.train_dataloader.batch_size / 16
-
-
-def test_own_configs_slow_down_offsets() -> None:
+def test_own_configs_slow_down_offsets_and_scale_the_learning_rate() -> None:
     paths = list(DETECTION.parent.glob("*/configs/own/*.py"))
     assert len(paths) == 5
     for path in paths:
         cfg = read_config(path)
+        if path.stem == "mask_rcnn_lit_s_own":
+            assert cfg.load_from.endswith("/mask_rcnn_lit_s.pth")
+            assert cfg.optim_wrapper.optimizer.lr == 2e-4 * cfg.train_dataloader.batch_size / 16
         assert cfg.optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult == 0.01
         assert "OffsetHook" in [hook.type for hook in cfg.custom_hooks]
 
@@ -119,9 +110,8 @@ def test_tools_accept_options_and_saved_config(trained: Path, home: Path) -> Non
         flags = ["--checkpoint", trained / "epoch_1.pth", "--config", *config]
         out, image = home / f"drawn{i}", home / "data" / "own" / "images" / "9.png"
         Program(TOOLS / "detect.py", image, "--score-thr", "0", "--out-dir", out, *flags).finish()
-        Program(TOOLS / "visualize_offset.py", image, "--grid", "--out-dir", out, *flags).finish()
         drawn.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")})
-    assert len(drawn[0]) == 2 and drawn[0] == drawn[1]
+    assert len(drawn[0]) == 1 and drawn[0] == drawn[1]
 
 
 def test_class_agnostic_nms() -> None:

@@ -33,7 +33,7 @@ def test_work_dir_with_checkpoints_is_refused(flags: list[str], old_run: Path, o
     assert {path.name for path in old_run.iterdir()} <= {"epoch_9.pth", "run.lock"}
 
 
-@pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
+@pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"]])
 def test_locked_work_dir_is_refused(flags: list[str], options: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / "run.lock"):

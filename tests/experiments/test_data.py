@@ -78,12 +78,3 @@ def test_npm_if_torchvision_fails(
     with pytest.raises(ValueError, match="checksum"):
         write_images(tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-def test_other_files_are_kept(tmp_path: Path) -> None:
-    other = tmp_path / "data" / "train" / "dog" / "mine.png"
-    other.parent.mkdir(parents=True)
-    other.touch()
-    with pytest.raises(ValueError, match="other files"):
-        write_images(tmp_path / "data")
-    assert other.exists()

@@ -10,11 +10,9 @@ from torch import nn
 
 from tests.goldens.compare import assert_agrees
 from tests.goldens.fill import fill, image
-from tests.gpu.conftest import DEVICE, autocast, needs_gpu, relative_error
+from tests.gpu.conftest import DEVICE, autocast, relative_error
 from tests.lit_backbone.small import KINDS, small_lit
 from tests.lit_backbone.test_goldens import converted_name, training_step
-
-HALF = [torch.bfloat16, torch.float16]
 
 
 def released(name: str, goldens: Mapping[str, Any]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -74,34 +72,3 @@ def test_compiled_for_all_batch_sizes(kind: str) -> None:
         gradients = [torch.autograd.grad(logits.square().sum(), parameters) for logits in (actual, expected)]
         for name, gradient, reference in zip(dict(model.named_parameters()), *gradients, strict=True):
             assert relative_error(gradient, reference) < 1e-3 or reference.norm() < 1e-4, name
-
-
-@needs_gpu
-def test_compiled_training_step_in_mixed_precision(goldens: dict[str, Any]) -> None:
-    """Compare LIT-S with its eager step. Its compiled backward pass once failed on the bias of 14 x 14 tokens."""
-    model, state = released("lit_s", goldens)
-    with autocast(torch.bfloat16):
-        eager = training_step(model, state)
-        norms = [parameter.grad.norm() for parameter in model.parameters()]
-        model.compile(fullgraph=True)
-        assert training_step(model, state) == pytest.approx(eager, rel=5e-3)
-    compiled = [parameter.grad.norm() for parameter in model.parameters()]
-    assert relative_error(torch.stack(compiled), torch.stack(norms)) < 0.12
-
-
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("with_cp", [False, True])
-def test_dense_backbone_trains_in_mixed_precision(with_cp: bool, dtype: torch.dtype) -> None:
-    small = pytest.importorskip("tests.lit_backbone.mm.test_backbone", reason="no mmengine", exc_type=ImportError).small
-    images = image((2, 3, 96, 64), 3).to(DEVICE)
-    maps, statistics = [], []
-    for precision in (torch.float32, dtype):
-        model = small(with_cp=with_cp).to(DEVICE).train()
-        with autocast(precision):
-            maps.append(model(images))
-        sum(features.float().square().mean() for features in maps[-1]).backward()
-        assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
-        statistics.append(torch.cat([b for name, b in model.named_buffers() if name.endswith("running_mean")]))
-    for actual, expected in zip(*reversed(maps), strict=True):
-        assert relative_error(actual, expected) < 0.05
-    assert statistics[0].abs().sum() > 0 and relative_error(statistics[1], statistics[0]) < 0.05

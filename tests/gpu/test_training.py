@@ -1,8 +1,7 @@
-"""Tests of training on a GPU: each option, non-finite gradients, waiting, resuming, NCCL."""
+"""Tests of training on a GPU: each option, resuming, NCCL."""
 
 import copy
 import json
-import math
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -10,22 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.amp import GradScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import main
 from lit_backbone import read_checkpoint
-from lit_classification import engine
 from lit_classification.checkpointing import LATEST
-from lit_classification.config_reader import load_config
-from lit_classification.data import build_dataset, build_train_loader, build_val_loader
-from lit_classification.distributed import Ranks
-from lit_classification.optim import Schedule
 from tests.classification.conftest import TINY_LIT
-from tests.classification.test_reliability import break_gradients
 from tests.classification.test_resume import EVERYTHING, assert_same, train, without_config
-from tests.gpu.conftest import DEVICE, ON_GPU, needs_gpu, relative_error
+from tests.gpu.conftest import DEVICE, ON_GPU, relative_error
 from tests.lit_backbone.small import small_lit
 
 Write = Callable[..., Path]
@@ -68,59 +60,6 @@ def test_options_train_as_on_a_cpu(name: str, tiny_cfg: Write) -> None:
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
-@needs_gpu
-def test_fp16_overflow_is_not_an_error(tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    scalers = []
-
-    def high_scaler(device: str, enabled: bool) -> GradScaler:
-        scalers.append(GradScaler(device, init_scale=2.0**22, growth_interval=1000, enabled=enabled))
-        return scalers[-1]
-
-    monkeypatch.setattr(main, "GradScaler", high_scaler)
-    saved, _ = train_file(tiny_cfg(RUNTIME={"DEVICE": DEVICE, "AMP_DTYPE": "fp16"}))
-    skipped = int(22 - math.log2(scalers[0].get_scale()))
-    assert 1 <= skipped < 8 and saved["update"] == 8
-    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {8 - skipped}
-
-
-@pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
-def test_gradients_that_are_never_finite_stop_the_run(
-    precision: str, tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gradients overflow from the third step on. Under fp16, the scale falls from 4 to below 1 first."""
-    steps, low = break_gradients(monkeypatch), {"init_scale": 4.0, "growth_interval": 1000}
-    monkeypatch.setattr(main, "GradScaler", lambda device, enabled: GradScaler(device, enabled=enabled, **low))
-    epoch, step = (1, 0) if precision == "fp16" and ON_GPU else (0, 2)
-    with pytest.raises(SystemExit, match=f"gradient norm nan in epoch {epoch}, step {step}, learning rates"):
-        train_file(tiny_cfg(RUNTIME={"DEVICE": DEVICE, "AMP_DTYPE": precision}))
-    assert steps[-1] - 4 * epoch - step < 2  # PRINT_FREQ
-
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_steps_wait_only_to_print(precision: str, tiny_cfg: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step may wait: it compiles kernels and allocates memory."""
-    steps, set_rates, check_finite = [], Schedule.set, engine.check_finite
-
-    def watch(schedule: Schedule, step: int) -> None:  # at the start of each step
-        steps.append(step)
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        set_rates(schedule, step)
-
-    def stop_watching(*args) -> None:  # every PRINT_FREQ steps
-        torch.cuda.set_sync_debug_mode("default")
-        check_finite(*args)
-
-    monkeypatch.setattr(Schedule, "set", watch)
-    monkeypatch.setattr(engine, "check_finite", stop_watching)
-    data = {"NUM_WORKERS": 2, "PIN_MEMORY": True}
-    try:
-        train_file(tiny_cfg(DATA=data, TRAIN={"EMA": 0.9}, RUNTIME={"DEVICE": DEVICE, "AMP_DTYPE": precision}))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert steps == [*range(8)]
-
-
 def test_interrupted_run_ends_the_same(tiny_cfg: Write) -> None:
     """Compare bit for bit, with deterministic algorithms and, on a GPU, without DTM: its gradients have none there."""
     model = {"LIT": TINY_LIT | {"merging": "conv"}} if ON_GPU else {}
@@ -150,10 +89,3 @@ def test_group_of_one_rank(tmp_path: Path) -> None:
         dist.destroy_process_group()
     for (name, a), b in zip(single.named_parameters(), wrapped.module.parameters(), strict=True):
         assert relative_error(b.grad, a.grad) < 1e-3 or a.grad.norm() < 1e-5, name
-
-
-@pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
-def test_batches_are_in_pinned_memory(build: Callable, tiny_cfg: Write) -> None:
-    config = load_config(tiny_cfg(DATA={"NUM_WORKERS": 2, "PIN_MEMORY": True}, RUNTIME={"DEVICE": DEVICE}))
-    loader = build(build_dataset(config, is_training=True), config, Ranks(0, 1, torch.device(DEVICE)))
-    assert all(tensor.is_pinned() == ON_GPU for tensor in next(iter(loader)))

@@ -1,16 +1,14 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_backbone.attention_maps import average_attention, choose_tokens, draw_attention, query_attention
+from lit_backbone.attention_maps import average_attention, choose_tokens, query_attention
 from lit_backbone.images import DataError
 from lit_backbone.layers import AttentionBlock
-from lit_backbone.visualize import CELL_COLOR
 from tests.lit_backbone.small import KINDS, small_lit
 
 
@@ -55,18 +53,6 @@ def test_attention_is_that_of_the_model(kind: str) -> None:
             rows = attention_matrix(block, inputs[i, j])[:, :, queries[i] + prefix, prefix:]
             torch.testing.assert_close(maps[:, j].flatten(-2), rows)
         assert (maps.sum((-1, -2)) < 1 - 1e-4).all() if prefix else torch.allclose(maps.sum((-1, -2)), torch.ones(()))
-
-
-def test_heat_map_is_brightest_at_its_maximum() -> None:
-    heat = torch.zeros(7, 7)
-    heat[5, 1] = 0.25
-    drawing = draw_attention(heat, query=16, caption="block 1")
-    side = drawing.width // 7
-    assert drawing.height - drawing.width == 20  # the caption
-    lightness = np.array(drawing.convert("L"), dtype=int)[20:]
-    cells = lightness.reshape(7, side, 7, side)[:, side // 2, :, side // 2]
-    assert np.unravel_index(cells.argmax(), cells.shape) == (5, 1)
-    assert drawing.getpixel((2 * side + 2, 20 + 2 * side - 1)) == CELL_COLOR  # token (2, 2)
 
 
 def test_attention_is_averaged_over_images() -> None:

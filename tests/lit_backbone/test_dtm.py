@@ -66,8 +66,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("sampler")
-@pytest.mark.parametrize("reach", [0.5, 3.0, 60.0, 1e6])
-@pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 12), (12, 7), (33, 21)])
+@pytest.mark.parametrize("reach", [0.5, 3.0, 1e6])
+@pytest.mark.parametrize("size", [(2, 2), (7, 12), (33, 21)])
 def test_agrees_with_torchvision(size: tuple[int, int], reach: float) -> None:
     inputs = random_inputs(2, 5, *size, reach=reach)
     expected = output_and_gradients(oracle, *inputs)
@@ -125,7 +125,7 @@ def test_offset_statistics_by_hand() -> None:
     assert outside.item() == pytest.approx(2 / 4)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 6), (7, 11)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 11)])
 def test_module_is_deformable_convolution_batch_norm_gelu(size: tuple[int, int]) -> None:
     merging = DeformableTokenMerging(6, 10)
     torch.nn.init.normal_(merging.offset.weight, std=0.3)
@@ -174,9 +174,8 @@ def test_graph_holds_the_operator_and_export_holds_grid_sample() -> None:
     torch.testing.assert_close(compiled(*inputs), deformable_sample(*inputs))
     assert "lit.deformable_sample" in graphs[0] and "grid_sampler" not in graphs[0]
     free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
-    for strict in (False, True):
-        exported = torch.export.export(Sample(), inputs, strict=strict, dynamic_shapes=(free, free)).graph_module
-        assert "grid_sampler" in exported.code and "lit.deformable_sample" not in exported.code
+    exported = torch.export.export(Sample(), inputs, dynamic_shapes=(free, free)).graph_module
+    assert "grid_sampler" in exported.code and "lit.deformable_sample" not in exported.code
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -194,12 +193,13 @@ def test_kernels_that_do_not_compile_warn() -> None:
         assert not dtm_kernels._has_kernels(torch.device("cuda"), torch.float32, 96)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 96, 130])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "channels, dtype", [(1, torch.float32), (3, torch.bfloat16), (3, torch.float16), (130, torch.bfloat16)]
+)
 def test_kernels_round_only_their_results(channels: int, dtype: torch.dtype) -> None:
     """Positions and sums are float32 for features of every dtype; 130 channels need more than one tile."""
     pytest.importorskip("triton")
-    x, offset, _, _ = random_inputs(2, channels, 9, 7, reach=3.0)
+    x, offset, _, _ = random_inputs(2, channels, 7, 5, reach=3.0)
     x, offset = x.to(DEVICE), offset.to(DEVICE)
     tokens, offset = x.permute(0, 2, 3, 1).to(dtype), offset.contiguous(memory_format=torch.channels_last)
     out = dtm_kernels.kernel_forward(tokens, offset, torch.float32)

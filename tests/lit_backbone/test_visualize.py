@@ -17,8 +17,6 @@ from lit_backbone.visualize import (
     POINT_COLOR,
     SamplingChains,
     draw_points,
-    draw_sheet,
-    evenly_spaced,
     follow_offsets,
     render_html,
     sampling_chains,
@@ -80,13 +78,6 @@ def test_chains_of_a_model() -> None:
     assert_follows_reference(chains, offsets, (18, 25))
 
 
-def test_undeformed_chains_fill_the_cell(chains: SamplingChains) -> None:
-    plain = chains.scaled(3).undeformed()
-    expected = follow_offsets([torch.zeros(8, size, 3 * size // 2) for size in (8, 4, 2)], (16, 24))
-    assert plain.cell == 3 * chains.cell
-    assert all(torch.equal(a, 3 * b) for a, b in zip(plain.points, expected.points, strict=True))
-
-
 # ---- drawings
 
 
@@ -114,16 +105,6 @@ def test_points_and_cell_are_drawn_at_their_positions(size: tuple[int, int]) -> 
     cell = factor * chains.cell
     assert green.min(0).tolist() == [cell, 2 * cell]
     assert green.max(0).tolist() == [min(2 * cell, drawing.height - 1), min(3 * cell, drawing.width - 1)]
-
-
-def test_sheet_holds_evenly_spaced_images() -> None:
-    images = [Image.new("RGB", (100, 60), (i, 0, 0)) for i in range(10)]
-    sheet = draw_sheet(images, columns=4)
-    assert sheet.size == (4 * 104 - 4, 3 * 64 - 4)
-    assert [sheet.getpixel((50 + i % 4 * 104, 30 + i // 4 * 64))[0] for i in range(10)] == list(range(10))
-    assert draw_sheet(images * 10, columns=50, max_width=1000).width <= 1000
-    assert evenly_spaced(7, 7) == list(range(7)) and evenly_spaced(3, 7) == [0, 1, 2]
-    assert evenly_spaced(21, 7) == [1, 4, 7, 10, 13, 16, 19]
 
 
 # ---- HTML viewer
@@ -199,11 +180,6 @@ def test_points_follow_mouse_keys_and_taps_and_can_be_hidden(chains: SamplingCha
     assert shown() == seen[1, 1]
 
     assert tab.locator("#lines line").count() == tab.locator("#points circle").count() > 0
-    grid = tab.locator("#grid circle").evaluate_all("all => all.map(c => [c.cx.baseVal.value, c.cy.baseVal.value])")
-    undeformed = follow_offsets([torch.zeros(8, 8, 12), torch.zeros(8, 4, 6), torch.zeros(8, 2, 3)], (16, 24))
-    assert grid == undeformed.of(1, 1).flip(1).tolist()
-    moved = (chains.points[0][1, 1] - undeformed.points[0][1, 1]).norm(dim=-1).nanmean()
-    assert f"{moved:.1f} pixels" in tab.locator("#moved0").inner_text()
     assert f"{len(chains.of(1, 1))} of 64 samples" in tab.locator("#counts").inner_text()
     for switch in ("#show-lines", "#show-grid", "#level0", "#level1"):
         tab.locator(switch).uncheck()

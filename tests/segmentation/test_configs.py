@@ -8,11 +8,10 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
 
 from lit_backbone.mm import load_file
 from lit_backbone.mm.cli import train
-from tests.dense import derive
+from tests.dense import TINY_BACKBONE
 from tests.goldens.compare import meta_state, parameter_count
 from tests.segmentation.conftest import PUBLISHED, build_options
 
@@ -24,24 +23,16 @@ def path_of(name: str) -> Path:
     return PUBLISHED / f"{name}_fpn_r50_512x512_80k_ade20k.py"
 
 
-def build(cfg: Config) -> nn.Module:
+@pytest.mark.parametrize("name", SEGMENTORS)
+def test_released_layout_and_recipe(name: str, goldens: dict[str, Any]) -> None:
+    cfg = Config.fromfile(path_of(name))
     init_default_scope(cfg.default_scope)
     with torch.device("meta"):
-        return MODELS.build(cfg.model)
-
-
-@pytest.mark.parametrize("name", SEGMENTORS)
-def test_size_and_released_layout(name: str, goldens: dict[str, Any]) -> None:
-    model = build(Config.fromfile(path_of(name)))
+        model = MODELS.build(cfg.model)
     figures = goldens["state_dicts"][f"sem_fpn_{name}"]
     assert figures["parameters"] == SEGMENTORS[name]
     assert parameter_count(model) == SEGMENTORS[name] - (CLASS_TOKEN_SLOT if name == "lit_ti" else 0)
-    model.load_state_dict(meta_state(figures["keys"]), strict=True, assign=True)
 
-
-@pytest.mark.parametrize("name", SEGMENTORS)
-def test_recipe(name: str) -> None:
-    cfg = Config.fromfile(path_of(name))
     assert cfg.train_dataloader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_cfg.type == "IterBasedTrainLoop" and cfg.train_cfg.max_iters == 80_000
     (poly,) = cfg.param_scheduler
@@ -56,16 +47,16 @@ def test_recipe(name: str) -> None:
     assert bool(cfg.model.backbone.get("with_cp")) == (name == "lit_s")
     assert cfg.optim_wrapper.type == "OptimWrapper" and cfg.optim_wrapper.clip_grad is None
 
-    optimizer = build_optim_wrapper(build(cfg), cfg.optim_wrapper).optimizer
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     assert type(optimizer) is torch.optim.AdamW
     settings = {(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups}
     assert settings == {(1e-4, 1e-4, (0.9, 0.999))}
+    model.load_state_dict(meta_state(figures["keys"]), strict=True, assign=True)
 
 
-@pytest.mark.parametrize("name", ["lit_ti", pytest.param("lit_s", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SEGMENTORS)
 def test_trains_and_validates(name: str, scenes: Path, tmp_path: Path) -> None:
-    """Run one step and one validation of the config on other data with smaller images."""
-    config = derive(tmp_path / "config.py", path_of(name), "model = dict(backbone=dict(init_cfg=None))")
+    """Run one step and one validation of the config with a small backbone on other data with smaller images."""
     changes: dict[str, Any] = dict(
         model__data_preprocessor__size="(128,128)",
         train_dataloader__dataset__pipeline__2__scale="(128,128)",
@@ -77,6 +68,6 @@ def test_trains_and_validates(name: str, scenes: Path, tmp_path: Path) -> None:
     for split, folder in (("train", "train"), ("val", "val"), ("test", "val")):
         changes[f"{split}_dataloader__dataset__data_prefix__img_path"] = f"images/{folder}"
         changes[f"{split}_dataloader__dataset__data_prefix__seg_map_path"] = f"semantic/{folder}"
-    train("", [str(config), *build_options(scenes, tmp_path / "run", **changes)])
+    train("", [str(path_of(name)), *build_options(scenes, tmp_path / "run", **changes), *TINY_BACKBONE])
     saved = load_file(str(tmp_path / "run" / "iter_1.pth"))
     assert saved["meta"]["iter"] == 1 and len(saved["meta"]["dataset_meta"]["classes"]) == 150

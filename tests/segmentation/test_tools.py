@@ -13,10 +13,10 @@ import torch
 from mmseg.apis import inference_model
 from PIL import Image
 
-from demo.digit_scenes import write_scenes
 from lit_backbone.mm import DataError, cli, load_file
 from lit_backbone.mm.inference import load_model
-from tests.dense import check_offset_tool, derive, error_of, output_of, output_of_script
+from lit_backbone.visualize import sampling_chains
+from tests.dense import derive, error_of, output_of, output_of_script
 from tests.programs import Program, start_pair
 from tests.segmentation.conftest import DEMO, SEGMENTATION, build_options
 
@@ -116,7 +116,39 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
 
 
 def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
-    check_offset_tool(TOOLS / "visualize_offset.py", CONFIG, trained / "iter_4.pth", tmp_path)
+    """Run the tool on an image, with large offsets, and compare the drawing with the sampling points."""
+    content = torch.load(trained / "iter_4.pth", weights_only=False)
+    torch.manual_seed(0)
+    for name, value in content["state_dict"].items():
+        if ".offset." in name:
+            content["state_dict"][name] = torch.randn_like(value) * (2 if name.endswith("bias") else 0.05)
+    torch.save(content, tmp_path / "offsets.pth")
+    pixels = np.random.default_rng(0).integers(128, size=(101, 135, 3), dtype=np.uint8)  # not divisible by 4
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    x = ((torch.from_numpy(pixels) - mean) / std).permute(2, 0, 1)
+    chains = sampling_chains(load_model(str(CONFIG), str(tmp_path / "offsets.pth"), "cpu").backbone, x)
+    kept = sum(len(chains.of(row, column)) for row in range(3) for column in range(4))
+
+    command = [
+        tmp_path / "image.png",
+        "--config",
+        CONFIG,
+        "--checkpoint",
+        tmp_path / "offsets.pth",
+        "--out-dir",
+        tmp_path,
+    ]
+    output = output_of(TOOLS / "visualize_offset.py", *command, "--at-most", "2")
+    assert 0 < kept < 768
+    counts = f"{kept} sampling points, {768 - kept} dropped outside the feature map"
+    assert f"image: 3 x 4 tokens, {counts}; 4 tokens" in output
+    drawn = {path.name: np.array(Image.open(path)) for path in (tmp_path / "image").iterdir()}
+    assert drawn.keys() == {f"{row}-{column}.png" for row in (0, 2) for column in (1, 3)}
+    for y, x in chains.of(2, 1).tolist():
+        if y < 100 and x < 134:  # the padded feature map is three pixels larger
+            y, x = round(5 * y), round(5 * x)
+            assert (255, 0, 0) in map(tuple, drawn["2-1.png"][y - 1 : y + 2, x - 1 : x + 2].reshape(-1, 3).tolist())
 
 
 # ---- invalid input
@@ -126,9 +158,7 @@ def test_visualize_offset(trained: Path, tmp_path: Path) -> None:
     "text, message",
     [
         ("", "keys are missing (model, "),
-        ("model = 3", "keys are missing (model, "),
         ("model = dict(", "reading the config failed (SyntaxError: "),
-        ("1 / 0", "reading the config failed (ZeroDivisionError: division by zero)"),
         ("_base_ = 'none.py'", "none.py"),
         (f"_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(type=dict(a={[*range(99)]})))", "set `_delete_=True`"),
     ],
@@ -157,15 +187,3 @@ def test_mismatched_checkpoints_are_refused(trained: Path, options: Any, tmp_pat
     torch.save(content, path)
     message = error_of(cli.train, "", [str(CONFIG), *options(), "--resume", str(path)])
     assert "changed.pth: iter 1000000000 is past the end of this run" in message
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_demo_learns(tmp_path: Path) -> None:
-    """Check the mIoU on the validation scenes after half of the demo's iterations."""
-    write_scenes(tmp_path / "scenes")
-    changes = dict(train_cfg__max_iters=1000, train_cfg__val_interval=1000)
-    changes |= dict(default_hooks__checkpoint__interval=1000, default_hooks__logger__interval=50)
-    changes |= dict(train_dataloader__batch_size=8, randomness__seed=0)
-    output = train(CONFIG, *build_options(tmp_path / "scenes", tmp_path / "run", **changes))
-    assert float(re.findall(r"mIoU: (\S+)", output)[-1]) > 50  # typically 68; 0.6 after one iteration

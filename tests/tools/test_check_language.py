@@ -10,7 +10,6 @@ FILES = {  # name: text, lines with a violation
     "docstring.py": ('def f():\n    """Whether x is positive."""', [2]),
     "string.py": ('raise ValueError(\n    "corrupt in spite "\n    f"of the checksum {x}"\n)', [2]),
     "name.py": ("class_misfit = 1", [1]),
-    "opening.py": ("x = 1  # of a token", [1]),
     "words.py": ("x = 1  # Kept by shallow copies, as which is not the first word.", []),
     "ignored.py": ("# shall  language: ignore", []),
     "a.yaml": ("a: 1\nb: 2  # by label\n# Sizes\n# of maps\n", [2]),

@@ -150,7 +150,6 @@ def test_timm_and_transformers_load_the_hf_folder(checkpoint: tuple[Path, nn.Mod
     preprocessed = load_classifier(path, torch.device("cpu")).transform(photo())
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
     assert torch.equal(transform(photo()), preprocessed)
-    assert {mode(file) for file in hf.iterdir()} == {0o640}
 
     torch.testing.assert_close(AutoModelForImageClassification.from_pretrained(hf)(pixel_values=x).logits, model(x))
     features = AutoModel.from_pretrained(hf)(pixel_values=x).pooler_output

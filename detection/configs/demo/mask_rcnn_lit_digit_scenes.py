@@ -5,7 +5,7 @@
 #   global batch  8 (1 x 8)
 #   published     none
 #   obtained      0.953 mask AP50 (0.953 box AP50) on the validation scenes, last checkpoint of a shorter run: one
-#                 epoch of 2,400 scenes (pytest -m slow tests/detection -k demo_learns)
+#                 epoch of 2,400 scenes (options in detection/README.md)
 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",

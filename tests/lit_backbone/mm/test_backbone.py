@@ -122,11 +122,9 @@ def test_init_from_detector(tmp_path: Path) -> None:
 
 def test_mismatched_weights_are_an_error(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
-    torch.save(small().state_dict(), tmp_path / "small.pth")
     torch.save({key: value * torch.nan for key, value in small().state_dict().items()}, tmp_path / "nan.pth")
-    for path, kwargs in [("x.pth", dict(arch=ARCH)), ("small.pth", dict(arch="lit_s"))]:
-        with pytest.raises(CheckpointError, match=f"{path}: .*missing"):
-            pretrained(tmp_path / path, **kwargs)
+    with pytest.raises(CheckpointError, match="x.pth: .*missing"):
+        pretrained(tmp_path / "x.pth", arch=ARCH)
     with pytest.raises(CheckpointError, match="nan.pth: .*not finite"):
         pretrained(tmp_path / "nan.pth", arch=ARCH, img_size=64)
     with pytest.raises(CheckpointError, match="absent.pth: no such file"):
