@@ -111,6 +111,11 @@ def test_broken_file_is_named_with_the_line(write, text, problem):
     assert config_error(path).startswith(f"{path}: {problem}")
 
 
+def test_batch_of_one_with_a_map_of_one_pixel():
+    opts = ["DATA.BATCH_SIZE", "1", "DATA.IMG_SIZE", "32", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
+    assert config_error(CONFIGS / "lit-s.yaml", opts).startswith("--opts: DATA.BATCH_SIZE: BatchNorm needs several")
+
+
 # Inheritance
 
 

@@ -1,9 +1,11 @@
 """Tests that an interrupted run resumes exactly, and that a checkpoint of another run is refused."""
 
 import errno
+import math
 import os
 import re
 import signal
+import time
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.amp import GradScaler
 from torch.utils._pytree import tree_flatten
 
@@ -28,6 +31,7 @@ from lit_classification.checkpointing import (
 )
 from lit_classification.config import Config, result_settings
 from lit_classification.config_reader import load_config
+from lit_classification.logs import RunLog
 from lit_classification.model import build_model
 from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES, read_log, refusal
@@ -145,9 +149,21 @@ def test_log_has_one_line_per_epoch(tiny_cfg, run_dir):
     cfg = tiny_cfg(SAVE_FREQ=2)
     train(cfg, "TRAIN.EPOCHS", "4", stop_at=3 * 4 + 1)
     with open(run_dir / "log.jsonl", "a") as file:
-        file.write('{"epoch": 3, "train/l')  # a line cut short by a kill
+        file.write('{"epoch"}\n{"epoch": 3, "train/l')  # broken lines, one cut short by a kill
     train(cfg, "TRAIN.EPOCHS", "4")
     assert read_log(run_dir, "epoch") == [0, 1, 2, 3]
+
+
+def test_tensorboard_shows_the_last_value_of_each_step(tmp_path, monkeypatch):
+    started = time.time()
+    for start, (first, last) in enumerate([(0, 6), (3, 5), (4, 8)]):
+        monkeypatch.setattr(time, "time", lambda now=started + start * 3600: now)
+        log = RunLog(tmp_path, epoch=0, step=first)
+        for step in range(first + 1, last + 1):
+            log.scalars({"loss": 100 * start + step}, step)
+        log.writer.close()
+    values = [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
+    assert values == [(1, 1), (2, 2), (3, 3), (4, 104), (5, 205), (6, 206), (7, 207), (8, 208)]
 
 
 # ---- replacing a checkpoint
@@ -251,6 +267,10 @@ def test_loss_scale_is_restored(content, tiny_cfg, scaled_before):
     state = build_state(config, after)
     restore_checkpoint("x.pth", content | {"scaler": before.state_dict()}, state, config)
     assert state.scaler.get_scale() == (32.0 if scaled_before else 8.0)
+    if scaled_before:  # an infinite scale would skip all steps without an error
+        for value in (math.inf, math.nan, -1.0, "1"):
+            with pytest.raises(CheckpointError, match="'scaler' is not as main.py writes it"):
+                restore_checkpoint("x.pth", content | {"scaler": before.state_dict() | {"scale": value}}, state, config)
 
 
 def test_directory_of_another_run_is_not_overwritten(finished_run, tiny_cfg):
