@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .biased_attention import relative_position_bias
 from .images import DataError
-from .layers import Attention, ReducedAttention, resize_table
+from .layers import Attention, ReducedAttention
 from .lit import LIT
 from .visualize import CELL_COLOR, MIN_DISPLAY_SIZE, draw_sheet
 
@@ -29,13 +29,11 @@ HEAT_COLORS = dict(black="#10123c", mid="#d4424c", white="#fdf6b0")  # from no a
 
 def attention_row(attn: Attention, x: Tensor, query: int) -> Tensor:
     """Compute the attention probabilities `(B, heads, N)` of one query token in the input `x` of a module."""
-    qkv = attn.qkv(x).flatten(1, -2).unflatten(2, (3, attn.num_heads, -1))  # (B, N, 3, heads, C/heads)
-    q, k, _ = qkv.unbind(2)
-    scores = torch.einsum("bhc,bnhc->bhn", q[:, query], k) / math.sqrt(q.shape[-1])
+    q, k, _ = attn.project(x)  # (B, heads, N, C/heads)
+    scores = torch.einsum("bhc,bhnc->bhn", q[:, :, query], k) / math.sqrt(q.shape[-1])
     if attn.rel_pos_bias is not None:
         height, width = x.shape[1:3]
-        table = resize_table(attn.rel_pos_bias, 2 * height - 1, 2 * width - 1, mode="bicubic")
-        scores = scores + relative_position_bias(table, height, width)[:, :, query]
+        scores = scores + relative_position_bias(attn.bias_table(height, width), height, width)[:, :, query]
     return scores.softmax(dim=-1)
 
 

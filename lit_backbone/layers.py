@@ -104,16 +104,24 @@ class Attention(nn.Module):
         if self.rel_pos_bias is not None:
             trunc_normal_(self.rel_pos_bias, std=0.02)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute queries, keys and values, each `(B, heads, N, C/heads)`."""
+        qkv = self.qkv(x).flatten(1, -2).unflatten(2, (3, self.num_heads, x.shape[-1] // self.num_heads))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, heads, C/heads) -> 3 x (B, heads, N, C/heads)
+
+    def bias_table(self, height: int, width: int) -> Tensor:
+        """Return the bias table `(1, heads, 2H-1, 2W-1)` for a feature map."""
+        assert self.rel_pos_bias is not None
+        return resize_table(self.rel_pos_bias, 2 * height - 1, 2 * width - 1, mode="bicubic")
+
     def forward(self, x: Tensor) -> Tensor:
         """Attend to all tokens `(B, H, W, C)`, or any `(B, ..., C)` without bias; keeps the shape."""
-        qkv = self.qkv(x).flatten(1, -2).unflatten(2, (3, self.num_heads, x.shape[-1] // self.num_heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, heads, C/heads) -> 3 x (B, heads, N, C/heads)
+        q, k, v = self.project(x)
         if self.rel_pos_bias is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             height, width = x.shape[1], x.shape[2]
-            table = resize_table(self.rel_pos_bias, 2 * height - 1, 2 * width - 1, mode="bicubic")
-            out = biased_attention(q, k, v, table, height, width)
+            out = biased_attention(q, k, v, self.bias_table(height, width), height, width)
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, ..., C)
 
 

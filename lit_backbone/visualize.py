@@ -123,11 +123,11 @@ def draw_points(image: Image.Image, chains: SamplingChains, row: int, column: in
 
 
 def draw_sheet(images: Iterable[Image.Image], columns: int, max_width: int = 2400) -> Image.Image:
-    """Arrange images of one size in rows, scaled down in place to at most `max_width` pixels in total."""
+    """Arrange images of one size in rows, scaled down to at most `max_width` pixels in total."""
     tiles, gap = [], 4
     for image in images:
-        image.thumbnail((max_width // columns - gap, image.height), Image.Resampling.LANCZOS)
-        tiles.append(image)
+        tiles.append(image.copy())
+        tiles[-1].thumbnail((max_width // columns - gap, image.height), Image.Resampling.LANCZOS)
     width, height = tiles[0].width + gap, tiles[0].height + gap
     sheet = Image.new("RGB", (columns * width - gap, math.ceil(len(tiles) / columns) * height - gap), "white")
     for i, tile in enumerate(tiles):

@@ -91,7 +91,7 @@ def run_lock(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     lock, problem = nullcontext(), ""
     if ranks.is_main:
         try:
-            lock = lock_directory(run_dir)
+            lock = lock_directory(run_dir, "--tag")
         except DataError as error:
             problem = str(error)
     if problem := ranks.gather(problem)[0]:  # other ranks wait for the directory

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from lit_backbone import CheckpointError, read_checkpoint
 from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, Lit, flatten, import_modules, is_imported, is_lit, key_fields
-from lit_classification.original import REPLACED_KEYS, translate_original
+from lit_classification.original import REPLACED_KEYS, is_lit_ti_json, translate_original
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _read_files(path: Path, heirs: tuple[Path, ...] = ()) -> Iterator[Layer]:
         raise ConfigError(f"{path}: BASE: expected a list of YAML files, got {bases!r}")
     for base in filter(None, bases):  # the original writes ['']
         yield from _read_files(path.parent / os.path.expanduser(base), (*heirs, path))
-    if "model" in tree:  # the original's lit-ti.json
+    if is_lit_ti_json(tree):
         yield from _read_files(LIT_TI_CONFIG)
     yield str(path), translate_original(flatten(tree), str(path))
 
@@ -178,7 +178,8 @@ def _build(layers: Sequence[Layer], training: bool) -> Config:
             section[part] = section[part] if isinstance(section.get(part), dict) else {}
             section = section[part]
         section[name] = value
-    import_modules(tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else [])
+    modules = tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else []
+    import_modules([name for name in modules if isinstance(name, str)])
     config = None
     try:
         config = Config.model_validate(tree)
@@ -206,7 +207,8 @@ def _explain(error: ErrorDetails) -> tuple[list[str], str]:
         return [key], REPLACED_KEYS.get(key) or f"unknown key; {_suggest(key, others, siblings)}"
     expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     meaning = f" ({fields[key].description})" if key in fields else ""
-    return [key], f"{expected}, got {shorten(error['input'])}{meaning}"
+    value = list(error["input"]) if isinstance(error["input"], tuple) else error["input"]  # as in YAML
+    return [key], f"{expected}, got {shorten(value)}{meaning}"
 
 
 def _suggest(name: str, names: list[str], choices: list[str]) -> str:

@@ -59,7 +59,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     elif args.amp:
         check_precision("bf16", torch.device("cpu"))
-        cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+        _replace_amp(cfg, "BFloat16OptimWrapper")
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     with run_lock(cfg.work_dir, args.launcher):
@@ -77,7 +77,7 @@ def run_lock(work_dir: str, launcher: str) -> AbstractContextManager[Any]:
     """Create the work directory and lock it on rank 0, or raise DataError if another training has locked it."""
     if int(os.environ.get(RANK_VARIABLES.get(launcher, ""), 0)):
         return nullcontext()  # other ranks end with rank 0
-    return lock_directory(work_dir)
+    return lock_directory(work_dir, "--work-dir")
 
 
 @one_line_errors()
@@ -156,13 +156,18 @@ def build_runner(cfg: Config) -> StrictRunner:
         if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             advice = " For bfloat16, pass --amp." if cpu_has_bf16() else ""
             print_log(f"No GPU is available. Training in float32 instead of mixed precision.{advice}")
-            cfg.optim_wrapper.type = "OptimWrapper"
-            for key in ("loss_scale", "dtype", "use_fsdp"):
-                cfg.optim_wrapper.pop(key, None)
+            _replace_amp(cfg, "OptimWrapper")
         if cfg.launcher == "pytorch":  # mmengine would assign a GPU to each process
             torch.distributed.init_process_group("gloo")
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     return StrictRunner.from_cfg(cfg)
+
+
+def _replace_amp(cfg: Config, wrapper: str) -> None:
+    """Replace AmpOptimWrapper, which needs a GPU, and remove its keywords."""
+    cfg.optim_wrapper.type = wrapper
+    for key in ("loss_scale", "dtype", "use_fsdp"):
+        cfg.optim_wrapper.pop(key, None)
 
 
 def _start_new(work_dir: str, overwrite: bool) -> None:

@@ -129,12 +129,15 @@ def check_instances(coco: CocoFile, kept: Counter[str], *, required: bool) -> No
     num_crowd, num_filtered = reasons[CROWD], count - reasons.total() - total
     reasons += Counter({"the image is filtered out": num_filtered})
     counts = f"{count} annotations" + "".join(f", {number}: {reason}" for reason, number in reasons.most_common())
-    if required and not total:
-        raise DataError(f"{coco.path}: no instance of metainfo.classes is left ({counts}). Fix or add annotations.")
 
     def warn(problem: str) -> None:
         print_log(f"{coco.path}: {problem}", "current", logging.WARNING)
 
+    if not total:
+        problem = f"no instance of metainfo.classes is left ({counts}). Fix or add annotations."
+        if required:
+            raise DataError(f"{coco.path}: {problem}")
+        return warn(problem)
     if count - num_crowd > total:
         warn(f"annotations are left out ({counts}). Fix them if needed.")
     if empty := [name for name, number in kept.items() if not number]:

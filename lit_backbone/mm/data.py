@@ -198,8 +198,10 @@ def check_masks(datasets: Sequence[Any], *, required: bool) -> None:
     if num_masks < len(items):
         print_log(f"{source}: counted the classes in {num_masks} of {len(items)} masks.", "current")
     if absent := [name for name, count in zip(classes, pixels) if not count]:
-        ignored = f"{ignore_index} and, with reduce_zero_label=True, 0"
-        text = f"{source}: class {preview(absent)} occurs in none of {num_masks} masks, which ignore {ignored}."
+        zeros = " and, with reduce_zero_label=True, 0" if datasets[0].reduce_zero_label else ""
+        advice = "Fix the masks, remove it, or set allow_absent_classes=True." if required else "Fix the masks."
+        problem = f"class {preview(absent)} occurs in none of {num_masks} masks"
+        text = f"{source}: {problem}, which ignore {ignore_index}{zeros}."
         if required or not pixels.any():
-            raise DataError(f"{text} Fix the masks, remove it, or in training set allow_absent_classes=True.")
+            raise DataError(f"{text} {advice}")
         print_log(text, "current", 30)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS, METRICS
@@ -67,16 +67,22 @@ class CheckDataHook(Hook):
         for metric in metrics:
             if coco := getattr(metric, "_coco_api", None):
                 repair_ground_truth(coco)
-        is_single = len(datasets) == 1
-        for dataset in datasets:
-            if is_main_process():
-                data.check_dataset(dataset, required=required, is_single=is_single)
-                for metric in metrics if is_single else ():
-                    data.check_metric(dataset, metric)
-            data.check_loaded_files(dataset.pipeline, dataset)
         data.check_equal_classes(datasets)
-        if is_main_process():
-            data.check_masks(datasets, required=all_classes)
+        is_single, problem = len(datasets) == 1, [""]
+        for dataset in datasets:
+            data.check_loaded_files(dataset.pipeline, dataset)
+        if is_main_process():  # the others wait, and raise the same error
+            try:
+                for dataset in datasets:
+                    data.check_dataset(dataset, required=required, is_single=is_single)
+                    for metric in metrics if is_single else ():
+                        data.check_metric(dataset, metric)
+                data.check_masks(datasets, required=all_classes)
+            except data.DataError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise data.DataError(problem[0])
         return datasets
 
 

@@ -45,12 +45,13 @@ class StrictRunner(Runner):
         """Build a dataloader. Raise DataError if an annotation file is invalid or the dataset is empty."""
         try:
             return Runner.build_dataloader(dataloader, *args, **kwargs)
-        except Exception:  # mmdetection raises many types, and names neither the file nor the reason
-            for config in unwrap_datasets(dataloader):
+        except Exception as error:  # mmdetection raises many types, and names neither the file nor the reason
+            for config in (config for config in unwrap_datasets(dataloader) if isinstance(config, dict)):
                 dataset = DATASETS.build(dict(config, lazy_init=True, serialize_data=False))
                 read_coco(dataset)
-                dataset.full_init()
-                check_dataset(dataset)
+                if "need at least one array" in str(error):  # NumPy's error for an empty dataset
+                    dataset.full_init()
+                    check_dataset(dataset)
             raise
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
@@ -154,12 +155,8 @@ class StrictRunner(Runner):
 class BFloat16OptimWrapper(OptimWrapper):
     """Optimizer wrapper for training under bfloat16 autocast on a CPU or GPU.
 
-    bfloat16 has the range of float32, so the loss is not scaled: `loss_scale` is ignored. mmengine's AmpOptimWrapper
-    needs a GPU.
+    bfloat16 has the range of float32, so the loss is not scaled. mmengine's AmpOptimWrapper needs a GPU.
     """
-
-    def __init__(self, *args: Any, loss_scale: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

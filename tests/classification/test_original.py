@@ -83,6 +83,21 @@ def test_yaml_files_give_the_recipes(tmp_path, capsys, label, recipe, rate, dept
     assert len(lines) == 5 and f"MODEL.NAME {label}: read as MODEL.NAME {recipe.replace('-', '_')}" in "".join(lines)
 
 
+def test_other_variants_can_inherit_from_a_yaml_file(tmp_path):
+    lit = {"EMBED_DIM": 96, "DEPTHS": [2, 2, 6, 2], "NUM_HEADS": [3, 6, 12, 24]}
+    path = write(tmp_path / "lit.yaml", {"MODEL": {"NAME": "lit_small", "LIT": lit | {"MLP_RATIO": 2.0}}})
+    assert load_config(path).MODEL.LIT.embed_dims is load_config(path).MODEL.LIT.depths is None
+    assert load_config(path).MODEL.LIT.mlp_ratios == (2.0,) * 4
+    config = load_config(write(tmp_path / "child.yaml", {"BASE": ["lit.yaml"], "MODEL": {"NAME": "lit_b"}}))
+    assert config.model_keywords.get("embed_dims") is None
+
+
+def test_keys_of_the_json_file_are_unknown_elsewhere(tmp_path):
+    for opts in (["lr", "5"], ["epochs", "5"], ["model.NAME", "lit_s"]):
+        with pytest.raises(ConfigError, match=f"--opts: {opts[0].partition('.')[0]}"):
+            load_config(CONFIGS / "lit-s.yaml", opts)
+
+
 def test_dump_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.json: LOCAL_RANK: is in dumps of runs, .* start from the run's YAML"):
         load_config(write(tmp_path / "config.json", DUMP | {"LOCAL_RANK": 0}))

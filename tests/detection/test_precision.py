@@ -51,7 +51,7 @@ def test_bf16_on_a_cpu(task: str, scenes: Path, tmp_path: Path, monkeypatch: pyt
         cli.train("", [str(config), *dense.build_options(scenes, tmp_path / name, **changes), *args])
         return load_file(str(tmp_path / name / "iter_2.pth"))["state_dict"]
 
-    whole = train("whole", "--amp")
+    whole = train("whole", "optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.dtype=bfloat16", "--amp")
     (tmp_path / "again").mkdir()
     shutil.copy(tmp_path / "whole" / "iter_1.pth", tmp_path / "again")
     resumed = train("again", "--amp", "--resume", str(tmp_path / "again" / "iter_1.pth"))
