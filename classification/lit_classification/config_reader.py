@@ -207,7 +207,7 @@ def _explain(error: ErrorDetails) -> tuple[list[str], str]:
         return [key], REPLACED_KEYS.get(key) or f"unknown key; {_suggest(key, others, siblings)}"
     expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     meaning = f" ({fields[key].description})" if key in fields else ""
-    value = list(error["input"]) if isinstance(error["input"], tuple) else error["input"]  # as in YAML
+    value = list(error["input"]) if isinstance(error["input"], tuple) else error["input"]  # YAML has lists
     return [key], f"{expected}, got {shorten(value)}{meaning}"
 
 
