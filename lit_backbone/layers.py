@@ -5,12 +5,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from .biased_attention import biased_attention, is_exporting
 
 torch.fx.wrap("biased_attention")
+torch.fx.wrap("pad_to_multiple")
 torch.fx.wrap("resize_table")
 Layer = Callable[..., nn.Module]
 TableMode = Literal["bilinear", "bicubic"]  # interpolation of a position table
@@ -47,7 +48,13 @@ def require_size(x: Tensor, min_size: int) -> Tensor:
     return x
 
 
-class ConvMerging(PatchEmbed):
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad a feature map `(B, C, H, W)` on the right and bottom until `multiple` divides H and W."""
+    bottom, right = ((multiple - size % multiple) % multiple for size in x.shape[2:])
+    return F.pad(x, (0, right, 0, bottom)) if is_exporting() or bottom or right else x
+
+
+class ConvMerging(nn.Module):
     """Convolution with kernel size and stride `patch_size`, then LayerNorm.
 
     With 4 this is the patch embedding of LIT. With 2 it is the patch merging of PVT. `pad` zero-pads height and width
@@ -55,12 +62,18 @@ class ConvMerging(PatchEmbed):
     """
 
     def __init__(self, in_chs: int, out_chs: int, patch_size: int, *, pad: bool = False, device=None, dtype=None):
-        keywords = dict(norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=pad, device=device, dtype=dtype)
-        super().__init__(None, patch_size, in_chs, out_chs, **keywords)
+        super().__init__()
+        self.patch_size = patch_size
+        self.pad = pad
+        self.proj = nn.Conv2d(in_chs, out_chs, patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(out_chs, device=device, dtype=dtype)  # eps is 1e-5 in every variant
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge tokens `(B, H, W, C)` to `(B, H/k, W/k, C')`; sizes are rounded up with `pad`, else down."""
-        return super().forward(x.permute(0, 3, 1, 2))  # (B, H, W, C) -> (B, C, H, W) -> (B, H/k, W/k, C')
+        x = x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        if self.pad:
+            x = pad_to_multiple(x, self.patch_size)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # -> (B, H/k, W/k, C')
 
 
 class ConvBNMerging(nn.Module):
