@@ -109,7 +109,7 @@ def check_mutations(
 ) -> set[str]:
     """Read mutated files for some seconds, and return all messages."""
     messages, case, end = set(), 0, time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    while case < 10 or time.monotonic() < end:
         case += 1
         draw = random.Random(case)
         name = draw.choice(list(files))
@@ -121,7 +121,6 @@ def check_mutations(
                     messages.add(refusal(reader, path))
             except BaseException as error:
                 raise AssertionError(f"case {case}: a mutated {name}, {reader}") from error
-    assert case > 5
     return messages
 
 
