@@ -150,7 +150,7 @@ def test_two_trainings_in_one_directory_are_refused(tiny_cfg, output):
     before = files()
     for others in ([start("--cfg", cfg)], start_pair(*2 * [[MAIN, "--cfg", cfg]])):
         for error in [other.finish(status=1) for other in others]:
-            (line,) = (line for line in error.splitlines() if not line.startswith("[Gloo]"))  # of torch 2.8
+            (line,) = (line for line in error.splitlines() if not line.startswith("[Gloo]"))  # torch 2.8 logs them
             assert line.startswith(f"error: {output / 'default'}: another training")
     main.main(["--eval", "--resume", str(output / "default" / BEST)])
     main.main(["--cfg", str(cfg), "--tag", "other", "--opts", "TRAIN.EPOCHS", "2"])
