@@ -14,6 +14,7 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
 from ..dtm import captured_offsets, offset_statistics
+from ..images import DataError
 from . import data
 from .coco import repair_ground_truth
 from .labels import ascii_labels, matplotlib_labels
@@ -78,11 +79,11 @@ class CheckDataHook(Hook):
                     for metric in metrics if is_single else ():
                         data.check_metric(dataset, metric)
                 data.check_masks(datasets, required=all_classes)
-            except data.DataError as error:
+            except DataError as error:
                 problem = [str(error)]
         broadcast_object_list(problem)
         if problem[0]:
-            raise data.DataError(problem[0])
+            raise DataError(problem[0])
         return datasets
 
 

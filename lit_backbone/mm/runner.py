@@ -46,7 +46,8 @@ class StrictRunner(Runner):
         try:
             return Runner.build_dataloader(dataloader, *args, **kwargs)
         except Exception as error:  # mmdetection raises many types, and names neither the file nor the reason
-            for config in (config for config in unwrap_datasets(dataloader) if isinstance(config, dict)):
+            configs = [config for config in unwrap_datasets(dataloader) if isinstance(config, dict)]
+            for config in configs:
                 dataset = DATASETS.build(dict(config, lazy_init=True, serialize_data=False))
                 read_coco(dataset)
                 if "need at least one array" in str(error):  # NumPy's error for an empty dataset
