@@ -1,4 +1,4 @@
-"""Commands in the READMEs: bash runs each block with stand-ins for programs; their calls are checked or run."""
+"""Commands in the documentation: bash runs each block with stand-ins for programs; their calls are checked or run."""
 
 import argparse
 import ast
@@ -167,11 +167,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"{task}/README.md" for task in TASKS)])
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md", *(f"{task}/README.md" for task in TASKS)])
 def test_commands(page: str, workplace: Path) -> None:
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         in_root = block.startswith(("make ", "bash setup_env.sh", "cd "))
-        folder = workplace if in_root else workplace / (Path(page).parent.name or "classification")
+        task = Path(page).parent.name
+        folder = workplace if in_root else workplace / (task if task in TASKS else "classification")
         for program, cwd, args in record_calls(block, folder, workplace):
             if has_mm or cwd.name in (workplace.name, "classification"):
                 check(program, cwd, args)
