@@ -36,7 +36,8 @@ class ClassFolders(Dataset):
     def __init__(self, root: str | Path, names: Collection[str]):
         folders = {name.partition("/")[0] for name in names if "/" in name}
         folders = [name for name in folders if skip_reason(name) != "hidden"]
-        self.classes = sorted(folders, key=int if all(name.isdecimal() for name in folders) else None)
+        are_integers = all(name.isdecimal() for name in folders)
+        self.classes = sorted(folders, key=lambda name: (int(name), name) if are_integers else name)
         labels = {name: label for label, name in enumerate(self.classes)}
         files = [name for name in names if not name.endswith("/")]
         reasons = [skip_reason(name) or ("" if "/" in name else "in no class folder") for name in files]

@@ -16,8 +16,8 @@ INTRODUCTION = """# Configuration
 Every key of the YAML files in [classification/configs](../classification/configs), with its default and meaning.
 The defaults are the recipe of LIT-S. [Changing the method](changing.md) shows what to set for common experiments.
 
-A file inherits from those in `BASE`. `--opts KEY VALUE` overrides single keys. Keys marked with * do not affect the
-results, so a run resumes with other values of them. `python -m tools.config_docs` writes this page.
+A file inherits from those in `BASE`. `--opts KEY VALUE` overrides single keys. Keys marked with * may change when a run
+resumes. All others must match the checkpoint. `python -m tools.config_docs`, in the root, writes this page.
 """
 
 

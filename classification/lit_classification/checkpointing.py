@@ -35,6 +35,10 @@ STORED_TYPES = {  # what save_checkpoint writes
 }
 
 
+# Settings without which the accuracies of two evaluations do not compare
+EVALUATION_KEYS = ("DATA.DATASET", "DATA.VAL_SPLIT", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val images")
+
+
 @dataclass
 class TrainState:
     """Everything that the rest of a run depends on besides its config.
@@ -199,7 +203,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     state.step = content["update"]
     state.evaluated = content.get("evaluated", state.epoch)
     state.history = list(content.get("history", torch.zeros(0, 2)).to(next(state.model.parameters()).device))
-    if not any(key.startswith(("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val images")) for key in changed):
+    if not any(key.startswith(EVALUATION_KEYS) for key in changed):
         state.best = content["best"]
 
 

@@ -267,10 +267,11 @@ def key_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, F
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values in nested sections by dotted key."""
+    """Return the values in nested sections by dotted key. KEYWORDS is a value as a whole."""
     flat = {}
     for name, value in tree.items():
-        is_section = isinstance(value, dict) and prefix.count(".") < 4  # a checkpoint's may contain itself
+        is_section = isinstance(value, dict) and name != "KEYWORDS"
+        is_section &= prefix.count(".") < 4  # the config in a checkpoint may contain itself
         flat |= flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
     return flat
 

@@ -93,7 +93,7 @@ def config_from_checkpoint(
     skipped = ("RUNTIME", "IMPORTS") if is_imported(name) else ("RUNTIME", "IMPORTS", "MODEL.KEYWORDS")
     fields = key_fields()
     stored = {key: value for key, value in stored.items() if not key.startswith(skipped)}
-    known = {k: v for k, v in stored.items() if k in fields or k.startswith("MODEL.KEYWORDS.")}
+    known = {key: value for key, value in stored.items() if key in fields}
     if unknown := [key for key in stored if key not in known and key not in REPLACED_KEYS]:
         _logger.warning(printable(f"{path}: config: ignoring unknown keys {', '.join(unknown)}", 500))
     layers = [(f"{path}: config", known), *_read_options(opts, shortcuts)]
@@ -175,7 +175,7 @@ def _build(layers: Sequence[Layer], training: bool) -> Config:
         *sections, name = key.split(".")
         section = tree
         for part in sections:
-            section[part] = section[part] if isinstance(section.get(part), dict) else {}
+            section[part] = dict(section[part]) if isinstance(section.get(part), dict) else {}
             section = section[part]
         section[name] = value
     modules = tree["IMPORTS"] if isinstance(tree.get("IMPORTS"), list) else []
@@ -226,7 +226,7 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
         variants = timm.list_models(module="lit")
         yield ["MODEL.NAME"], f"timm knows no model {shorten(model.NAME)}; {_suggest(model.NAME, variants, variants)}"
     elif "pretrained" in model.KEYWORDS:
-        yield ["MODEL.KEYWORDS.pretrained"], "cannot be set here; name a checkpoint in MODEL.PRETRAINED"
+        yield ["MODEL.KEYWORDS"], "pretrained cannot be set here; name a checkpoint in MODEL.PRETRAINED"
     elif is_set[wrong]:
         yield [f"MODEL.{wrong}"], f"has no effect on {model.NAME}; use MODEL.{right}"
     else:

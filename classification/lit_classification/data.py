@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lit_backbone.checkpoints import eval_data_config
 from lit_backbone.datasets import ImageFolder, ImageTar
@@ -73,10 +73,12 @@ def build_dataset(config: Config, is_training: bool) -> SeededImages:
             dataset = create_dataset(name, root=root, split=split)
         except Exception as error:  # each dataset fails in its own way
             raise DataError(f"DATA.DATASET {name!r} in {root!r}: {error}") from error
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        if isinstance(dataset, IterableDataset):
             raise DataError(f"DATA.DATASET {name!r}: streams its images. Use a dataset with random access.")
         if hasattr(dataset, "loader"):
             dataset.loader = open_rgb
+        if hasattr(dataset, "all_categories"):  # INaturalist
+            dataset.index.sort()  # listed in the order of the file system, which may differ between nodes
     elif root and (place := Path(root, split)).is_dir():
         dataset = ImageFolder(place)
     elif root and (place := Path(root, f"{split}.tar")).is_file():

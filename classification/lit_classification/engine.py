@@ -130,7 +130,9 @@ def train_one_epoch(
 
 def epoch_averages(state: TrainState, ranks: Ranks) -> dict[str, float]:
     """Return loss and gradient norm averaged over the last epoch and over ranks, without norms that overflowed."""
-    loss, norm = ranks.sum(torch.stack(state.history).nan_to_num(posinf=0).mean(dim=0)) / ranks.world_size
+    history = torch.stack(state.history)  # (steps, 2)
+    history = history.where(history.isfinite(), math.nan)
+    loss, norm = ranks.sum(history.nanmean(dim=0)) / ranks.world_size
     return {"train/loss_epoch": loss.item(), "train/grad_norm_epoch": norm.item()}
 
 

@@ -81,8 +81,9 @@ def confusion_matrix(predictions: Tensor, num_classes: int) -> Tensor:
 
 def worst_classes(predictions: Tensor, classes: Sequence[str], count: int = 3) -> str:
     """Name the classes of the lowest accuracy, with the accuracy in percent, given :func:`evaluate`'s predictions."""
-    confusion = confusion_matrix(predictions, len(classes))
-    accuracy = confusion.diagonal() / confusion.sum(dim=1)  # nan for a class without images
+    labels, predicted = predictions[:, :2].long().unbind(dim=1)
+    correct, images = (x.bincount(minlength=len(classes)) for x in (labels[labels == predicted], labels))
+    accuracy = correct / images  # nan for a class without images
     worst = accuracy.nan_to_num(nan=2.0).argsort()[:count].tolist()
     return printable(", ".join(f"{classes[i]} {accuracy[i]:.1%}" for i in worst))
 

@@ -174,7 +174,7 @@ TREES = {
     "kinds": "a/0.JPG a/1.webp b/2.bmp b/3.TIFF b/4.jpeg b/notes.txt",
     "nested": "ant/z.png ant/a-b/0.png ant/a/1.png ant/a/b/2.png bee/x/0.png",
     "long names": f"{'a' * 90}/{'b' * 120}.png b/0.png",
-    "integers": " ".join(f"{i}/{j}.png" for i in (0, 1, 2, 10, 100, 21) for j in (9, 10)),
+    "integers": " ".join(f"{i}/{j}.png" for i in (0, 1, "01", 2, 10, 100, 21) for j in (9, 10)),
     "integers and text": "10/0.png 9/0.png x/0.png",
     "hidden": "a/0.png a/._0.png a/.DS_Store b/1.png b/.x/2.png .ipynb_checkpoints/0.png a/@eaDir/0.jpg",
     "outside of classes": "0.png a/1.png b/2.png notes.txt",
@@ -202,7 +202,7 @@ def test_folder_is_read_as_by_torchvision(tree):
     """Compare all but hidden files. Integers sort as numbers."""
     actual, expected = ImageFolder(tree), torchvision.datasets.ImageFolder(tree)
     classes = [name for name in expected.classes if not name.startswith(".")]
-    assert actual.classes == (["0", "1", "2", "10", "21", "100"] if tree.name == "integers" else classes)
+    assert actual.classes == (["0", "01", "1", "2", "10", "21", "100"] if tree.name == "integers" else classes)
     is_hidden = re.compile("/[.@]").search
     files = [[(path, d.classes[i]) for path, i in d.samples if not is_hidden(path)] for d in (actual, expected)]
     assert files[0] == files[1] and len(files[0]) == len(actual)
@@ -313,15 +313,17 @@ def test_inaturalist(tiny_cfg, tmp_path):
         for split in ("2021_train", "2021_valid"):
             folder = tmp_path / split / f"{i:05}_Animalia_Phylum_Class_Order_Family_{species}"
             folder.mkdir(parents=True)
-            Image.new("RGB", (50, 40), (i, 0, 0)).save(folder / "0.png")
+            for name in ("2.png", "0.png", "1.png"):
+                Image.new("RGB", (50, 40), (i, 0, 0)).save(folder / name)
     config = load_config(tiny_cfg(), ["DATA.DATASET", "torch/inaturalist"], data_path=str(tmp_path))
     train, val = (build_dataset(config, is_training) for is_training in (True, False))
     assert len(train.classes) == 2 and train.classes[0].endswith("Apis_mellifera")
-    assert all(np.asarray(image).max() == label for image, label in map(train.read, range(2)))
+    assert all(np.asarray(image).max() == label for image, label in map(train.read, range(6)))
+    assert train.dataset.index == [(i, f"{j}.png") for i in range(2) for j in range(3)]  # on any file system
     assert train[SampleKey(0, 0, 1)][0].shape == (3, 32, 32)
     (folder / "0.png").write_bytes(EPS)  # Pillow would start Ghostscript
     with pytest.raises(DataError, match=r"Felis_catus/0\.png: unreadable image"):
-        val.read(1)
+        val.read(3)
 
 
 # Unusable data

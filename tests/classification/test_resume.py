@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import signal
 import time
 import zipfile
@@ -137,8 +138,11 @@ def test_best_accuracy_starts_again_in_another_directory_or_on_other_images(own_
     assert train(cfg, *changed, "3")["best"] == 100
     main.main(["--cfg", str(cfg), "--resume", str(run_dir / LATEST), "--tag", "b", "--opts", *changed, "4"])
     assert read_checkpoint(run_dir.with_name("b") / BEST)["best"] < 100
-    (own_folder / "val" / "bee" / "1.jpg").unlink()
-    assert train(cfg, *changed, "4")["best"] < 100
+    shutil.copytree(own_folder / "val", own_folder / "other")
+    assert (latest := train(cfg, *changed, "4", "DATA.VAL_SPLIT", "other"))["best"] < 100
+    torch.save(latest | {"best": 100.0}, run_dir / LATEST)
+    (own_folder / "other" / "bee" / "1.jpg").unlink()
+    assert train(cfg, *changed, "5", "DATA.VAL_SPLIT", "other")["best"] < 100
 
 
 # ---- log files
@@ -288,6 +292,7 @@ def remove_image(folder: Path) -> None:
     [
         (keep, ["TRAIN.WEIGHT_DECAY", "0.3", "SEED", "1"], ["SEED 0.* 1", "TRAIN.WEIGHT_DECAY 0.05.* 0.3"]),
         (keep, ["TRAIN.BASE_LR", "0.05", "TRAIN.EPOCHS", "3"], ["TRAIN.BASE_LR 0.5.* 0.05", "TRAIN.EPOCHS 2.* 3"]),
+        (keep, ["TRAIN.OPTIMIZER.KEYWORDS", "{maximize: true}"], ["TRAIN.OPTIMIZER.KEYWORDS {}.* {.maximize.: true}"]),
         (remove_image, [], ["train images 12.* 11"]),
     ],
 )
