@@ -20,7 +20,6 @@ from .images import IMG_EXTENSIONS, DataError, decode_rgb, open_rgb, skip_reason
 _logger = logging.getLogger(__name__)
 
 PREDICT_BATCH = 32
-MAX_LINKS = 40  # links that lead to each other, as in Linux
 
 
 class ClassFolders(Dataset):
@@ -74,7 +73,7 @@ class ImageTar(ClassFolders):
     The archive holds class folders, one folder around them, or one tar per class as ImageNet's does.
 
     Raises:
-        DataError: the archive is damaged or truncated, has a file twice, or has a link to something outside of it.
+        DataError: the archive is damaged or truncated, has a file twice, or has a link.
     """
 
     def __init__(self, path: str | Path):
@@ -102,14 +101,13 @@ class ImageTar(ClassFolders):
 def _index_tar(file: IO[bytes], path: str, start: int = 0) -> dict[str, tuple[int, int]]:
     """Return `(offset, size)` in bytes of each file in a tar archive, and of those in tar archives within it, by name.
 
-    A file in `a.tar` is named `a/NAME`. Names of folders end in a slash. Links are followed within the archive.
+    A file in `a.tar` is named `a/NAME`. Names of folders end in a slash.
     """
     places: dict[str, tuple[int, int]] = {}
-    links: dict[str, str] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = posixpath.normpath(member.name)
-            if (name in places or name in links) and not member.isdir():
+            if name in places and not member.isdir():
                 raise DataError(f"{path}: {name}: is in the archive twice. Pack it again.")
             if member.isfile() and name.endswith(".tar") and skip_reason(name) != "hidden":
                 inner = _index_tar(cast(IO[bytes], tar.extractfile(member)), path, start + member.offset_data)
@@ -119,18 +117,12 @@ def _index_tar(file: IO[bytes], path: str, start: int = 0) -> dict[str, tuple[in
             elif member.isdir() and name != ".":
                 places[f"{name}/"] = (0, 0)
             elif member.islnk() or member.issym():
-                folder = posixpath.dirname(name) if member.issym() else ""
-                links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                fix = "Pack files instead, with tar --dereference --hard-dereference."
+                raise DataError(f"{path}: {name}: is a link. {fix}")
         file.seek(tar.offset)  # for tarfile, a damaged header is the end
         is_end = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         if not is_end or any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 2**20), b"")):
             raise tarfile.ReadError(f"damaged or truncated at byte {start + tar.offset}")
-    for name, target in links.items():
-        for _ in range(MAX_LINKS):  # links to links
-            target = links.get(target, target)
-        if target not in places:
-            raise DataError(f"{path}: {name}: links to {target}, no file of the archive. Use tar --dereference.")
-        places[name] = places[target]
     return places
 
 

@@ -224,9 +224,11 @@ def test_archive_equals_its_folder(tree, layout, tmp_path):
         for name in ("0.png", "notes.txt"):  # an image beside the classes would make the folder around a class
             (tree / name).unlink(missing_ok=True)
     folder = ImageFolder(tree)
+    if tree.name == "links":
+        with pytest.raises(DataError, match=f"^{path}: .*: is a link"):
+            ImageTar((write_ilsvrc if "class" in layout else pack)(tree, path))
+        return
     if layout == "one archive per class":
-        if tree.name == "links":
-            pytest.skip("the links lead from one archive to another")
         archive = ImageTar(write_ilsvrc(tree, path))
     else:
         archive = ImageTar(pack(tree, path, prefix or "."))
@@ -258,19 +260,13 @@ def test_damaged_archive_is_refused(damage, is_nested, tmp_path):
             ImageTar(path)
 
 
-def test_repeated_classes_and_links_to_no_file_of_the_archive_are_refused(tmp_path):
+def test_archive_with_repeated_files_is_refused(tmp_path):
     tree, path = write_tree(tmp_path / "tree", "ant/0.png", "bee/1.png"), tmp_path / "val.tar"
     pack(tree, path)
     with tarfile.open(path, "a") as tar:
         tar.add(tree / "ant", "ant")
     with pytest.raises(DataError, match=f"^{path}: ant/0.png: "):
         ImageTar(path)
-    for target in ("../../store/0.png", "/store/0.png", "gone.png", "2.png"):
-        (tree / "bee" / "2.png").unlink(missing_ok=True)
-        (tree / "bee" / "2.png").symlink_to(target)
-        pack(tree, path)
-        with pytest.raises(DataError, match=f"^{path}: bee/2.png: "):
-            ImageTar(path)
 
 
 @pytest.mark.parametrize(
