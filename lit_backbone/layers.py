@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models.twins import GlobalSubSampleAttn
 from torch import Tensor, nn
 
 from .biased_attention import biased_attention, is_exporting
@@ -138,22 +139,12 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, ..., C)
 
 
-class ReducedAttention(Attention):
-    """Attention to a feature map that a convolution reduces by `sr_ratio`: PVT's spatial-reduction attention."""
+class ReducedAttention(GlobalSubSampleAttn):
+    """PVT's spatial-reduction attention, to a feature map that a convolution reduces by `sr_ratio`."""
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int, *, device=None, dtype=None):
-        super().__init__(dim, num_heads, device=device, dtype=dtype)
-        self.reduce = ConvMerging(dim, dim, sr_ratio, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         """Attend from all tokens `(B, H, W, C)` to the reduced ones `(B, H/r, W/r, C)`; keeps the shape."""
-        dim, heads = x.shape[-1], self.num_heads
-        (q_weight, kv_weight), (q_bias, kv_bias) = (p.split((dim, 2 * dim)) for p in (self.qkv.weight, self.qkv.bias))
-        q = F.linear(x, q_weight, q_bias).flatten(1, 2).unflatten(2, (heads, dim // heads)).transpose(1, 2)
-        kv = F.linear(self.reduce(x), kv_weight, kv_bias).flatten(1, 2).unflatten(2, (2, heads, dim // heads))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 2, heads, C/heads) -> 2 x (B, heads, N, C/heads)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))  # (B, heads, N, C/heads) -> (B, H, W, C)
+        return super().forward(x.flatten(1, 2), (x.shape[1], x.shape[2])).reshape(x.shape)
 
 
 class MlpBlock(nn.Module):
@@ -191,7 +182,7 @@ class AttentionBlock(MlpBlock):
         super().__init__(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, norm_layer=norm_layer, **dd)
         self.norm1 = norm_layer(dim, **dd)
         if sr_ratio > 1:
-            self.attn: Attention = ReducedAttention(dim, num_heads, sr_ratio, **dd)
+            self.attn = ReducedAttention(dim, num_heads, sr_ratio=sr_ratio, **dd)
         else:
             self.attn = Attention(dim, num_heads, map_size=map_size, **dd)
 

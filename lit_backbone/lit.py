@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_filter_fn
 from .dtm import DeformableTokenMerging
-from .layers import AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, TableMode, require_size, resize_table
+from .layers import TABLE_MODES, AttentionBlock, ConvBNMerging, ConvMerging, MlpBlock, require_size, resize_table
 from .released import convert_released_hook
 
 torch.fx.wrap("require_size")
@@ -215,12 +215,12 @@ class LIT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the stored position tables for another input size in pixels."""
         for stage, (height, width) in zip(self.stages, self.map_sizes(img_size, len(self.stages)), strict=True):
+            sizes = {"pos_embed": (height, width), "rel_pos_bias": (2 * height - 1, 2 * width - 1)}
             for module in stage.modules():
-                if isinstance(module, Stage) and module.pos_embed is not None:
-                    module.pos_embed = _resized_parameter(module.pos_embed, height, width, "bilinear")
-                elif isinstance(module, AttentionBlock) and module.attn.rel_pos_bias is not None:
-                    bias = module.attn.rel_pos_bias
-                    module.attn.rel_pos_bias = _resized_parameter(bias, 2 * height - 1, 2 * width - 1, "bicubic")
+                for name, mode in TABLE_MODES.items():
+                    if (table := getattr(module, name, None)) is not None:
+                        resized = resize_table(table.detach(), *sizes[name], mode=mode)
+                        setattr(module, name, nn.Parameter(resized, requires_grad=table.requires_grad))
 
     def no_weight_decay(self) -> set[str]:
         """Return parameters with two or more dimensions without weight decay; absolute embeddings are decayed."""
@@ -331,11 +331,6 @@ def _reset_parameters(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):  # convolutions, norms, tables and offsets
         reset()
-
-
-def _resized_parameter(table: nn.Parameter, height: int, width: int, mode: TableMode) -> nn.Parameter:
-    resized = resize_table(table.detach(), height, width, mode=mode)
-    return nn.Parameter(resized, requires_grad=table.requires_grad)
 
 
 def _create_lit(variant: str, pretrained: bool, **kwargs) -> LIT:

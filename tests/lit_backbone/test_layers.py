@@ -25,11 +25,12 @@ def test_conv_bn_merging_is_dtm_without_offsets() -> None:
 
 def test_reduced_attention_matches_pytorch() -> None:
     """Compare with PyTorch's attention from the tokens to their reduction by a convolution and LayerNorm."""
-    attention, x = ReducedAttention(12, 3, 2), torch.randn(2, 4, 6, 12)
-    conv, norm = attention.reduce.proj, attention.reduce.norm
-    keys = norm(F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, stride=2).flatten(2).transpose(1, 2))
+    attention, x = ReducedAttention(12, 3, sr_ratio=2), torch.randn(2, 4, 6, 12)
+    sr = attention.sr
+    keys = attention.norm(F.conv2d(x.permute(0, 3, 1, 2), sr.weight, sr.bias, stride=2).flatten(2).transpose(1, 2))
     expected = torch.nn.MultiheadAttention(12, 3, batch_first=True)
-    names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
-    names |= {"proj.weight": "out_proj.weight", "proj.bias": "out_proj.bias"}
-    expected.load_state_dict({names[k]: v for k, v in attention.state_dict().items() if k in names})
+    state = {f"out_proj.{name}": value for name, value in attention.proj.state_dict().items()}
+    state["in_proj_weight"] = torch.cat([attention.q.weight, attention.kv.weight])
+    state["in_proj_bias"] = torch.cat([attention.q.bias, attention.kv.bias])
+    expected.load_state_dict(state)
     torch.testing.assert_close(attention(x).flatten(1, 2), expected(x.flatten(1, 2), keys, keys)[0])
