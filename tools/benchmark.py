@@ -18,6 +18,7 @@ import platform
 import re
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
@@ -202,14 +204,19 @@ def bench_growth(bench: Bench) -> None:
 
 
 def bench_input(bench: Bench) -> None:
-    """Time one worker, and one that also normalizes and erases, as the training process does on its device."""
+    """Time a loader of one worker, and one that also normalizes and erases, as the training loop does on its device."""
     from sklearn.datasets import load_sample_images
 
     from lit_classification.config_reader import load_config
-    from lit_classification.data import build_dataset
+    from lit_classification.data import SeededImages, build_dataset
     from lit_classification.distributed import Ranks
     from lit_classification.engine import build_erasing, to_device
     from lit_classification.sampler import SampleKey
+
+    class FloatImages(SeededImages):
+        def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int]:
+            image, label = super().__getitem__(key)
+            return erase(to_device((image[None], torch.zeros(0)), config, ranks)[0])[0], label
 
     path = Path(__file__).parents[1] / "classification/configs/lit-s.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -218,13 +225,11 @@ def bench_input(bench: Bench) -> None:
             Image.fromarray(image).resize(JPEG_SIZE).save(f"{folder}/train/{i}/image.jpg", quality=95)
         config, ranks = load_config(path, data_path=folder), Ranks(0, 1, torch.device("cpu"))
         dataset, erase = build_dataset(config, is_training=True), build_erasing(config, ranks)
-        keys = [SampleKey(0, i, i % len(dataset)) for i in range(32)]
-
-        def load_floats() -> None:
-            for key in keys:
-                erase(to_device((dataset[key][0][None], torch.zeros(0)), config, ranks)[0])
-
-        calls = {"uint8, 1 worker": lambda: [dataset[key] for key in keys], "float32, 1 worker": load_floats}
+        datasets = {"uint8": dataset, "float32": FloatImages(dataset.dataset, dataset.transform, dataset.seed)}
+        keys = [SampleKey(0, i, i % len(dataset)) for i in range(128)]
+        options: dict[str, Any] = dict(batch_size=32, sampler=keys, num_workers=1, persistent_workers=True)
+        loaders = {f"{name}, 1 worker": DataLoader(images, **options) for name, images in datasets.items()}
+        calls = {name: partial(deque, loader, maxlen=0) for name, loader in loaders.items()}
         bench.compare("input", "JPEG {} x {}, augmented".format(*JPEG_SIZE), calls, len(keys), threads=1)
 
 
@@ -232,9 +237,11 @@ SECTIONS = {"operator": bench_operator, "models": bench_models, "growth": bench_
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the bars of each comparison in a panel."""
-    panels = list(dict.fromkeys(row["what"] for row in rows))
-    lines = -(-len(panels) // 3)
+    """Draw the bars of each comparison in a panel, and inference against image size in one."""
+    rows = [row for row in rows if not row["what"].startswith("forward,")]  # training counts
+    growth = [row for row in rows if row["section"] == "growth"]
+    panels = list(dict.fromkeys(row["what"] for row in rows if row["section"] != "growth"))
+    lines = -(-(len(panels) + bool(growth)) // 3)
     figure = Figure(figsize=(15, 3 * lines), layout="constrained")
     for i, what in enumerate(panels, 1):
         panel = [row for row in rows if row["what"] == what]
@@ -246,6 +253,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=2)
         axes.margins(x=0.35)
         axes.invert_yaxis()
+    if growth:
+        axes = figure.add_subplot(lines, 3, len(panels) + 1, xlabel="side (pixels)", ylabel="ms", yscale="log")
+        axes.set_title("inference of one image", fontsize="medium", loc="right")
+        for name in dict.fromkeys(row["name"] for row in growth):
+            points = [(int(row["what"].split()[-1]), row["ms"]) for row in growth if row["name"] == name]
+            axes.plot(*zip(*points), marker="o", label=name)
+        axes.legend()
     return figure
 
 
