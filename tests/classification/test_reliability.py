@@ -306,7 +306,7 @@ def test_fp16_overflow_is_not_an_error(tiny_cfg, output, monkeypatch):
     assert 1 <= skipped < STEPS == saved["update"]
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {STEPS - skipped}
-    norms = saved["history"][:, 1]  # of the last epoch
+    norms = saved["history"][:, 1]
     assert read_log(output / "default", "train/grad_norm_epoch")[-1] == pytest.approx(norms[norms.isfinite()].mean())
 
 
