@@ -2,6 +2,8 @@
 
 import torch
 
+from .images import DataError
+
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 
 
@@ -15,7 +17,7 @@ def cpu_has_bf16() -> bool:
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype for `auto | bf16 | fp16 | off`, or None for float32.
 
-    `auto` is bfloat16 on a GPU, float16 if the GPU lacks it, and float32 on other devices. Raise ValueError if the
+    `auto` is bfloat16 on a GPU, float16 if the GPU lacks it, and float32 on other devices. Raise DataError if the
     device lacks the requested dtype.
     """
     if precision == "off" or (precision == "auto" and device.type != "cuda"):
@@ -25,9 +27,9 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     else:
         has_bf16 = device.type == "cpu" and cpu_has_bf16()
     if precision == "bf16" and not has_bf16:
-        raise ValueError(f"{device} has no bfloat16 arithmetic. Use auto or off.")
+        raise DataError(f"precision bf16: {device} has no bfloat16 arithmetic. Use auto or off.")
     if precision == "fp16" and device.type != "cuda":
-        raise ValueError("fp16 needs an NVIDIA GPU. Use auto, bf16 or off.")
+        raise DataError("precision fp16: needs an NVIDIA GPU. Use auto, bf16 or off.")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float16
 
 

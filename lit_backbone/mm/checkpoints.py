@@ -13,6 +13,7 @@ from ..released import convert_released_hook
 from ..safe_reader import URL_PREFIXES, Placeholder, preview, read_checkpoint
 
 HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"  # pickles `getattr`
+FROM_WEIGHTS = "start a new run from the weights with --cfg-options load_from=FILE"
 MMENGINE_OBJECTS: list[Any] = [(Placeholder, HISTORY), (Placeholder, "builtins.getattr")]
 
 
@@ -45,6 +46,15 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
         info = {key: x for key, x in info.items() if str(key).startswith(prefixes.get(type(x), "-"))}
         result["message_hub"] = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
     return result
+
+
+def check_finite(model: nn.Module, path: str, iteration: int) -> None:
+    """Raise FloatingPointError if a weight or buffer is not finite. `path` is for the message."""
+    state = {key.removeprefix("module."): x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
+    if bad := [key for key, x in state.items() if not x.isfinite().all()]:
+        problem = f"no checkpoint is written: after iteration {iteration}, {len(bad)} weights are not finite"
+        advice = f"Continue from the last checkpoint with --resume. To lower the learning rate, {FROM_WEIGHTS}."
+        raise FloatingPointError(f"{path}: {problem} ({preview(bad)}). {advice}")
 
 
 def fit_weights(

@@ -17,12 +17,11 @@ from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoints import CheckpointError
 from ..images import DataError
-from ..original import parse_args
+from ..original import parse_args, report
 from ..precision import amp_dtype, cpu_has_bf16
 from ..run_lock import lock_directory
 from ..safe_reader import preview
 from .data import unwrap_datasets
-from .original import translate_model
 from .runner import StrictRunner
 
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
@@ -34,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
     """Exit with a one-line message on an error in the user's files or settings. Other exceptions propagate."""
     try:
         yield
-    except (CheckpointError, DataError, OSError) as error:
+    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]  # a DataLoader worker prepends its traceback
         sys.exit(f"error: {lines[-1]}")
     if torch.distributed.is_initialized():
@@ -58,7 +57,7 @@ def train(description: str, argv: list[str] | None = None) -> None:
     if args.amp and torch.cuda.is_available():
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     elif args.amp:
-        check_precision("bf16", torch.device("cpu"))
+        amp_dtype("bf16", torch.device("cpu"))
         _replace_amp(cfg, "BFloat16OptimWrapper")
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
@@ -100,7 +99,7 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     _configure_outputs(cfg, args)
     if args.amp:
         device = get_device()
-        check_precision("fp16" if device == "cuda" else "bf16", torch.device(device))
+        amp_dtype("fp16" if device == "cuda" else "bf16", torch.device(device))
         cfg.test_cfg.fp16 = True
     if args.tta:
         if "mask_head" in cfg.model.get("roi_head", ()):
@@ -138,16 +137,23 @@ def read_config(path: str, *required: str, **overrides: Any) -> Config:
         raise DataError(f"{path}: reading the config failed ({reason}). Fix the config or --cfg-options.") from error
     if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
         raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
-    translate_model(cfg, path)
+    _translate_model(cfg.get("model") or {}, path)
     return cfg
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise DataError if a device lacks the precision that `--amp` asks for."""
-    try:
-        amp_dtype(precision, device)
-    except ValueError as error:
-        raise DataError(f"--amp: {error}") from error
+def _translate_model(model: dict[str, Any], path: str) -> None:
+    """Translate the overrides that the original's README documents. Refuse the original's types."""
+    backbone = model.get("backbone", {})
+    kind = backbone.get("type")
+    if kind in ("LIT", "LIT_Ti"):
+        advice = "Use type='LITBackbone', or inherit from a config in configs/lit."
+        raise DataError(f"{path}: model.backbone.type={kind!r} is a type of the original. {advice}")
+    if kind == "LITBackbone" and (weights := model.pop("pretrained", None)):
+        backbone["init_cfg"] = dict(type="Pretrained", checkpoint=weights)
+        report(f"{path}: model.pretrained: read as model.backbone.init_cfg.checkpoint")
+    if kind == "LITBackbone" and "use_checkpoint" in backbone:
+        backbone["with_cp"] = backbone.pop("use_checkpoint")
+        report(f"{path}: model.backbone.use_checkpoint: read as with_cp")
 
 
 def build_runner(cfg: Config) -> StrictRunner:
@@ -179,11 +185,11 @@ def _start_new(work_dir: str, overwrite: bool) -> None:
     Path(work_dir, "last_checkpoint").unlink(missing_ok=True)  # --resume must not find it if this run is killed early
 
 
-def _find_latest(work_dir: str) -> str | None:
-    """Find the latest checkpoint. The path stored by mmengine is outdated if the directory was moved or copied."""
-    latest = find_latest_checkpoint(work_dir)
-    moved = latest and Path(work_dir, Path(latest).name)
-    return str(moved) if moved and moved.exists() else latest
+def _find_latest(work_dir: str) -> str:
+    """Find the latest checkpoint, or return "". The path stored by mmengine is outdated in a moved directory."""
+    latest = find_latest_checkpoint(work_dir) or ""
+    moved = Path(work_dir, Path(latest).name)
+    return str(moved) if moved.is_file() else latest
 
 
 def _configure_outputs(cfg: Config, args: argparse.Namespace) -> None:
@@ -196,11 +202,11 @@ def _configure_outputs(cfg: Config, args: argparse.Namespace) -> None:
         cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)  # else below the work directory
     elif args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
+    metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if args.out and args.out.endswith((".pkl", ".pickle")):
         metric = dict(type="DumpDetResults" if is_detection else "DumpMasks", out_file_path=args.out)
-        metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         cfg.test_evaluator = [*metrics, metric]
     elif args.out and is_detection:
         raise DataError(f"--out {args.out}: unknown file type. Use a name that ends in .pkl.")
     elif args.out:
-        cfg.test_evaluator.output_dir = args.out
+        metrics[0].output_dir = args.out

@@ -75,7 +75,7 @@ def check_dataset(dataset: Any, *, required: bool = True, is_single: bool = True
         _check_suffixes(dataset.data_prefix["img_path"], dataset.img_suffix)
     if getattr(dataset, "_indices", None):  # the dataset is a part of the file
         coco = None
-    list_folder = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    list_folder = cache(lambda folder: set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set())
     kept, missing = Counter(dict.fromkeys(classes, 0)), []
     for i in tqdm(range(len(dataset)), f"checking {source}", delay=2, disable=None):
         info = dataset.get_data_info(i)
@@ -191,7 +191,8 @@ def check_masks(datasets: Sequence[Any], *, required: bool) -> None:
     order = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
     pixels, num_masks = np.zeros(len(classes), np.int64), 0
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        for counts in tqdm(pool.imap(count, order), "counting classes", MAX_MASKS, delay=2, disable=None):
+        total = min(len(order), MAX_MASKS)
+        for counts in tqdm(pool.imap(count, order), "counting classes", total, delay=2, disable=None):
             pixels, num_masks = pixels + counts, num_masks + 1
             if num_masks >= MAX_MASKS and pixels.all():
                 break

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from ..checkpoints import stored_classes
 from ..images import DataError, find_images, open_rgb
-from ..precision import PRECISIONS, autocast
+from ..precision import PRECISIONS, amp_dtype, autocast
 from ..safe_reader import printable
 from ..visualize import add_offset_arguments, write_offsets
 from .checkpoints import fit_weights, load_file
-from .cli import CFG_OPTIONS, check_precision, one_line_errors, read_config
+from .cli import CFG_OPTIONS, one_line_errors, read_config
 from .data import check_num_classes, unwrap_datasets
 from .runner import keep_float32
 
@@ -37,18 +37,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--cfg-options", **CFG_OPTIONS, help="override keys of the config, as in training")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=_usable_device, default=device, help="(%(default)s)")
+    parser.add_argument("--device", default=device, help="(%(default)s)")
     help = "precision; auto = bf16 on a GPU (%(default)s)"
     parser.add_argument("--amp", choices=PRECISIONS, default="off", help=help)
     return parser
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f"{name}: device is not available. Use cpu or cuda.") from error
-    return torch.device(name)
 
 
 def load_model(config: str, checkpoint: str, device: str | torch.device, **overrides: Any) -> nn.Module:
@@ -72,7 +64,7 @@ def load_model(config: str, checkpoint: str, device: str | torch.device, **overr
 
 def load_inputs(args: argparse.Namespace) -> tuple[list[str], Any]:
     """List the images and load the model that the options of :func:`build_parser` name."""
-    check_precision(args.amp, torch.device(args.device))
+    amp_dtype(args.amp, torch.device(args.device))  # raises DataError if the device lacks it
     return find_images(args.images), load_model(args.config, args.checkpoint, args.device, **args.cfg_options)
 
 
@@ -86,7 +78,8 @@ def process_images(
     """
     folder, device = args.out_dir, torch.device(args.device)
     folder.mkdir(parents=True, exist_ok=True)
-    used, has_errors = set(map(os.path.realpath, images)), False
+    inputs, has_errors = list(map(os.path.realpath, images)), False
+    used = {*inputs, *map(os.path.dirname, inputs)}  # an output may be a folder
     for path in tqdm(images, disable=None, delay=1):
         names = (f"{Path(path).stem}{number}{suffix}" for number in chain([""], map("-{}".format, count(2))))
         output = next(folder / name for name in names if os.path.realpath(folder / name) not in used)

@@ -1,5 +1,6 @@
 """Runner of mmengine with strict checkpoint loading and float32 losses."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from mmengine.config import ConfigDict
 from mmengine.device import get_device
-from mmengine.evaluator import Evaluator
+from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
@@ -22,11 +23,10 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints import CheckpointError, check_optimizer_state, class_mismatch
 from ..images import DataError
-from .checkpoints import fit_weights, load_file
-from .coco import read_annotations, read_coco
+from .checkpoints import FROM_WEIGHTS, check_finite, fit_weights, load_file
+from .coco import read_coco
 from .data import check_dataset, unwrap_datasets
 
-FROM_WEIGHTS = "start a new run from the weights with --cfg-options load_from=FILE"
 # Keys of schedulers and parameter groups that are not settings
 STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter", "params"}
 STATE_KEYS |= {"foreach", "fused"}
@@ -54,13 +54,6 @@ class StrictRunner(Runner):
                     dataset.full_init()
                     check_dataset(dataset)
             raise
-
-    def build_evaluator(self, evaluator: Any) -> Evaluator:
-        """Build an evaluator. Raise DataError if its annotation file is invalid."""
-        for config in evaluator if isinstance(evaluator, list) else [evaluator]:
-            if isinstance(config, dict) and str(config.get("type")).endswith("CocoMetric") and config.get("ann_file"):
-                read_annotations(config["ann_file"], config.get("backend_args"))
-        return super().build_evaluator(evaluator)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
@@ -99,6 +92,22 @@ class StrictRunner(Runner):
         self._has_loaded = True
         self.logger.info(f"Loaded checkpoint {filename}")
         return checkpoint
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint atomically on rank 0. Raise FloatingPointError on all ranks if a weight is not finite."""
+        path = Path(out_dir, filename)
+        check_finite(self.model, str(path), self.message_hub.get_info("iter", self.iter) + 1)
+        if "://" in out_dir:  # not a local file
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        elif is_main_process():
+            temp = Path(out_dir, f"{filename}.tmp")
+            try:
+                super().save_checkpoint(out_dir, f"{filename}.tmp", *args, **kwargs)
+                with open(temp, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
 
     def build_param_scheduler(self, scheduler: Any) -> Any:
         """Build the schedulers. Warn if one does not end with the training, raise DataError if it cannot begin."""

@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= args.opacity <= 1:
         parser.error(f"argument --opacity: {args.opacity} is not between 0 and 1")
     images, model = load_inputs(args)
+    folder = args.out_dir / "masks"
+    if args.masks and any(Path(image).resolve().parent == folder.resolve() for image in images):
+        parser.error(f"argument --masks: {folder} holds input images, which could be overwritten. Change --out-dir.")
     names, font = drawable_labels(model.dataset_meta["classes"])
     palette = np.array(model.dataset_meta["palette"], np.uint8)  # (classes, 3)
     first_class = int(model.dataset_meta.get("reduce_zero_label", False))  # in the masks of the data
@@ -38,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         entries = [(f"{names[i]}  {areas[i]:.1%}", tuple(palette[i].tolist())) for i in listed]
         add_legend(overlay, entries, font.fname).save(output)
         if args.masks:
-            (args.out_dir / "masks").mkdir(exist_ok=True)
-            Image.fromarray((classes + first_class).astype(np.uint8)).save(args.out_dir / "masks" / output.name)
+            folder.mkdir(exist_ok=True)
+            Image.fromarray((classes + first_class).astype(np.uint8)).save(folder / output.name)
         return f"{path}: {len(np.unique(classes))} classes, drawn in {output}"
 
     process_images(images, args, segment)

@@ -139,8 +139,10 @@ def test_ground_truth_is_repaired(change: Change, scenes: Path, tmp_path: Path) 
     assert evaluation.stats[0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("key", ["val_dataloader__dataset__ann_file", "val_evaluator__ann_file"])
+@pytest.mark.parametrize("key", ["area", "id"])
 def test_validation_file_is_checked_before_the_first_step(key: str, scenes: Path, tmp_path: Path, options: Any) -> None:
-    changes = {key: write(scenes, tmp_path / "faulty", INVALID["noarea"][0], "val")}
-    assert "val.json: annotations[0].area is missing." in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
+    file = write(scenes, tmp_path / "faulty", lambda a, image, i: a.pop(key), "val")
+    changes = dict(val_dataloader__dataset__ann_file=file, val_evaluator__ann_file=file)
+    message = error_of(cli.train, "", [str(CONFIG), *options(**changes)])
+    assert f"val.json: annotations[0].{key} is missing." in message
     assert not list((tmp_path / "run").glob("*.pth"))

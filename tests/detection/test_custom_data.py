@@ -170,6 +170,14 @@ def test_coco_classes_with_other_categories(categories: list[dict], tmp_path: Pa
         check_dataset(dataset)
 
 
+def test_images_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path)
+    monkeypatch.chdir(tmp_path / "images")
+    dataset = CocoDataset(ann_file="../val.json", data_prefix=dict(img=""), **classes("disc", "square"))
+    assert dataset.get_data_info(0)["img_path"] == "6.png"
+    check_dataset(dataset)
+
+
 def test_training_and_validation_have_the_same_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data" / "own")

@@ -60,8 +60,11 @@ def test_faulty_masks(kind: str, scenes: Path, tmp_path: Path) -> None:
         check_data(CONFIG, write(scenes, tmp_path / "faulty", change), **options)
 
 
-def test_sound_masks(scenes: Path, tmp_path: Path) -> None:
+def test_sound_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = []
+    monkeypatch.setattr(data, "tqdm", lambda items, *args, **_: totals.append(args[1:]) or items)
     check_data(CONFIG, scenes)
+    assert totals == [(), (6,)]  # progress bars: files, masks
     check_data(CONFIG, write(scenes, tmp_path / "binary", binary), **BINARY)
 
 

@@ -1,5 +1,6 @@
 """Tools for training, resuming, testing and drawing, also with two processes, and their error messages."""
 
+import argparse
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ from mmseg.apis import inference_model
 from PIL import Image
 
 from lit_backbone.mm import DataError, cli, load_file
-from lit_backbone.mm.inference import load_model
+from lit_backbone.mm.inference import load_model, process_images
 from lit_backbone.visualize import sampling_chains
 from tests.dense import derive, error_of, output_of, output_of_script
 from tests.programs import Program, start_pair
@@ -84,6 +85,10 @@ def test_test_writes_masks_drawings_or_a_file(trained: Path, options: Any, flags
     maps = [np.array(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))]
     assert len(maps) == 4 and all(classes.max() <= 10 for classes in maps)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
+    config = derive(tmp_path / "list.py", CONFIG, "test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU'])]")
+    if not flags:
+        cli.test("", [str(config), *map(str, arguments[1:]), "--out", str(tmp_path / "again")])
+        assert len(list((tmp_path / "again").glob("*.png"))) == 4
     cli.test("", [*map(str, arguments), "--out", str(tmp_path / "results.pkl")])
     results = pickle.loads((tmp_path / "results.pkl").read_bytes())
     assert len(results) == 4 and results[0]["pred_sem_seg"].shape == (1, 128, 128)
@@ -104,6 +109,38 @@ def test_segment_draws_with_a_legend_and_skips_bad_images(trained: Path, scenes:
     mask = np.array(Image.open(tmp_path / "drawn" / "masks" / "00000.png"))
     result = inference_model(load_model(str(CONFIG), str(trained / "iter_4.pth"), "cpu"), str(images[2]))
     assert np.mean(mask == result.pred_sem_seg.data[0].numpy()) > 0.99
+
+
+def test_masks_do_not_overwrite_input_images(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "masks" / "1.png"
+    path.parent.mkdir()
+    Image.new("RGB", (64, 64)).save(path)
+    before = path.read_bytes()
+    command = [path, "--config", CONFIG, "--checkpoint", trained / "iter_4.pth", "--out-dir", tmp_path, "--masks"]
+    printed = Program(TOOLS / "segment.py", *command).finish(status=2)
+    assert f"argument --masks: {path.parent} holds input images" in printed and path.read_bytes() == before
+
+
+def test_output_folder_is_none_of_an_input(tmp_path: Path) -> None:
+    """Choose another folder if the inputs are results of `visualize_offset.py`."""
+    images = [tmp_path / "1.png", tmp_path / "1" / "grid.png"]
+    images[1].parent.mkdir()
+    for path in images:
+        Image.new("RGB", (64, 64)).save(path)
+    outputs = []
+    args = argparse.Namespace(out_dir=tmp_path, device="cpu", amp="off")
+    process_images(list(map(str, images)), args, lambda image, path, output: outputs.append(output.name) or "", "")
+    assert outputs == ["1-2", "grid"]
+
+
+def test_weights_that_are_not_finite_end_the_training(options: Any, tmp_path: Path) -> None:
+    changes = dict(train_cfg__max_iters=4, train_cfg__val_interval=4, optim_wrapper__optimizer__lr=1e30)
+    changes |= dict(default_hooks__checkpoint__max_keep_ckpts=1)
+    message = error_of(cli.train, "", [str(CONFIG), *options(**changes)])
+    assert "weights are not finite" in message and "--resume" in message
+    saved = [path.name for path in (tmp_path / "run").glob("*.pth*")]
+    assert saved == [Path((tmp_path / "run" / "last_checkpoint").read_text()).name]
+    assert all(value.isfinite().all() for value in load_file(str(tmp_path / "run" / saved[0]))["state_dict"].values())
 
 
 @pytest.mark.slow

@@ -1,0 +1,78 @@
+"""Checkpoints that the runner writes: sound weights only, each whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.fileio import LocalBackend
+from torch import nn
+
+from lit_backbone.mm.runner import StrictRunner
+from tests.lit_backbone.mm.test_hooks import Normalizer
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Any:
+    """Return a function that builds the runner of an epoch of three iterations with a checkpoint after each."""
+
+    def build(lr: float = 0.1, hooks: Any = (), **checkpoint: Any) -> StrictRunner:
+        return StrictRunner(
+            Normalizer(),
+            str(tmp_path / "run"),
+            train_dataloader=dict(
+                dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0
+            ),
+            train_cfg=dict(type="IterBasedTrainLoop", max_iters=3),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr)),
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False, **checkpoint)),
+            custom_hooks=list(hooks),
+            experiment_name=tmp_path.name,
+        )
+
+    return build
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def test_names_and_old_checkpoints(build: Any, tmp_path: Path) -> None:
+    build(max_keep_ckpts=2).train()
+    assert files(tmp_path / "run") >= {"iter_2.pth", "iter_3.pth", "last_checkpoint"}
+    assert not [name for name in files(tmp_path / "run") if name == "iter_1.pth" or "tmp" in name]
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / "iter_3.pth")
+    assert torch.load(tmp_path / "run" / "iter_3.pth", weights_only=False)["meta"]["iter"] == 3
+
+
+@pytest.mark.parametrize("hooks, keep, name", [([dict(type="AverageBuffersHook")], 1, ""), ([], 2, "/iter_2.pth")])
+def test_weights_that_are_not_finite_are_not_saved(
+    hooks: list, keep: int, name: str, build: Any, tmp_path: Path
+) -> None:
+    """Keep the last sound checkpoint, also if CheckpointHook would delete it first."""
+    runner = build(1e30, hooks, max_keep_ckpts=keep)
+    with pytest.raises(
+        FloatingPointError, match=f"{tmp_path}/run{name}: no checkpoint is written: after iteration 2, "
+    ):
+        runner.train()
+    assert {name for name in files(tmp_path / "run") if "iter" in name or "tmp" in name} == {"iter_1.pth"}
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / "iter_1.pth")
+    with pytest.raises(FloatingPointError, match="best_mAP.pth"):
+        runner.save_checkpoint(str(tmp_path / "run"), "best_mAP.pth", save_optimizer=False)
+
+
+def test_failed_write_keeps_the_old_file(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = build()
+    runner.train()
+    before, path = files(tmp_path / "run"), tmp_path / "run" / "iter_3.pth"
+    content = path.read_bytes()
+
+    def put(self: LocalBackend, data: bytes, path: str | Path) -> None:
+        Path(path).write_bytes(data[: len(data) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(LocalBackend, "put", put)
+    nn.init.zeros_(runner.model.norm.weight)
+    with pytest.raises(OSError, match="disk full"):
+        runner.save_checkpoint(str(tmp_path / "run"), path.name)
+    assert path.read_bytes() == content and files(tmp_path / "run") == before
