@@ -57,10 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_errors = 0
-    try:
-        amp_dtype(args.amp, device)
-    except ValueError as error:
-        parser.error(f"argument --amp: {error}")
+    amp_dtype(args.amp, device)  # raises DataError if the device lacks it
     import_modules(args.imports)
     paths = find_images(args.images)
     classifier = load_classifier(args.checkpoint, device)

@@ -27,9 +27,9 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     else:
         has_bf16 = device.type == "cpu" and cpu_has_bf16()
     if precision == "bf16" and not has_bf16:
-        raise DataError(f"precision bf16: {device} has no bfloat16 arithmetic. Use auto or off.")
+        raise DataError(f"AMP_DTYPE, --amp: {device} has no bfloat16 arithmetic. Use auto or off.")
     if precision == "fp16" and device.type != "cuda":
-        raise DataError("precision fp16: needs an NVIDIA GPU. Use auto, bf16 or off.")
+        raise DataError("AMP_DTYPE, --amp: fp16 needs an NVIDIA GPU. Use auto, bf16 or off.")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float16
 
 

@@ -101,6 +101,7 @@ class StrictRunner(Runner):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
         elif is_main_process():
             temp = Path(out_dir, f"{filename}.tmp")
+            temp.unlink(missing_ok=True)  # a link would be followed
             try:
                 super().save_checkpoint(out_dir, f"{filename}.tmp", *args, **kwargs)
                 with open(temp, "rb+") as file:

@@ -87,4 +87,4 @@ def test_missing_bf16_is_an_error(monkeypatch: pytest.MonkeyPatch, scenes: Path,
     has_bf16(monkeypatch, False)
     config, out = str(CONFIGS["detection"]), dense.build_options(scenes, tmp_path)
     for tool, arguments in ((cli.train, [config]), (cli.test, [config, "x.pth"])):
-        assert "precision bf16: cpu has no bfloat16 arithmetic" in error_of(tool, "", [*arguments, *out, "--amp"])
+        assert "--amp: cpu has no bfloat16 arithmetic" in error_of(tool, "", [*arguments, *out, "--amp"])
