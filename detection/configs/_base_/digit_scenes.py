@@ -24,6 +24,7 @@ train_dataloader = dict(
         **dataset,
         ann_file="annotations/train.json",
         data_prefix=dict(img="images/train/"),
+        indices=None,  # the number of scenes to train on; None = all
         pipeline=train_pipeline,
     ),
 )
