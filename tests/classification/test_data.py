@@ -15,10 +15,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IterableImageDataset, create_transform
 
 from lit_backbone.datasets import ImageFolder, ImageTar
 from lit_backbone.images import DataError
+from lit_classification import data
 from lit_classification.config import Config, ConfigError
 from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset, build_train_loader, build_val_loader, check_classes
@@ -349,6 +350,12 @@ def test_unusable_data_is_refused(tiny_cfg, own_folder, change, opts, problem):
         train, val = (build_dataset(config, is_training) for is_training in (True, False))
         check_classes(config, train, val)
         build_train_loader(train, config, ONE_RANK)
+
+
+def test_streamed_dataset_is_refused(tiny_cfg, monkeypatch):
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **keywords: IterableImageDataset("", reader=[1]))
+    with pytest.raises(DataError, match="'tfds/imagenet2012': streams its images"):
+        build_dataset(load_config(tiny_cfg(), ["DATA.DATASET", "tfds/imagenet2012"]), is_training=True)
 
 
 @pytest.mark.parametrize("is_archive, workers", [(False, "0"), (False, "2"), (True, "2")])
