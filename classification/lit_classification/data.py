@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lit_backbone.checkpoints import eval_data_config
 from lit_backbone.datasets import ImageFolder, ImageTar
@@ -73,8 +74,10 @@ def build_dataset(config: Config, is_training: bool) -> SeededImages:
             dataset = create_dataset(name, root=root, split=split)
         except Exception as error:  # each dataset fails in its own way
             raise DataError(f"DATA.DATASET {name!r} in {root!r}: {error}") from error
-        if isinstance(dataset, IterableDataset):
-            raise DataError(f"DATA.DATASET {name!r}: streams its images. Use a dataset with random access.")
+        if isinstance(dataset, torchvision.datasets.ImageFolder):  # timm falls back to the root for both splits
+            raise DataError(f"DATA.DATASET {name!r}: image folders need no name. Leave it empty.")
+        if name.startswith("torch/") and "[" in split or is_training and not getattr(dataset, "train", True):
+            raise DataError(f"DATA.DATASET {name!r}: has no split {split!r}. Use train, training or val.")
         if hasattr(dataset, "loader"):
             dataset.loader = open_rgb
         if hasattr(dataset, "all_categories"):  # INaturalist

@@ -2,9 +2,11 @@
 
 import gzip
 import lzma
+import math
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +17,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import IterableImageDataset, create_transform
+from timm.data import create_transform
 
 from lit_backbone.datasets import ImageFolder, ImageTar
 from lit_backbone.images import DataError
-from lit_classification import data
 from lit_classification.config import Config, ConfigError
 from lit_classification.config_reader import load_config
 from lit_classification.data import build_dataset, build_train_loader, build_val_loader, check_classes
@@ -323,6 +324,33 @@ def test_inaturalist(tiny_cfg, tmp_path):
         val.read(3)
 
 
+def write_mnist(root: Path) -> None:
+    """Write six training and two test images in MNIST's format."""
+    (folder := root / "MNIST" / "raw").mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 2)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + bytes(math.prod(shape)))
+
+
+def test_splits_of_torchvision(tiny_cfg, tmp_path):
+    """Timm reads test images for any unknown split."""
+    write_mnist(tmp_path)
+
+    def count(is_training: bool, *opts: str) -> int:
+        config = load_config(tiny_cfg(), ["DATA.DATASET", "torch/mnist", *opts], data_path=str(tmp_path))
+        return len(build_dataset(config, is_training))
+
+    assert (count(True), count(False), count(False, "DATA.VAL_SPLIT", "train")) == (6, 2, 6)
+    for is_training, key, split in (
+        (True, "TRAIN", "trainval"),
+        (True, "TRAIN", "train[:90%]"),
+        (False, "VAL", "train[90%:]"),
+    ):
+        with pytest.raises(DataError, match=f"has no split '{re.escape(split)}'"):
+            count(is_training, f"DATA.{key}_SPLIT", split)
+
+
 # Unusable data
 
 
@@ -337,6 +365,7 @@ def remove_two_classes(data: Path) -> None:
     [
         (shutil.rmtree, [], "DATA.DATA_PATH .*train.tar.*--data-path"),
         (None, ["DATA.DATASET", "torch/no_such_set"], "DATA.DATASET 'torch/no_such_set'"),
+        (None, ["DATA.DATASET", "torch/image_folder", "DATA.TRAIN_SPLIT", "x"], "image folders need no name"),
         (None, ["TRAIN.GLOBAL_BATCH", "40"], "TRAIN.GLOBAL_BATCH: 40 is more than the 12 training images"),
         (lambda data: (data / "val/cat").rename(data / "val/dog"), [], r"train and val have different .*cat.* dog"),
         (remove_two_classes, ["MODEL.NUM_CLASSES", "1"], "one class"),
@@ -350,12 +379,6 @@ def test_unusable_data_is_refused(tiny_cfg, own_folder, change, opts, problem):
         train, val = (build_dataset(config, is_training) for is_training in (True, False))
         check_classes(config, train, val)
         build_train_loader(train, config, ONE_RANK)
-
-
-def test_streamed_dataset_is_refused(tiny_cfg, monkeypatch):
-    monkeypatch.setattr(data, "create_dataset", lambda *args, **keywords: IterableImageDataset("", reader=[1]))
-    with pytest.raises(DataError, match="'tfds/imagenet2012': streams its images"):
-        build_dataset(load_config(tiny_cfg(), ["DATA.DATASET", "tfds/imagenet2012"]), is_training=True)
 
 
 @pytest.mark.parametrize("is_archive, workers", [(False, "0"), (False, "2"), (True, "2")])
