@@ -19,6 +19,9 @@ def _entry(name: str):
         weights = lit_backbone.load_checkpoint(checkpoint, content=content)
         size, num_classes = checkpoints.infer_img_size_and_num_classes(weights)
         kwargs = dict(img_size=size, num_classes=num_classes) | kwargs
+        if missing := checkpoints.stored_keywords(content).keys() - kwargs.keys():
+            problem = f"was trained with other keywords ({', '.join(sorted(missing))})"
+            raise lit_backbone.CheckpointError(f"{checkpoint}: {problem}. Pass them to torch.hub.load.")
         data_config = checkpoints.stored_data_config(content)
         data_config["input_size"] = (3, *timm.layers.to_2tuple(kwargs["img_size"]))
         kwargs["pretrained_cfg_overlay"] = data_config | kwargs.get("pretrained_cfg_overlay", {})

@@ -136,6 +136,8 @@ def load_weights(state: TrainState, config: Config, ranks: Ranks) -> None:
     elif config.MODEL.PRETRAINED:
         state.load_weights(load_pretrained(config, state.model, state.classes))
         _logger.info(f"starting from {config.MODEL.PRETRAINED}")
+    elif state.frozen:
+        _logger.warning("MODEL.FREEZE, FREEZE_BN: the frozen layers are random; name a checkpoint in MODEL.PRETRAINED")
 
 
 def save_and_exit(state: TrainState, config: Config, ranks: Ranks) -> NoReturn:
@@ -185,9 +187,13 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     setup_logging(ranks.rank)
     if stored and args.cfg:
         _logger.info(f"{path} stores its config, which replaces {args.cfg} except for DATA_PATH; --opts overrides it")
+    elif not stored and isinstance(recipe := content.get("recipe"), dict):  # another timm model
+        keys = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+        settings = {key: value for key, value in result_settings(config).items() if key.startswith(keys)}
+        checkpointing.check_unchanged(path, recipe, settings, allow=True)
     images = data.build_dataset(config, is_training=False)
     names, columns = stored_classes(content), None
-    if set(images.classes) < set(names):
+    if len(images.classes) > 1 and set(images.classes) < set(names):
         columns = [names.index(name) for name in images.classes]
         _logger.info(f"{path}: evaluating the logits of the {len(columns)} of its {len(names)} classes in the data")
     else:
@@ -196,12 +202,12 @@ def evaluate_checkpoint(args: argparse.Namespace, shortcuts: dict[str, Any]) -> 
     _logger.info(f"evaluating {path} in {distributed.describe_precision(config.TEST.AMP_DTYPE, ranks.device)}")
     stats, predictions = evaluate(model, data.build_val_loader(images, config, ranks), config, ranks, columns)
     if ranks.is_main:
-        folder = find_run(path) or Path(config.OUTPUT, Path(path).stem)
-        write_evaluation(folder, {"checkpoint": str(path)} | stats, predictions, images)
-        _logger.info(f"{folder}: wrote eval.json, predictions.csv and confusion.png")
         _logger.info(f"loss {stats['loss']:.3f}")
         print(f" * Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}", flush=True)
         print(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.1f}%", flush=True)
+        folder = find_run(path) or Path(config.OUTPUT, Path(path).stem)
+        write_evaluation(folder, {"checkpoint": str(path)} | stats, predictions, images)
+        _logger.info(f"{folder}: wrote eval.json, predictions.csv and confusion.png")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -78,6 +78,13 @@ def stored_data_config(content: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def stored_keywords(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of LIT's constructor that our trainer stored, MODEL.LIT, as far as they were set."""
+    with suppress(AttributeError, KeyError, TypeError):
+        return {key: value for key, value in content["config"]["MODEL"]["LIT"].items() if value is not None}
+    return {}
+
+
 def class_mismatch(content: dict[str, Any], classes: Sequence[str]) -> str:
     """Describe how the class names in a checkpoint differ from `classes`; empty if they match or either is unknown."""
     ckpt_classes, data_classes = stored_classes(content), list(classes)
@@ -179,14 +186,18 @@ def fit_state_dict(
 
 
 def infer_img_size_and_num_classes(state_dict: dict[str, Tensor]) -> tuple[tuple[int, int], int]:
-    """Infer input size (height, width) and number of classes of a LIT; defaults are 224 x 224 pixels and 1000."""
-    embedding, bias = (state_dict.get(f"stages.3.{key}") for key in ("pos_embed", "blocks.0.attn.rel_pos_bias"))
-    img_size = (224, 224)
-    if embedding is not None and embedding.ndim == 4:  # the last stage has one token per 32 pixels
-        img_size = (32 * embedding.shape[2], 32 * embedding.shape[3])
-    elif bias is not None and bias.ndim == 4:  # tables have 2 * tokens - 1 entries
-        img_size = (16 * (bias.shape[2] + 1), 16 * (bias.shape[3] + 1))
-    return img_size, _length(state_dict.get("head.bias")) or 1000
+    """Infer input size (height, width) and number of classes of a LIT; defaults are 224 x 224 pixels and 1000.
+
+    The first position table gives the size to a multiple of its stride.
+    """
+    num_classes = _length(state_dict.get("head.bias")) or 1000
+    for i, stride in enumerate((4, 8, 16, 32)):
+        embedding, bias = (state_dict.get(f"stages.{i}.{key}") for key in ("pos_embed", "blocks.0.attn.rel_pos_bias"))
+        if embedding is not None and embedding.ndim == 4:
+            return (stride * embedding.shape[2], stride * embedding.shape[3]), num_classes
+        if bias is not None and bias.ndim == 4:  # has 2 * tokens - 1 entries
+            return (stride * (bias.shape[2] + 1) // 2, stride * (bias.shape[3] + 1) // 2), num_classes
+    return (224, 224), num_classes
 
 
 def architecture(model: nn.Module) -> str:

@@ -42,9 +42,12 @@ def walk_files(root: str | Path) -> list[str]:
         raise DataError(f"{error.filename}: unreadable ({error.strerror}). Check its permissions.") from error
 
     names: list[str] = []
+    above = {str(root): {os.path.realpath(root)}}  # folders on the way to a folder, to which a link would loop
     for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = Path(os.path.realpath(parent))  # a link to a parent directory would loop
-        folders[:] = [name for name in folders if not real.is_relative_to(os.path.realpath(f"{parent}/{name}"))]
+        targets = {name: os.path.realpath(f"{parent}/{name}") for name in folders}
+        loops = {name for name, path in targets.items() if any(Path(x).is_relative_to(path) for x in above[parent])}
+        folders[:] = [name for name in folders if name not in loops]
+        above |= {os.path.join(parent, name): above[parent] | {targets[name]} for name in folders}
         prefix = "" if parent == str(root) else f"{Path(os.path.relpath(parent, root)).as_posix()}/"
         names += [prefix + name for name in files] + [f"{prefix}{name}/" for name in folders]
     return names

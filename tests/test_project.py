@@ -87,14 +87,19 @@ def test_torch_hub(folder: Path) -> None:
 
 
 def test_torch_hub_takes_classes_and_input_size_from_the_file(tmp_path: Path) -> None:
-    trained = timm.create_model("lit_s", num_classes=7, img_size=(64, 96)).eval()
+    trained = timm.create_model("lit_s", num_classes=7, img_size=(64, 112)).eval()
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     model = hubconf.lit_s(checkpoint=tmp_path / "trained.pth").eval()
-    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 96)
-    images = torch.rand(1, 3, 64, 96)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 112)
+    images = torch.rand(1, 3, 64, 112)
     assert torch.equal(model(images), trained(images))
     model = hubconf.lit_s(checkpoint=tmp_path / "trained.pth", num_classes=3, img_size=224)
     assert (model.num_classes, timm.data.resolve_model_data_config(model)["input_size"]) == (3, (3, 224, 224))
+    lit = {"norm_eps": 0.1, "depths": None}  # keywords that change no shape
+    torch.save({"model": trained.state_dict(), "config": {"MODEL": {"LIT": lit}}}, tmp_path / "trained.pth")
+    with pytest.raises(lit_backbone.CheckpointError, match="other keywords .norm_eps."):
+        hubconf.lit_s(checkpoint=tmp_path / "trained.pth")
+    assert hubconf.lit_s(checkpoint=tmp_path / "trained.pth", norm_eps=0.1).norm.eps == 0.1
 
 
 def test_versions_agree() -> None:

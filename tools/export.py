@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lit_backbone import LIT, CheckpointError, __version__, read_checkpoint
 from lit_backbone.visualize import add_import_argument
+from lit_classification.checkpointing import BEST
 from lit_classification.config import ConfigError, import_modules, result_settings
 from lit_classification.data import eval_preprocessing
 from lit_classification.model import Classifier, load_classifier
@@ -72,7 +73,7 @@ def model_card(classifier: Classifier, content: dict[str, Any], checkpoint: Path
     details["Input"] = "{} x {} pixels, {} classes".format(*config.DATA.IMG_SIZE, len(classifier.classes))
     if "updates_per_epoch" in content:  # written by main.py
         details["Training"] = f"{content['update'] / content['updates_per_epoch']:g} of {config.TRAIN.EPOCHS} epochs"
-        if content["best"] >= 0:
+        if content["best"] >= 0 and checkpoint.name == BEST:  # other files have weights of another epoch
             details["Accuracy"] = f"{content['best']:.2f} % top-1 on the validation images, best epoch"
         details["Data"] = config.DATA.DATASET or Path(config.DATA.DATA_PATH).name
         details["Initial weights"] = Path(config.MODEL.PRETRAINED).name or "random"

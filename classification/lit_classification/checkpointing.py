@@ -179,9 +179,11 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
         problem = f"{(wrong or ['update'])[0]!r} is missing or not as main.py writes it"
         others = "Weights alone, or a run of the original or another trainer, cannot be continued."
         raise CheckpointError(f"{path}: {problem}. {others} {NEW_RUN}")
-    if (mismatch := class_mismatch(content, state.classes)) and not config.TRAIN.RESUME_CHANGED:
+    if mismatch := class_mismatch(content, state.classes):
         fix = "If they were only renamed, pass --opts TRAIN.RESUME_CHANGED true."
-        raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {NEW_RUN}")
+        if not config.TRAIN.RESUME_CHANGED:
+            raise CheckpointError(f"{path}: {mismatch}. Use data with its classes. {fix} {NEW_RUN}")
+        _logger.warning(f"{path}: {mismatch}")
     if (steps := content["updates_per_epoch"]) != state.steps_per_epoch:
         problem = f"its epochs have {steps} steps, those of this run {state.steps_per_epoch}"
         raise CheckpointError(f"{path}: {problem}. Resume with the same dataset and TRAIN.GLOBAL_BATCH.")
@@ -203,7 +205,7 @@ def restore_checkpoint(path: str, content: dict[str, Any], state: TrainState, co
     state.step = content["update"]
     state.evaluated = content.get("evaluated", state.epoch)
     state.history = list(content.get("history", torch.zeros(0, 2)).to(next(state.model.parameters()).device))
-    if not any(key.startswith(EVALUATION_KEYS) for key in changed):
+    if not mismatch and not any(key.startswith(EVALUATION_KEYS) for key in changed):
         state.best = content["best"]
 
 

@@ -106,11 +106,13 @@ def config_from_checkpoint(
 
 def adopt_keywords(config: Config, run_dir: Path) -> Config:
     """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
-    source, path = config.MODEL.PRETRAINED, run_dir / "config.yaml"
+    source = str(run_dir / "config.yaml") if [*run_dir.glob("*.pth")] else config.MODEL.PRETRAINED
     if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
         return config
-    started = load_config(path, training=False) if path.exists() else None
-    stored = started or config_from_checkpoint(read_checkpoint(source), source)
+    is_started = source.endswith("config.yaml")
+    stored = (
+        load_config(source, training=False) if is_started else config_from_checkpoint(read_checkpoint(source), source)
+    )
     if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
         return config
     _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")
@@ -232,7 +234,12 @@ def _model_problems(config: Config) -> Iterator[tuple[list[str], str]]:
     else:
         try:
             with torch.device("meta"):
-                timm.create_model(**config.model_keywords)
+                cfg: Any = timm.create_model(**config.model_keywords).pretrained_cfg
+            is_fixed = not lit and cfg.get("fixed_input_size") and "img_size" not in model.KEYWORDS
+            if is_fixed and cfg["input_size"][1:] != config.DATA.IMG_SIZE:
+                fix = f"set MODEL.KEYWORDS {{img_size: {list(config.DATA.IMG_SIZE)}}}, or change DATA.IMG_SIZE"
+                problem = "{} takes images of {} x {} pixels".format(model.NAME, *cfg["input_size"][1:])
+                yield ["DATA.IMG_SIZE", "MODEL.NAME"], f"{problem}; {fix}"
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             # some timm models cannot be built on the meta device
             if lit or isinstance(error, TypeError) or "pretrained tag" in str(error):

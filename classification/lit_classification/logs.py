@@ -96,7 +96,7 @@ def write_evaluation(folder: Path, stats: dict[str, Any], predictions: Tensor, i
     classes = [{"class": name, "correct": k, "images": n} for name, (k, n) in zip(images.classes, pairs)]
     content = stats | {"classes": classes, "confusion": confusion.tolist()}
     (folder / "eval.json").write_text(json.dumps(content) + "\n")
-    with open(folder / "predictions.csv", "w", newline="") as file:
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "prediction", "probability"])
         for i, (label, predicted, probability) in enumerate(predictions.tolist()):
@@ -108,8 +108,9 @@ def write_evaluation(folder: Path, stats: dict[str, Any], predictions: Tensor, i
     figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues"), label="share of the images of a class")
     axes.set(xlabel="predicted class", ylabel="class", title=f"Acc@1 {stats['acc1']:.2f} % of {stats['images']} images")
     if len(images.classes) <= 30:
-        axes.set_xticks(range(len(images.classes)), images.classes, rotation=90)
-        axes.set_yticks(range(len(images.classes)), images.classes)
+        labels = list(map(printable, images.classes))
+        axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
     figure.savefig(folder / "confusion.png", dpi=150)
 
 

@@ -43,13 +43,13 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
 
 def freeze(model: nn.Module, config: Config) -> list[nn.Module]:
     """Freeze the parameters of MODEL.FREEZE. Return the modules that training keeps in evaluation mode."""
+    frozen: list[nn.Module] = []
     if config.MODEL.FREEZE == "backbone":
-        head = model.requires_grad_(False).get_classifier().requires_grad_(True)  # pyrefly: ignore
-        frozen = [module for module in model.children() if module is not head and not isinstance(module, nn.Dropout)]
-    else:
-        frozen: list[nn.Module] = list(model.stages[: config.MODEL.FREEZE]) if config.MODEL.FREEZE else []  # pyrefly: ignore
-    for module in frozen:
-        module.requires_grad_(False)
+        model.requires_grad_(False).get_classifier().requires_grad_(True)  # pyrefly: ignore
+        tensors = {module: [*module.parameters(), *module.buffers()] for module in model.modules()}
+        frozen = [module for module, values in tensors.items() if values and not any(x.requires_grad for x in values)]
+    elif config.MODEL.FREEZE:
+        frozen = list(model.stages[: config.MODEL.FREEZE].requires_grad_(False))  # pyrefly: ignore
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return frozen + [m for m in model.modules() if config.MODEL.FREEZE_BN and isinstance(m, batch_norms)]
 
@@ -59,7 +59,7 @@ def load_teacher(config: Config, device: torch.device, classes: list[str]) -> nn
     name = config.DISTILL.TEACHER
     if not name:
         return None
-    if timm.is_model(name):
+    if timm.is_model(name) and not Path(name).is_file():  # for timm, lit_s.pth is lit_s
         teacher: Any = timm.create_model(name, pretrained=True).to(device).eval()
         mean_std = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
         is_normalized = mean_std == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -81,9 +81,12 @@ def load_pretrained(config: Config, model: nn.Module, classes: list[str]) -> dic
     all tensors whose name or shape does not fit, and the log lists them.
     """
     path, expected = config.MODEL.PRETRAINED, model.state_dict()
-    if not config.MODEL.PRETRAINED_PARTIAL:
-        return load_checkpoint(path, model, classes=classes)
     content = read_checkpoint(path)
+    stored = config_from_checkpoint(content, path)
+    if stored and stored.MODEL.NAME == config.MODEL.NAME and stored.MODEL.LIT != config.MODEL.LIT:
+        _logger.warning(f"{path}: was trained with other keywords of MODEL.LIT: {stored.MODEL.LIT!r}")
+    if not config.MODEL.PRETRAINED_PARTIAL:
+        return load_checkpoint(path, model, classes=classes, content=content)
     weights = resize_position_tables(load_checkpoint(path, content=content), model)
     fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
     if mismatch := class_mismatch(content, classes):

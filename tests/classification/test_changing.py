@@ -6,11 +6,13 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import main
 import predict
@@ -22,9 +24,10 @@ from lit_classification import distributed
 from lit_classification import engine as main_engine
 from lit_classification.checkpointing import LATEST
 from lit_classification.config import ConfigError
-from lit_classification.config_reader import load_config
+from lit_classification.config_reader import adopt_keywords, dump_config, load_config
 from lit_classification.distributed import STOPPED
-from lit_classification.model import build_model, load_classifier, load_teacher
+from lit_classification.logs import write_evaluation
+from lit_classification.model import build_model, freeze, load_classifier, load_teacher
 from lit_classification.optim import Schedule, build_optimizer
 from tests.classification.conftest import CLASSES, TINY_LIT
 from tests.programs import Program
@@ -153,8 +156,22 @@ def test_frozen_part_does_not_change(train, finished, freeze):
         assert not any("fc1" in key for key in frozen if key.startswith(("stages.2.", "stages.3.")))
 
 
-def test_batch_norm_keeps_its_statistics(train):
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18", "vit_tiny_patch16_224"])
+def test_all_but_the_head_is_frozen(tiny_cfg, name):
+    config = load_config(tiny_cfg(MODEL={"FREEZE": "backbone"}))
+    model = timm.create_model(name, num_classes=3)
+    frozen = {id(module) for module in freeze(model, config)}
+    trained = {key for key, param in model.named_parameters() if param.requires_grad}
+    head = next(key for key, module in model.named_modules() if module is model.get_classifier())
+    assert trained == {f"{head}.weight", f"{head}.bias"}
+    assert not any(id(module) in frozen for module in (model, model.get_classifier()))
+    normalizations = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
+    assert normalizations and all(id(module) in frozen for module in normalizations)
+
+
+def test_batch_norm_keeps_its_statistics(train, capsys):
     statistics = {k: v for k, v in train(MODEL={"FREEZE_BN": True})["model"].items() if "running_mean" in k}
+    assert "the frozen layers are random" in capsys.readouterr().out
     assert len(statistics) == 3 and not any(value.any() for value in statistics.values())
 
 
@@ -185,6 +202,20 @@ def test_teacher_must_fit(tiny_cfg, finished):
         load_teacher(config, torch.device("cpu"), ["ant", "bee", "dog"])
 
 
+def test_teacher_may_be_a_file_with_the_name_of_a_model(tiny_cfg, finished, tmp_path, monkeypatch):
+    shutil.copy(finished / LATEST, tmp_path / "lit_s.pth")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tiny_cfg(DISTILL={"TEACHER": "lit_s.pth"}))
+    assert load_teacher(config, torch.device("cpu"), list(CLASSES)).num_classes == 3
+
+
+def test_keywords_of_a_start_without_checkpoint_are_not_taken(tiny_cfg, finished, tmp_path):
+    config = load_config(tiny_cfg(MODEL={"LIT": {}}), ["MODEL.PRETRAINED", str(finished / LATEST)])
+    other = load_config(tiny_cfg(MODEL={"LIT": {"num_heads": 1}}))
+    (tmp_path / "config.yaml").write_text(dump_config(other))
+    assert adopt_keywords(config, tmp_path).MODEL.LIT == load_config(tiny_cfg()).MODEL.LIT
+
+
 def test_pretrained_brings_its_keywords(train, finished, tmp_path, capsys):
     start, model = str(shutil.copy(finished / LATEST, tmp_path)), {"LIT": {}}
     end = train("--pretrained", start, MODEL=model)
@@ -192,6 +223,7 @@ def test_pretrained_brings_its_keywords(train, finished, tmp_path, capsys):
     assert end["config"]["MODEL"]["LIT"]["embed_dims"] == [8, 16, 24, 32]
     Path(start).unlink()  # the run knows them by now
     train("--pretrained", start, "--opts", "TRAIN.EPOCHS", "3", "TRAIN.RESUME_CHANGED", "true", MODEL=model)
+    assert train("--opts", "TRAIN.EPOCHS", "4", "TRAIN.RESUME_CHANGED", "true", MODEL=model)["update"] == 16
 
 
 def test_pretrained_in_part(train, finished, tmp_path, capsys):
@@ -213,6 +245,15 @@ def test_pretrained_in_part(train, finished, tmp_path, capsys):
 
 
 # ---- results
+
+
+def test_results_of_unusual_names(tmp_path):
+    """Names that are not UTF-8, and names that Matplotlib would parse."""
+    names = [os.fsdecode(b"\xe9"), "a$^$", "$5_$10"]
+    images = SimpleNamespace(classes=names, name=lambda i: os.fsdecode(b"\xe9.jpg"))
+    write_evaluation(tmp_path, {"acc1": 50.0, "images": 2}, torch.tensor([[0, 0, 0.9], [1, 2, 0.8]]), images)
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[1] == r"\udce9.jpg,\udce9,\udce9,0.9000"
+    assert Image.open(tmp_path / "confusion.png").size == (1050, 900)
 
 
 def test_evaluation_writes_its_results(finished_run, image_folder):

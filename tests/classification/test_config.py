@@ -55,6 +55,7 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     # Ranges and choices
     ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE: expected greater than or equal to 1", ""),
     ("DATA.IMG_SIZE", "[224, 100]", "DATA.IMG_SIZE: expected a multiple of 32", "100"),
+    ("DATA.DATASET", "wds/images", "DATA.DATASET: ", "torch/cifar10"),
     ("DATA.INTERPOLATION", "cubic", "DATA.INTERPOLATION: ", "'bicubic'"),
     ("AUG.SCALE", "[1.0, 0.08]", "AUG.SCALE: expected [low, high]", ""),
     ("TAG", "../../x", "TAG: ", "'../../x'"),
@@ -65,6 +66,12 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     ("MODEL.DROP_RATE", "0.1", "MODEL.DROP_RATE: is not implemented for LIT", "MODEL.DROP_PATH_RATE"),
     ("MODEL.NAME", "LIT-Ti", "MODEL.NAME: ", "lit_ti?"),
     ("MODEL", "{NAME: vgg11, NUM_CLASSES: 2}", "MODEL.NAME: makes no model", ""),
+    (
+        "MODEL",
+        "{NAME: vit_tiny_patch16_384}",
+        "DATA.IMG_SIZE: vit_tiny_patch16_384 takes images of 384 x 384",
+        "img_size",
+    ),
     ("MODEL", "{NAME: pvt_v2_b0, KEYWORDS: {depth: 2}}", "MODEL.KEYWORDS: makes no model", ""),
     ("MODEL.KEYWORDS", "{depths: 1}", "MODEL.KEYWORDS: ", "MODEL.LIT"),
     ("MODEL.LIT.num_heads", "[3, 6, 7, 24]", "MODEL.LIT: makes no model", "num_heads=7"),

@@ -146,6 +146,7 @@ def test_another_timm_model_takes_its_keywords_from_yaml(tiny_cfg, run_dir, run)
     evaluate = ["--cfg", cfg, "--eval", "--resume", run_dir / LATEST]
     loss = f"loss {read_log(run_dir, 'val/loss')[0]:.3f}\n"
     assert loss in run(*evaluate)
+    assert "was written with DATA.IMG_SIZE [32, 32]" in run(*evaluate, "--opts", "DATA.IMG_SIZE", "64")
     assert_fails([*evaluate, "--opts", "MODEL.KEYWORDS.depths", "[1, 1, 1, 2]"], "latest.pth", "missing")
 
 
@@ -207,6 +208,11 @@ def test_fine_tuning_at_another_size_with_other_classes(tiny_cfg, finished, run,
     assert torch.allclose(before[weight], after[weight], atol=1e-6)
 
 
+def test_one_class_is_not_evaluated(finished, image_folder, tmp_path):
+    one = link_classes(image_folder, tmp_path / "one", ant="ant")
+    assert_fails(["--eval", "--resume", finished / LATEST, "--data-path", one], "one class", "any model is right")
+
+
 def test_renamed_classes(tiny_cfg, finished_run, run, image_folder, tmp_path):
     """Resuming and evaluation refuse two renamed classes of three. Fine-tuning starts with a new head."""
     renamed = link_classes(image_folder, tmp_path / "renamed", ant="ant", cow="bee", wasp="cat")
@@ -215,6 +221,10 @@ def test_renamed_classes(tiny_cfg, finished_run, run, image_folder, tmp_path):
     assert_fails([*other, "--eval", "--resume", latest], f"{latest}: ", mismatch)
     assert_fails([*other, "--opts", "TRAIN.EPOCHS", "3"], f"{latest}: ", mismatch, "TRAIN.RESUME_CHANGED true")
     assert latest.read_bytes() == before
+    torch.save(read_checkpoint(latest) | {"best": 100.0}, latest)
+    resumed = run(*other, "--opts", "TRAIN.EPOCHS", "3", "TRAIN.RESUME_CHANGED", "true")
+    assert mismatch in resumed and "best Acc@1 100" not in resumed
+    latest.write_bytes(before)
     assert mismatch in run(*other, "--tag", "new", "--pretrained", latest, "--opts", "TRAIN.BASE_LR", "1e-9")
     old, new = (read_checkpoint(path / LATEST)["model"] for path in (finished_run, finished_run.with_name("new")))
     initial = build_model(load_config(tiny_cfg()), CPU).head.weight

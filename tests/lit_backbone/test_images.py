@@ -73,6 +73,11 @@ def test_find_images_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / "1" / "loop").symlink_to(tmp_path)  # links to parent directories are skipped
     expected = [str(tmp_path / name) for name in names]
     assert find_images([str(tmp_path)]) == expected
+    for folder, target in (("1", "10"), ("10", "1")):  # links that lead to each other
+        (tmp_path / folder / "other").symlink_to(tmp_path / target)
+    assert len(find_images([tmp_path])) == 7
+    for folder in ("1", "10"):
+        (tmp_path / folder / "other").unlink()
     (tmp_path / "3").symlink_to(tmp_path / "10")
     assert find_images([str(tmp_path)]) == [*expected[:3], str(tmp_path / "3" / "b.webp"), expected[3]]
     assert find_images([tmp_path / "notes.txt", tmp_path / "2"]) == [str(tmp_path / "notes.txt"), expected[2]]

@@ -42,7 +42,7 @@ def build(name: str) -> nn.Module:
 @pytest.fixture(scope="module", params=["lit_s", "lit_ti"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """Write a checkpoint as main.py does and return it with its model."""
-    name, path = request.param, tmp_path_factory.mktemp(request.param) / "digits.pth"
+    name, path = request.param, tmp_path_factory.mktemp(request.param) / "best.pth"
     architecture = {"NAME": name, "NUM_CLASSES": len(CLASSES), "LIT": KEYWORDS, "PRETRAINED": "/home/me/start.pth"}
     config = {"MODEL": architecture, "TEST": {"CROP": name == "lit_ti"}, "TRAIN": {}}
     config |= {"DATA": {"IMG_SIZE": SIZE, "INTERPOLATION": "random", "DATA_PATH": "/home/me/insects"}}
@@ -135,7 +135,7 @@ def test_safetensors(checkpoint: tuple[Path, nn.Module]) -> None:
 def hf(checkpoint: tuple[Path, nn.Module]) -> Path:
     """Return the exported folder."""
     export(checkpoint[0], "--format", "hf")
-    return checkpoint[0].with_name("digits-hf")
+    return checkpoint[0].with_name("best-hf")
 
 
 @torch.no_grad()
@@ -161,7 +161,11 @@ def test_timm_and_transformers_load_the_hf_folder(checkpoint: tuple[Path, nn.Mod
 
 @pytest.mark.parametrize("checkpoint", ["lit_s"], indirect=True)
 def test_model_card_states_the_training_and_its_example_runs(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    checkpoint: tuple[Path, nn.Module],
+    hf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     card = (hf / "README.md").read_text()
@@ -173,6 +177,10 @@ def test_model_card_states_the_training_and_its_example_runs(
     photo().save("photo.jpg")
     exec(card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(hf)), {})
     assert capsys.readouterr().out.strip() in CLASSES
+
+    path = checkpoint[0]
+    card = model_card(load_classifier(path, torch.device("cpu")), torch.load(path), Path("latest.pth"))
+    assert "2.5 of 300 epochs" in card and "top-1" not in card  # the best accuracy may be that of other weights
 
     weights = {"model": timm.create_model("lit_s").state_dict()}
     torch.save(weights, "bare.pth")
