@@ -20,9 +20,11 @@ from lit_backbone.checkpoints import (
     load_checkpoint,
     resize_position_tables,
     stored_classes,
+    stored_keywords,
     unwrap_state_dict,
 )
 from lit_backbone.released import convert_released
+from lit_backbone.safe_reader import printable
 from lit_classification.config import Config, ConfigError, is_lit
 from lit_classification.config_reader import config_from_checkpoint
 from lit_classification.data import eval_preprocessing
@@ -82,9 +84,9 @@ def load_pretrained(config: Config, model: nn.Module, classes: list[str]) -> dic
     """
     path, expected = config.MODEL.PRETRAINED, model.state_dict()
     content = read_checkpoint(path)
-    stored = config_from_checkpoint(content, path)
-    if stored and stored.MODEL.NAME == config.MODEL.NAME and stored.MODEL.LIT != config.MODEL.LIT:
-        _logger.warning(f"{path}: was trained with other keywords of MODEL.LIT: {stored.MODEL.LIT!r}")
+    stored = stored_keywords(content)
+    if stored and stored != config.MODEL.LIT.model_dump(mode="json", exclude_none=True):
+        _logger.warning(printable(f"{path}: was trained with other keywords, MODEL.LIT {stored}", 500))
     if not config.MODEL.PRETRAINED_PARTIAL:
         return load_checkpoint(path, model, classes=classes, content=content)
     weights = resize_position_tables(load_checkpoint(path, content=content), model)

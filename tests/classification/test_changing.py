@@ -239,6 +239,7 @@ def test_pretrained_in_part(train, finished, tmp_path, capsys):
     train("--pretrained", str(tmp_path / "renamed.pth"), tag="r", MODEL=ablation | {"PRETRAINED_PARTIAL": True})
     printed = capsys.readouterr().out
     assert "class names differ" in printed and "head.weight" in printed
+    assert "was trained with other keywords, MODEL.LIT {'embed_dims': [8, 16, 24, 32]" in printed
     with pytest.raises(SystemExit, match="no weights that fit"):
         torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "other.pth")
         train("--pretrained", str(tmp_path / "other.pth"), tag="o", MODEL=ablation | {"PRETRAINED_PARTIAL": True})
