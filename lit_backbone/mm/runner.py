@@ -13,6 +13,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
@@ -26,6 +27,7 @@ from ..images import DataError
 from .checkpoints import FROM_WEIGHTS, check_finite, fit_weights, load_file
 from .coco import read_coco
 from .data import check_dataset, unwrap_datasets
+from .hooks import KeepCheckpointHook
 
 # Keys of schedulers and parameter groups that are not settings
 STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter", "params"}
@@ -54,6 +56,12 @@ class StrictRunner(Runner):
                     dataset.full_init()
                     check_dataset(dataset)
             raise
+
+    def register_hook(self, hook: Hook | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Register a hook. Replace CheckpointHook, which deletes an old checkpoint before it saves a new one."""
+        if isinstance(hook, dict) and hook["type"] in ("CheckpointHook", CheckpointHook):
+            hook = dict(hook, type=KeepCheckpointHook)
+        super().register_hook(hook, *args, **kwargs)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
