@@ -22,6 +22,7 @@ from ..precision import amp_dtype, cpu_has_bf16
 from ..run_lock import lock_directory
 from ..safe_reader import preview
 from .data import unwrap_datasets
+from .hooks import AverageBuffersHook, CheckDataHook, OffsetHook
 from .runner import StrictRunner
 
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
@@ -157,7 +158,10 @@ def _translate_model(model: dict[str, Any], path: str) -> None:
 
 
 def build_runner(cfg: Config) -> StrictRunner:
-    """Build the runner of a config. Without a GPU, train in float32 and communicate with gloo."""
+    """Build the runner of a config, with the hooks of this package that the config does not list.
+
+    Without a GPU, train in float32 and communicate with gloo.
+    """
     if not torch.cuda.is_available():
         if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             advice = " For bfloat16, pass --amp." if cpu_has_bf16() else ""
@@ -166,7 +170,11 @@ def build_runner(cfg: Config) -> StrictRunner:
         if cfg.launcher == "pytorch":  # mmengine would assign a GPU to each process
             torch.distributed.init_process_group("gloo")
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-    return StrictRunner.from_cfg(cfg)
+    runner = StrictRunner.from_cfg(cfg)
+    for hook in (AverageBuffersHook, CheckDataHook, OffsetHook):
+        if not any(isinstance(x, hook) for x in runner.hooks):
+            runner.register_hook(hook())
+    return runner
 
 
 def _replace_amp(cfg: Config, wrapper: str) -> None:

@@ -101,7 +101,6 @@ def test_own_configs_slow_down_offsets_and_scale_the_learning_rate() -> None:
             assert cfg.load_from.endswith("/mask_rcnn_lit_s.pth")
             assert cfg.optim_wrapper.optimizer.lr == 2e-4 * cfg.train_dataloader.batch_size / 16
         assert cfg.optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult == 0.01
-        assert "OffsetHook" in [hook.type for hook in cfg.custom_hooks]
 
 
 def test_tools_accept_options_and_saved_config(trained: Path, home: Path) -> None:
