@@ -68,6 +68,8 @@ def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path
 
     def add_text(content: dict[str, Any]) -> None:
         content["meta"] |= dict(config=text, cfg=text)  # mmengine would execute these
+        content["meta"] |= dict(num_images=8, global_batch=4)
+        content["param_schedulers"].append({})
         content["message_hub"]["runtime_info"]["cfg"] = text
 
     changes = dict(optim_wrapper__optimizer__weight_decay=0.5, param_scheduler__1__T_max=1)
@@ -78,6 +80,7 @@ def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path
     output = train(fixed_config, *arguments, "--resume", work_dir / "epoch_1.pth")
     assert not (tmp_path / "mark").exists()
     assert "T_max=6 (config: 3)" in output and "weight_decay=0.05 (config: 0.5)" in output
+    assert "global_batch=4 (config: 2), num_images=8 (config: 6)" in output and "num_schedulers=3 (config: 2)" in output
     states = {}
     for key in ("state_dict", "ema_state_dict"):
         states[key] = weights(work_dir / "epoch_2.pth", key)
@@ -92,7 +95,7 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
     arguments = [*options("two", optim_wrapper__type="AmpOptimWrapper"), "--auto-scale-lr"]
     output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *arguments)
     assert "No GPU is available. Training in float32" in output
-    assert "Scaling the original LR by 0.5" in output  # batch size 2 x 2 instead of 8
+    assert "Scaling the learning rate by 0.5" in output  # batch size 2 x 2 instead of 8
     checkpoint = tmp_path / "two" / "epoch_1.pth"
     assert load_file(str(checkpoint))["meta"]["iter"] == 2  # 6 images, 2 ranks x 2
     command = [TOOLS / "test.py", CONFIG, checkpoint, *options("two"), "--launcher", "pytorch"]
@@ -198,6 +201,7 @@ def test_mismatched_checkpoints_are_not_tested(trained: Path, options: Any, tmp_
 
 INVALID_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schedule": (lambda content: content.update(param_schedulers=[3, 4]), "no valid training state"),
+    "position": (lambda content: content["meta"].update(within_epoch=True), "was saved within an epoch"),
     "moments": (lambda content: content["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer state"),
 }
 

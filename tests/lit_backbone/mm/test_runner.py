@@ -9,15 +9,22 @@ from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from torch import nn
 
+from lit_backbone.mm import load_file
 from lit_backbone.mm.runner import StrictRunner
 from tests.lit_backbone.mm.test_hooks import Normalizer
+
+
+ITERATIONS = dict(type="IterBasedTrainLoop", max_iters=3, val_interval=1)
+EPOCHS = dict(type="EpochBasedTrainLoop", max_epochs=1)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Any:
     """Return a function that builds the runner of an epoch of three iterations with a checkpoint after each."""
 
-    def build(lr: float = 0.1, hooks: Any = (), **checkpoint: Any) -> StrictRunner:
+    def build(
+        lr: float = 0.1, hooks: Any = (), train_cfg: Any = ITERATIONS, accumulation: int = 1, **checkpoint: Any
+    ) -> StrictRunner:
         loader = dict(
             dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0
         )
@@ -26,9 +33,10 @@ def build(tmp_path: Path) -> Any:
             Normalizer(),
             str(tmp_path / "run"),
             train_dataloader=loader,
-            train_cfg=dict(type="IterBasedTrainLoop", max_iters=3, val_interval=1),
+            train_cfg=train_cfg,
+            auto_scale_lr=dict(enable=True, base_batch_size=2),
             **(validation if "save_best" in checkpoint else {}),
-            optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr)),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr), accumulative_counts=accumulation),
             default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False, **checkpoint)),
             custom_hooks=list(hooks),
             experiment_name=tmp_path.name,
@@ -63,6 +71,17 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / "iter_1.pth")
     with pytest.raises(FloatingPointError, match="best_mAP.pth"):
         runner.save_checkpoint(str(tmp_path / "run"), "best_mAP.pth", save_optimizer=False)
+
+
+@pytest.mark.parametrize("train_cfg, within_epoch", [(ITERATIONS, {}), (EPOCHS, dict(within_epoch=True))])
+def test_data_size_is_saved_and_scales_the_learning_rate(
+    train_cfg: dict, within_epoch: dict, build: Any, tmp_path: Path
+) -> None:
+    runner = build(train_cfg=train_cfg, accumulation=2)
+    runner.train()
+    meta = load_file(str(tmp_path / "run" / "iter_2.pth"))["meta"]
+    assert meta == dict(epoch=0, iter=2, seed=runner.seed, num_images=6, global_batch=4) | within_epoch
+    assert runner.optim_wrapper.get_lr()["lr"] == [0.2]
 
 
 class Score(BaseMetric):
