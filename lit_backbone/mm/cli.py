@@ -62,14 +62,20 @@ def train(description: str, argv: list[str] | None = None) -> None:
         _replace_amp(cfg, "BFloat16OptimWrapper")
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
+    resume = args.resume
+    if cfg.get("resume"):
+        resume, cfg.load_from = resume or cfg.get("load_from") or "auto", None
+    if resume and args.overwrite:
+        raise DataError("--overwrite: starts a new run, but --resume or resume=True continues one. Remove one of them.")
+    cfg.resume = False  # the copy of the config in the work directory starts new runs
     with run_lock(cfg.work_dir, args.launcher):
-        resume = _find_latest(cfg.work_dir) if args.resume == "auto" else args.resume
-        if resume:
-            cfg.resume, cfg.load_from = True, resume
-        elif not cfg.get("resume"):
-            _start_new(cfg.work_dir, args.overwrite)
+        checkpoint = _find_latest(cfg.work_dir) if resume == "auto" else resume
+        if not checkpoint:
+            _start_new(cfg.work_dir, args.overwrite, bool(resume))
         runner = build_runner(cfg)
-        runner.allow_new_head = not cfg.get("resume")
+        runner.allow_new_head = not checkpoint
+        if checkpoint:
+            runner._resume, runner._load_from = True, checkpoint
         runner.train()
 
 
@@ -94,7 +100,7 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     add("--amp", action="store_true", help="use mixed precision: fp16 on a GPU, bfloat16 on a CPU that has it")
     args = parse_args(parser, argv, "test")
     cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
-    cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
+    cfg.load_from, cfg.resume = args.checkpoint, False
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         cfg.pop(key, None)
     _configure_outputs(cfg, args)
@@ -184,9 +190,14 @@ def _replace_amp(cfg: Config, wrapper: str) -> None:
         cfg.optim_wrapper.pop(key, None)
 
 
-def _start_new(work_dir: str, overwrite: bool) -> None:
-    """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`."""
+def _start_new(work_dir: str, overwrite: bool, resume: bool) -> None:
+    """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`.
+
+    With `resume`, the latest checkpoint is unknown.
+    """
     old = sorted(path.name for kind in ("best", "epoch", "iter") for path in Path(work_dir).glob(f"{kind}_*.pth"))
+    if old and resume:
+        raise DataError(f"{work_dir}: last_checkpoint is missing. Pass --resume FILE to choose one ({preview(old)}).")
     if old and not overwrite:
         advice = "Add --resume to continue that run, --work-dir for another directory, or --overwrite."
         raise DataError(f"{work_dir}: holds checkpoints of another run ({preview(old)}). {advice}")

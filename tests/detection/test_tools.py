@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from mmengine.config import Config
 from PIL import Image
 from torch import Tensor
 
@@ -79,6 +80,8 @@ def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path
     edited(trained / "epoch_1.pth", work_dir / "epoch_1.pth", add_text)
     output = train(fixed_config, *arguments, "--resume", work_dir / "epoch_1.pth")
     assert not (tmp_path / "mark").exists()
+    copied = Config.fromfile(work_dir / fixed_config.name)
+    assert not copied.resume and not copied.load_from
     assert "T_max=6 (config: 3)" in output and "weight_decay=0.05 (config: 0.5)" in output
     assert "global_batch=4 (config: 2), num_images=8 (config: 6)" in output and "num_schedulers=3 (config: 2)" in output
     states = {}
