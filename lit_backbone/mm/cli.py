@@ -1,6 +1,8 @@
 """Command lines of tools/train.py and tools/test.py, with the options of mmdetection 3. They run on GPUs or a CPU."""
 
 import argparse
+import difflib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,9 @@ from .data import unwrap_datasets
 from .hooks import AverageBuffersHook, CheckDataHook, OffsetHook
 from .runner import StrictRunner
 
+# Keys of the config that have an effect although no config sets them
+OPTIONAL_KEYS = {*inspect.signature(StrictRunner).parameters, "allow_absent_classes", "compile", "model_wrapper_cfg"}
+OPTIONAL_KEYS |= {"activation_checkpointing", "efficient_conv_bn_eval", "find_unused_parameters", "sync_bn"}
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
 CFG_OPTIONS: dict[str, Any] = dict(nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
 
@@ -138,10 +143,16 @@ def read_config(path: str, *required: str, **overrides: Any) -> Config:
     """Execute a config file and override some keys. Raise DataError if it fails or lacks one of the `required` keys."""
     try:
         cfg = Config.fromfile(path)
+        known = sorted({*cfg, *OPTIONAL_KEYS})
         cfg.merge_from_dict(overrides)
     except Exception as error:  # a program can raise any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"  # mmengine's advice is at the end
         raise DataError(f"{path}: reading the config failed ({reason}). Fix the config or --cfg-options.") from error
+    for name in (key.partition(".")[0] for key in overrides):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            advice = f"Did you mean {close[0]}?" if close else "Check its spelling."
+            raise DataError(f"--cfg-options: the config has no key {name!r}. {advice}")
     if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
         raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
     _translate_model(cfg.get("model") or {}, path)

@@ -110,12 +110,18 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
     "classes", [pytest.param(("0", "1", "2"), marks=pytest.mark.slow), SWAPPED], ids=["number", "names"]
 )
 def test_fine_tuning_with_other_classes_and_image_size(
-    classes: tuple[str, ...], trained: Path, fixed_config: Path, options: Any, tmp_path: Path
+    classes: tuple[str, ...], trained: Path, fixed_config: Path, scenes: Path, options: Any, tmp_path: Path
 ) -> None:
     """Keep the weights that do not depend on the classes, resize tables, and start the average from these."""
     config = derive(tmp_path / "other.py", fixed_config, classes_of_all_splits(classes))
     changes = dict(model__bbox_head__num_classes=len(classes), optim_wrapper__optimizer__lr=0.0)
     changes |= dict(load_from=trained / "epoch_2.pth", model__backbone__img_size=192)
+    for split in ("train", "val"):
+        coco = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        coco["categories"].sort(key=lambda category: [*classes, *DIGITS].index(category["name"]))
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+        changes |= {f"{split}_dataloader__dataset__ann_file": tmp_path / f"{split}.json"}
+    changes |= dict(val_evaluator__ann_file=tmp_path / "val.json")
     output = train(config, *options("fine", **changes))
     assert "retina_cls.weight" in output.split("keep their initialization")[0]
     before = weights(trained / "epoch_2.pth")
@@ -174,6 +180,7 @@ def test_labels_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
     "changes, message",
     [
         (dict(train_dataloader__dataset__data_prefix__img="images/none/"), "Files missing in "),
+        (dict(train_dataloder__batch_size=1), "has no key 'train_dataloder'. Did you mean train_dataloader?"),
         (dict(model__bbox_head__num_classes=80), "model.bbox_head.num_classes=80: the data has 10 classes"),
         (
             dict(param_scheduler__1__by_epoch=False, param_scheduler__1__begin=100)
