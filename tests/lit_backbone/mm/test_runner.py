@@ -13,7 +13,6 @@ from lit_backbone.mm import load_file
 from lit_backbone.mm.runner import StrictRunner
 from tests.lit_backbone.mm.test_hooks import Normalizer
 
-
 ITERATIONS = dict(type="IterBasedTrainLoop", max_iters=3, val_interval=1)
 EPOCHS = dict(type="EpochBasedTrainLoop", max_epochs=1)
 
@@ -25,9 +24,7 @@ def build(tmp_path: Path) -> Any:
     def build(
         lr: float = 0.1, hooks: Any = (), train_cfg: Any = ITERATIONS, accumulation: int = 1, **checkpoint: Any
     ) -> StrictRunner:
-        loader = dict(
-            dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0
-        )
+        loader = dict(dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0)
         validation = dict(val_dataloader=loader, val_cfg=dict(type="ValLoop"), val_evaluator=[Score()])
         return StrictRunner(
             Normalizer(),
