@@ -99,8 +99,8 @@ def wrap_decode_errors(file: str | Path) -> Iterator[None]:
 def decode_rgb(file: BinaryIO, upright: bool = False) -> Image.Image:
     """Decode an image to RGB with 8 bits per channel.
 
-    `upright` rotates it according to EXIF data, as mmcv does, which ignores these in WebP files. The reference does not
-    in classification.
+    `upright` rotates it according to EXIF data, as mmcv does, except in WebP files. The reference does not in
+    classification.
     """
     with Image.open(file, formats=FORMATS) as image:
         if upright and image.format != "WEBP":
