@@ -59,7 +59,7 @@ class StrictRunner(Runner):
 
     def register_hook(self, hook: Hook | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Register a hook. Replace CheckpointHook, which deletes an old checkpoint before it saves a new one."""
-        if isinstance(hook, dict) and hook["type"] in ("CheckpointHook", CheckpointHook):
+        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", CheckpointHook):
             hook = dict(hook, type=KeepCheckpointHook)
         super().register_hook(hook, *args, **kwargs)
 
