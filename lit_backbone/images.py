@@ -102,10 +102,11 @@ def wrap_decode_errors(file: str | Path) -> Iterator[None]:
 def decode_rgb(file: BinaryIO, upright: bool = False) -> Image.Image:
     """Decode an image to RGB with 8 bits per channel.
 
-    `upright` rotates it according to EXIF data, as mmcv does. The reference does not in classification.
+    `upright` rotates it according to EXIF data, as mmcv does, except in WebP files. The reference does not in
+    classification.
     """
     with Image.open(file, formats=FORMATS) as image:
-        if upright:
+        if upright and image.format != "WEBP":
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 

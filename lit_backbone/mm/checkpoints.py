@@ -36,7 +36,8 @@ def _select_metadata(content: dict[str, Any]) -> dict[str, Any]:
     """
     result = {key: value for key, value in content.items() if key not in ("meta", "message_hub")}
     if isinstance(meta := content.get("meta"), dict):
-        result["meta"] = {key: meta[key] for key in ("epoch", "iter", "seed") if type(meta.get(key)) is int}
+        names = ("epoch", "iter", "seed", "num_images", "global_batch", "within_epoch")
+        result["meta"] = {key: meta[key] for key in names if type(meta.get(key)) in (int, bool)}
         if classes := stored_classes({"meta": meta}):
             result["meta"]["dataset_meta"] = dict(classes=tuple(classes))
     hub = content.get("message_hub")

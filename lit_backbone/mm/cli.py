@@ -1,6 +1,8 @@
 """Command lines of tools/train.py and tools/test.py, with the options of mmdetection 3. They run on GPUs or a CPU."""
 
 import argparse
+import difflib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -22,8 +24,12 @@ from ..precision import amp_dtype, cpu_has_bf16
 from ..run_lock import lock_directory
 from ..safe_reader import preview
 from .data import unwrap_datasets
+from .hooks import AverageBuffersHook, CheckDataHook, OffsetHook
 from .runner import StrictRunner
 
+# Keys of the config that have an effect although no config sets them
+OPTIONAL_KEYS = {*inspect.signature(StrictRunner).parameters, "allow_absent_classes", "compile", "model_wrapper_cfg"}
+OPTIONAL_KEYS |= {"activation_checkpointing", "efficient_conv_bn_eval", "find_unused_parameters", "sync_bn"}
 RANK_VARIABLES = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}  # set by the launchers
 CFG_OPTIONS: dict[str, Any] = dict(nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
 
@@ -61,14 +67,20 @@ def train(description: str, argv: list[str] | None = None) -> None:
         _replace_amp(cfg, "BFloat16OptimWrapper")
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
+    resume = args.resume
+    if cfg.get("resume"):
+        resume, cfg.load_from = resume or cfg.get("load_from") or "auto", None
+    if resume and args.overwrite:
+        raise DataError("--overwrite: starts a new run, but --resume or resume=True continues one. Remove one of them.")
+    cfg.resume = False  # the copy of the config in the work directory starts new runs
     with run_lock(cfg.work_dir, args.launcher):
-        resume = _find_latest(cfg.work_dir) if args.resume == "auto" else args.resume
-        if resume:
-            cfg.resume, cfg.load_from = True, resume
-        elif not cfg.get("resume"):
-            _start_new(cfg.work_dir, args.overwrite)
+        checkpoint = _find_latest(cfg.work_dir) if resume == "auto" else resume
+        if not checkpoint:
+            _start_new(cfg.work_dir, args.overwrite, bool(resume))
         runner = build_runner(cfg)
-        runner.allow_new_head = not cfg.get("resume")
+        runner.allow_new_head = not checkpoint
+        if checkpoint:
+            runner._resume, runner._load_from = True, checkpoint
         runner.train()
 
 
@@ -93,7 +105,7 @@ def test(description: str, argv: list[str] | None = None) -> dict[str, float]:
     add("--amp", action="store_true", help="use mixed precision: fp16 on a GPU, bfloat16 on a CPU that has it")
     args = parse_args(parser, argv, "test")
     cfg = _load_config(args, "model", "test_dataloader", "test_evaluator", "test_cfg")
-    cfg.load_from, cfg.resume = args.checkpoint, False  # the config of a resumed run has resume=True
+    cfg.load_from, cfg.resume = args.checkpoint, False
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         cfg.pop(key, None)
     _configure_outputs(cfg, args)
@@ -131,10 +143,16 @@ def read_config(path: str, *required: str, **overrides: Any) -> Config:
     """Execute a config file and override some keys. Raise DataError if it fails or lacks one of the `required` keys."""
     try:
         cfg = Config.fromfile(path)
+        known = sorted({*cfg, *OPTIONAL_KEYS})
         cfg.merge_from_dict(overrides)
     except Exception as error:  # a program can raise any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"  # mmengine's advice is at the end
         raise DataError(f"{path}: reading the config failed ({reason}). Fix the config or --cfg-options.") from error
+    for name in (key.partition(".")[0] for key in overrides):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            advice = f"Did you mean {close[0]}?" if close else "Check its spelling."
+            raise DataError(f"--cfg-options: the config has no key {name!r}. {advice}")
     if missing := [key for key in required if not isinstance(cfg.get(key), dict | list) or not cfg[key]]:
         raise DataError(f"{path}: keys are missing ({', '.join(missing)}). Inherit from a config in configs/lit.")
     _translate_model(cfg.get("model") or {}, path)
@@ -157,7 +175,10 @@ def _translate_model(model: dict[str, Any], path: str) -> None:
 
 
 def build_runner(cfg: Config) -> StrictRunner:
-    """Build the runner of a config. Without a GPU, train in float32 and communicate with gloo."""
+    """Build the runner of a config, with the hooks of this package that the config does not list.
+
+    Without a GPU, train in float32 and communicate with gloo.
+    """
     if not torch.cuda.is_available():
         if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             advice = " For bfloat16, pass --amp." if cpu_has_bf16() else ""
@@ -166,7 +187,11 @@ def build_runner(cfg: Config) -> StrictRunner:
         if cfg.launcher == "pytorch":  # mmengine would assign a GPU to each process
             torch.distributed.init_process_group("gloo")
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-    return StrictRunner.from_cfg(cfg)
+    runner = StrictRunner.from_cfg(cfg)
+    for hook in (AverageBuffersHook, CheckDataHook, OffsetHook):
+        if not any(isinstance(x, hook) for x in runner.hooks):
+            runner.register_hook(hook())
+    return runner
 
 
 def _replace_amp(cfg: Config, wrapper: str) -> None:
@@ -176,9 +201,14 @@ def _replace_amp(cfg: Config, wrapper: str) -> None:
         cfg.optim_wrapper.pop(key, None)
 
 
-def _start_new(work_dir: str, overwrite: bool) -> None:
-    """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`."""
+def _start_new(work_dir: str, overwrite: bool, resume: bool) -> None:
+    """Raise DataError if a work directory holds checkpoints, or forget the latest one with `overwrite`.
+
+    With `resume`, the latest checkpoint is unknown.
+    """
     old = sorted(path.name for kind in ("best", "epoch", "iter") for path in Path(work_dir).glob(f"{kind}_*.pth"))
+    if old and resume:
+        raise DataError(f"{work_dir}: last_checkpoint is missing. Pass --resume FILE to choose one ({preview(old)}).")
     if old and not overwrite:
         advice = "Add --resume to continue that run, --work-dir for another directory, or --overwrite."
         raise DataError(f"{work_dir}: holds checkpoints of another run ({preview(old)}). {advice}")

@@ -104,13 +104,18 @@ def _check_suffixes(folder: str, suffix: str) -> None:
 
 
 def check_metric(dataset: Any, metric: Any) -> None:
-    """Raise DataError if output files would share a name or a COCO metric has the annotations of other images."""
+    """Raise DataError if output files would share a name or a COCO metric has other images or categories."""
     coco: Any = getattr(metric, "_coco_api", None)
     has_files = getattr(metric, "output_dir", None)
     infos = [dataset.get_data_info(i) for i in range(len(dataset) if coco or has_files else 0)]
     stems = Counter(Path(info["img_path"]).stem for info in infos)
     if has_files and (same := preview([stem for stem, count in stems.items() if count > 1])):
         raise DataError(f"--out: images in different folders are named {same}. Test each folder separately.")
+    classes = list(dataset.metainfo.get("classes") or ())
+    names = [coco.cats[i]["name"] for i in coco.getCatIds(catNms=classes)] if coco else classes
+    if names != classes:  # the metric reads class indices in the order of its file
+        problem = f"metainfo.classes is {classes}, but {names} in the evaluator's ann_file"
+        raise DataError(f"{dataset.ann_file}: {problem}. Set it to the dataset's ann_file.")
     for info in infos if coco else ():
         name = coco.imgs.get(info["img_id"], {}).get("file_name")
         if not name or os.path.basename(info["img_path"]) != os.path.basename(name):

@@ -1,8 +1,8 @@
 """Hooks: average BatchNorm statistics, check the data before the first step, watch DTM, and name output files."""
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
@@ -25,8 +25,7 @@ from .labels import ascii_labels, matplotlib_labels
 class AverageBuffersHook(Hook):
     """Average BatchNorm statistics over ranks, and check the weights, before validation and before saving.
 
-    mmengine's SyncBuffersHook runs at the end of an epoch only. CheckpointHook may delete an old checkpoint before it
-    saves a new one, so non-finite weights must be found before.
+    mmengine's SyncBuffersHook runs at the end of an epoch only.
     """
 
     priority = "NORMAL"  # before CheckpointHook
@@ -47,6 +46,30 @@ class AverageBuffersHook(Hook):
             check_finite(model, runner.work_dir, iteration)
 
     before_val_epoch = after_train_epoch
+
+
+class KeepCheckpointHook(CheckpointHook):
+    """CheckpointHook that deletes old checkpoints after it has saved a new one. mmengine's deletes them before."""
+
+    def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
+        with self._delete_at_end():
+            super()._save_checkpoint_with_step(*args, **kwargs)
+
+    def _save_best_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._delete_at_end():
+            super()._save_best_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _delete_at_end(self) -> Iterator[None]:
+        """Postpone the deletion of files. Omit it after an exception."""
+        remove, paths = self.file_backend.remove, []
+        self.file_backend.remove = paths.append
+        try:
+            yield
+        finally:
+            self.file_backend.remove = remove
+        for path in paths:
+            remove(path)
 
 
 @HOOKS.register_module()

@@ -13,10 +13,11 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ from ..images import DataError
 from .checkpoints import FROM_WEIGHTS, check_finite, fit_weights, load_file
 from .coco import read_coco
 from .data import check_dataset, unwrap_datasets
+from .hooks import KeepCheckpointHook
 
 # Keys of schedulers and parameter groups that are not settings
 STATE_KEYS = {"last_step", "_global_step", "_last_value", "best", "num_bad_epochs", "cooldown_counter", "params"}
@@ -55,6 +57,12 @@ class StrictRunner(Runner):
                     check_dataset(dataset)
             raise
 
+    def register_hook(self, hook: Hook | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Register a hook. Replace CheckpointHook, which deletes an old checkpoint before it saves a new one."""
+        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", CheckpointHook):
+            hook = dict(hook, type=KeepCheckpointHook)
+        super().register_hook(hook, *args, **kwargs)
+
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training. Keep losses in float32, and replace SyncBN by BN without a GPU."""
         model = model if torch.cuda.is_available() else revert_sync_batchnorm(model)
@@ -83,9 +91,13 @@ class StrictRunner(Runner):
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         if self._resume:
             check_optimizer_state(checkpoint.get("optimizer", {}), self.optim_wrapper.optimizer, filename)
-            if changes := ", ".join(self.overridden_settings(checkpoint)):
-                problem = f"the checkpoint overrides settings of the config: {changes}"
-                self.logger.warning(f"{filename}: {problem}. To use those of the config, {FROM_WEIGHTS}.")
+            if checkpoint["meta"].get("within_epoch"):
+                advice = "Resume one from the end of an epoch (default_hooks.checkpoint.by_epoch=True)"
+                raise CheckpointError(f"{filename}: was saved within an epoch. {advice}, or {FROM_WEIGHTS}.")
+            if changes := ", ".join(self.changed_settings(checkpoint)):
+                problem = f"the checkpoint was written with other settings: {changes}"
+                advice = f"Its optimizer and schedule override the config. To use those of the config, {FROM_WEIGHTS}."
+                self.logger.warning(f"{filename}: {problem}. {advice}")
             # mmengine compares the metainfo; the classes are compared above, other fields are not read
             checkpoint["meta"]["dataset_meta"] = getattr(dataset, "metainfo", None)
         model.load_state_dict(checkpoint["state_dict"])
@@ -93,9 +105,13 @@ class StrictRunner(Runner):
         self.logger.info(f"Loaded checkpoint {filename}")
         return checkpoint
 
-    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(
+        self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Save a checkpoint atomically on rank 0. Raise FloatingPointError on all ranks if a weight is not finite."""
-        path = Path(out_dir, filename)
+        path, kwargs["meta"] = Path(out_dir, filename), (meta or {}) | self.data_size()
+        if isinstance(self.train_loop, EpochBasedTrainLoop) and kwargs["meta"].get("iter", 0) > self.iter:
+            kwargs["meta"]["within_epoch"] = True  # CheckpointHook saves after a step
         check_finite(self.model, str(path), self.message_hub.get_info("iter", self.iter) + 1)
         if "://" in out_dir:  # not a local file
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
@@ -128,10 +144,26 @@ class StrictRunner(Runner):
                 self.logger.warning(f"param_scheduler.{i}: ends at {last}, but {key} is {length}. {advice}")
         return super().build_param_scheduler(scheduler)
 
-    def overridden_settings(self, checkpoint: dict[str, Any]) -> list[str]:
-        """List the optimizer and schedule settings of the config that the checkpoint overrides on resume."""
+    def data_size(self) -> dict[str, int]:
+        """Count the training images, and the images per step over all ranks and accumulated batches."""
+        loader, accumulation = self.train_dataloader, getattr(self.optim_wrapper, "_accumulative_counts", 1)
+        batch_size = getattr(loader.batch_sampler, "batch_size", 1)
+        return dict(num_images=len(loader.dataset), global_batch=batch_size * self.world_size * accumulation)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict[str, Any] | None = None) -> None:
+        """Scale the learning rate by the images per step. mmengine omits the accumulated batches."""
+        if auto_scale_lr and auto_scale_lr.get("enable"):
+            batch, base = self.data_size()["global_batch"], auto_scale_lr["base_batch_size"]
+            self.logger.info(f"Scaling the learning rate by {batch / base}: {batch} images per step instead of {base}.")
+            for group in optim_wrapper.optimizer.param_groups:
+                group["lr"] *= batch / base
+
+    def changed_settings(self, checkpoint: dict[str, Any]) -> list[str]:
+        """List the settings of optimizer, schedule and data that differ between the checkpoint and the config."""
         schedulers = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
-        pairs = [*zip(checkpoint.get("param_schedulers") or [], schedulers)]
+        ckpt_schedulers = checkpoint.get("param_schedulers") or []
+        pairs = [(checkpoint["meta"], self.data_size()), *zip(ckpt_schedulers, schedulers)]
+        pairs += [(dict(num_schedulers=len(ckpt_schedulers)), dict(num_schedulers=len(schedulers)))]
         pairs += zip(checkpoint["optimizer"]["param_groups"], self.optim_wrapper.optimizer.param_groups)
         changes = {}
         for ckpt, config in pairs:

@@ -92,7 +92,7 @@ def test_mini_learns(tmp_path: Path) -> None:
     assert float(re.findall(r"coco/bbox_mAP_50: ([\d.]+)", output)[-1]) > 0.9
 
 
-def test_own_configs_slow_down_offsets_and_scale_the_learning_rate() -> None:
+def test_own_configs_slow_down_offsets_and_do_not_pad_test_images() -> None:
     paths = list(DETECTION.parent.glob("*/configs/own/*.py"))
     assert len(paths) == 5
     for path in paths:
@@ -101,7 +101,7 @@ def test_own_configs_slow_down_offsets_and_scale_the_learning_rate() -> None:
             assert cfg.load_from.endswith("/mask_rcnn_lit_s.pth")
             assert cfg.optim_wrapper.optimizer.lr == 2e-4 * cfg.train_dataloader.batch_size / 16
         assert cfg.optim_wrapper.paramwise_cfg.custom_keys.offset.lr_mult == 0.01
-        assert "OffsetHook" in [hook.type for hook in cfg.custom_hooks]
+        assert cfg.val_dataloader.batch_size == cfg.test_dataloader.batch_size == 1
 
 
 def test_tools_accept_options_and_saved_config(trained: Path, home: Path) -> None:
@@ -193,6 +193,11 @@ def test_evaluator_has_other_annotations(trained: Path, home: Path, monkeypatch:
     options = [*OPTIONS, "test_evaluator.ann_file=data/own/train.json"]
     message = error_of(cli.test, "", [str(CONFIG), str(trained / "epoch_1.pth"), "--cfg-options", *options])
     assert "images/6.png: image is None in the evaluator's ann_file" in message
+    content = json.loads(Path("data/own/val.json").read_text())
+    Path("reversed.json").write_text(json.dumps(content | dict(categories=content["categories"][::-1])))
+    options[-1] = "test_evaluator.ann_file=reversed.json"
+    message = error_of(cli.test, "", [str(CONFIG), str(trained / "epoch_1.pth"), "--cfg-options", *options])
+    assert "metainfo.classes is ['disc', 'square'], but ['square', 'disc'] in the evaluator's ann_file" in message
 
 
 def test_unreadable_image_in_dataloader_worker(tmp_path: Path) -> None:

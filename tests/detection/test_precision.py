@@ -42,7 +42,7 @@ def has_bf16(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
 def test_bf16_on_a_cpu(task: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has_bf16(monkeypatch, True)
     config = derive(tmp_path / "short.py", CONFIGS[task], STEPS)
-    changes = dict(custom_hooks=[])
+    changes: dict[str, Any] = {}
     if task == "detection":
         changes |= {f"{split}_evaluator__ann_file": f"{scenes}/annotations/val.json" for split in ("val", "test")}
         changes |= dict(model__test_cfg__score_thr=0.0)

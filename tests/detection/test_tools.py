@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from mmengine.config import Config
 from PIL import Image
 from torch import Tensor
 
@@ -68,6 +69,8 @@ def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path
 
     def add_text(content: dict[str, Any]) -> None:
         content["meta"] |= dict(config=text, cfg=text)  # mmengine would execute these
+        content["meta"] |= dict(num_images=8, global_batch=4)
+        content["param_schedulers"].append({})
         content["message_hub"]["runtime_info"]["cfg"] = text
 
     changes = dict(optim_wrapper__optimizer__weight_decay=0.5, param_scheduler__1__T_max=1)
@@ -77,7 +80,10 @@ def test_resumed_run_matches_uninterrupted_run(trained: Path, fixed_config: Path
     edited(trained / "epoch_1.pth", work_dir / "epoch_1.pth", add_text)
     output = train(fixed_config, *arguments, "--resume", work_dir / "epoch_1.pth")
     assert not (tmp_path / "mark").exists()
+    copied = Config.fromfile(work_dir / fixed_config.name)
+    assert not copied.resume and not copied.load_from
     assert "T_max=6 (config: 3)" in output and "weight_decay=0.05 (config: 0.5)" in output
+    assert "global_batch=4 (config: 2), num_images=8 (config: 6)" in output and "num_schedulers=3 (config: 2)" in output
     states = {}
     for key in ("state_dict", "ema_state_dict"):
         states[key] = weights(work_dir / "epoch_2.pth", key)
@@ -92,7 +98,7 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
     arguments = [*options("two", optim_wrapper__type="AmpOptimWrapper"), "--auto-scale-lr"]
     output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *arguments)
     assert "No GPU is available. Training in float32" in output
-    assert "Scaling the original LR by 0.5" in output  # batch size 2 x 2 instead of 8
+    assert "Scaling the learning rate by 0.5" in output  # batch size 2 x 2 instead of 8
     checkpoint = tmp_path / "two" / "epoch_1.pth"
     assert load_file(str(checkpoint))["meta"]["iter"] == 2  # 6 images, 2 ranks x 2
     command = [TOOLS / "test.py", CONFIG, checkpoint, *options("two"), "--launcher", "pytorch"]
@@ -104,12 +110,18 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
     "classes", [pytest.param(("0", "1", "2"), marks=pytest.mark.slow), SWAPPED], ids=["number", "names"]
 )
 def test_fine_tuning_with_other_classes_and_image_size(
-    classes: tuple[str, ...], trained: Path, fixed_config: Path, options: Any, tmp_path: Path
+    classes: tuple[str, ...], trained: Path, fixed_config: Path, scenes: Path, options: Any, tmp_path: Path
 ) -> None:
     """Keep the weights that do not depend on the classes, resize tables, and start the average from these."""
     config = derive(tmp_path / "other.py", fixed_config, classes_of_all_splits(classes))
     changes = dict(model__bbox_head__num_classes=len(classes), optim_wrapper__optimizer__lr=0.0)
     changes |= dict(load_from=trained / "epoch_2.pth", model__backbone__img_size=192)
+    for split in ("train", "val"):
+        coco = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        coco["categories"].sort(key=lambda category: [*classes, *DIGITS].index(category["name"]))
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+        changes |= {f"{split}_dataloader__dataset__ann_file": tmp_path / f"{split}.json"}
+    changes |= dict(val_evaluator__ann_file=tmp_path / "val.json")
     output = train(config, *options("fine", **changes))
     assert "retina_cls.weight" in output.split("keep their initialization")[0]
     before = weights(trained / "epoch_2.pth")
@@ -168,6 +180,7 @@ def test_labels_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
     "changes, message",
     [
         (dict(train_dataloader__dataset__data_prefix__img="images/none/"), "Files missing in "),
+        (dict(train_dataloder__batch_size=1), "has no key 'train_dataloder'. Did you mean train_dataloader?"),
         (dict(model__bbox_head__num_classes=80), "model.bbox_head.num_classes=80: the data has 10 classes"),
         (
             dict(param_scheduler__1__by_epoch=False, param_scheduler__1__begin=100)
@@ -176,8 +189,11 @@ def test_labels_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_invalid_settings_are_found_before_the_first_step(changes: dict, message: str, options: Any) -> None:
-    assert message in error_of(cli.train, "", [str(CONFIG), *options(**changes)])
+def test_invalid_settings_are_found_before_the_first_step(
+    changes: dict, message: str, fixed_config: Path, options: Any
+) -> None:
+    """The config has its own list of custom hooks."""
+    assert message in error_of(cli.train, "", [str(fixed_config), *options(**changes)])
 
 
 def test_mismatched_checkpoints_are_not_tested(trained: Path, options: Any, tmp_path: Path) -> None:
@@ -195,6 +211,7 @@ def test_mismatched_checkpoints_are_not_tested(trained: Path, options: Any, tmp_
 
 INVALID_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schedule": (lambda content: content.update(param_schedulers=[3, 4]), "no valid training state"),
+    "position": (lambda content: content["meta"].update(within_epoch=True), "was saved within an epoch"),
     "moments": (lambda content: content["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer state"),
 }
 

@@ -26,10 +26,16 @@ def old_run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("flags", [[], ["--resume"]])
-def test_work_dir_with_checkpoints_is_refused(flags: list[str], old_run: Path, options: Any) -> None:
-    message = error_of(cli.train, "", [str(CONFIG), *options(), *flags])
-    assert "holds checkpoints of another run (epoch_9.pth)" in message
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], "holds checkpoints of another run (epoch_9.pth)"),
+        (["--resume"], "last_checkpoint is missing. Pass --resume FILE to choose one (epoch_9.pth)"),
+        (["--resume", "--overwrite"], "--overwrite: starts a new run"),
+    ],
+)
+def test_work_dir_with_checkpoints_is_refused(flags: list[str], expected: str, old_run: Path, options: Any) -> None:
+    assert expected in error_of(cli.train, "", [str(CONFIG), *options(), *flags])
     assert {path.name for path in old_run.iterdir()} <= {"epoch_9.pth", "run.lock"}
 
 

@@ -47,12 +47,17 @@ def test_decoder_errors_name_the_file_except_too_many_open_files(error: Exceptio
         raise OSError(errno.EMFILE, "Too many open files")
 
 
-def test_exif_orientation_is_optional(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix, upright", [("png", RGB[::-1].transpose(1, 0, 2)), ("webp", RGB)])
+def test_exif_orientation_is_optional(suffix: str, upright: np.ndarray, tmp_path: Path) -> None:
+    """Rotate as OpenCV does, which mmcv uses."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.fromarray(RGB).save(tmp_path / "rotated.png", exif=exif)
-    assert np.array_equal(open_rgb(tmp_path / "rotated.png"), RGB)
-    assert np.array_equal(open_rgb(tmp_path / "rotated.png", upright=True), RGB[::-1].transpose(1, 0, 2))
+    path = tmp_path / f"rotated.{suffix}"
+    Image.fromarray(RGB).save(path, exif=exif, lossless=True)
+    assert np.array_equal(open_rgb(path), RGB)
+    assert np.array_equal(open_rgb(path, upright=True), upright)
+    cv2 = pytest.importorskip("cv2")
+    assert np.array_equal(cv2.imread(str(path))[..., ::-1], upright)
 
 
 @pytest.mark.parametrize("name", ["._1.png", ".ipynb_checkpoints/1.png", "a/@eaDir/1.png", "__MACOSX/a/1.png"])

@@ -29,7 +29,8 @@ train_pipeline = [load, annotations, resize, dict(type="RandomFlip", prob=0.5), 
 test_pipeline = [load, resize, annotations, dict(type="PackDetInputs", meta_keys=keys)]
 dataset = dict(data_root=data_root, data_prefix=images, metainfo=metainfo)
 train_dataloader = dict(dataset=dict(ann_file=train_file, pipeline=train_pipeline, **dataset))
-val_dataloader = dict(dataset=dict(ann_file=val_file, pipeline=test_pipeline, **dataset))
+# One image per batch: images of other sizes would be padded, and attention includes the padding.
+val_dataloader = dict(batch_size=1, dataset=dict(ann_file=val_file, pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator = dict(ann_file=data_root + val_file)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))  # for 8 images; --auto-scale-lr scales it with the batch

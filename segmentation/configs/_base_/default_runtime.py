@@ -1,5 +1,4 @@
-# Base of all segmentors: runtime of mmsegmentation, LIT, and checks of data and checkpoints.
+# Base of all segmentors: runtime of mmsegmentation, and LIT. The tools add the hooks of LIT.
 _base_ = ["mmseg::_base_/default_runtime.py"]
 custom_imports = dict(imports=["lit_backbone.mm"], allow_failed_imports=False)
-custom_hooks = [dict(type="AverageBuffersHook"), dict(type="CheckDataHook"), dict(type="OffsetHook")]
 randomness = dict(seed=None)  # a number repeats initialization and order of images

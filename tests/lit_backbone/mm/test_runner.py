@@ -5,26 +5,35 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from torch import nn
 
+from lit_backbone.mm import load_file
 from lit_backbone.mm.runner import StrictRunner
 from tests.lit_backbone.mm.test_hooks import Normalizer
+
+ITERATIONS = dict(type="IterBasedTrainLoop", max_iters=3, val_interval=1)
+EPOCHS = dict(type="EpochBasedTrainLoop", max_epochs=1)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Any:
     """Return a function that builds the runner of an epoch of three iterations with a checkpoint after each."""
 
-    def build(lr: float = 0.1, hooks: Any = (), **checkpoint: Any) -> StrictRunner:
+    def build(
+        lr: float = 0.1, hooks: Any = (), train_cfg: Any = ITERATIONS, accumulation: int = 1, **checkpoint: Any
+    ) -> StrictRunner:
+        loader = dict(dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0)
+        validation = dict(val_dataloader=loader, val_cfg=dict(type="ValLoop"), val_evaluator=[Score()])
         return StrictRunner(
             Normalizer(),
             str(tmp_path / "run"),
-            train_dataloader=dict(
-                dataset=list(torch.randn(6, 3)), batch_size=2, sampler=dict(type="DefaultSampler"), num_workers=0
-            ),
-            train_cfg=dict(type="IterBasedTrainLoop", max_iters=3),
-            optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr)),
+            train_dataloader=loader,
+            train_cfg=train_cfg,
+            auto_scale_lr=dict(enable=True, base_batch_size=2),
+            **(validation if "save_best" in checkpoint else {}),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr), accumulative_counts=accumulation),
             default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False, **checkpoint)),
             custom_hooks=list(hooks),
             experiment_name=tmp_path.name,
@@ -45,11 +54,11 @@ def test_names_and_old_checkpoints(build: Any, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run" / "iter_3.pth", weights_only=False)["meta"]["iter"] == 3
 
 
-@pytest.mark.parametrize("hooks, keep, name", [([dict(type="AverageBuffersHook")], 1, ""), ([], 2, "/iter_2.pth")])
+@pytest.mark.parametrize("hooks, keep, name", [([dict(type="AverageBuffersHook")], 1, ""), ([], 1, "/iter_2.pth")])
 def test_weights_that_are_not_finite_are_not_saved(
     hooks: list, keep: int, name: str, build: Any, tmp_path: Path
 ) -> None:
-    """Keep the last sound checkpoint, also if CheckpointHook would delete it first."""
+    """Keep the last sound checkpoint, which mmengine's CheckpointHook would delete first."""
     runner = build(1e30, hooks, max_keep_ckpts=keep)
     with pytest.raises(
         FloatingPointError, match=f"{tmp_path}/run{name}: no checkpoint is written: after iteration 2, "
@@ -59,6 +68,48 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / "iter_1.pth")
     with pytest.raises(FloatingPointError, match="best_mAP.pth"):
         runner.save_checkpoint(str(tmp_path / "run"), "best_mAP.pth", save_optimizer=False)
+
+
+@pytest.mark.parametrize("train_cfg, within_epoch", [(ITERATIONS, {}), (EPOCHS, dict(within_epoch=True))])
+def test_data_size_is_saved_and_scales_the_learning_rate(
+    train_cfg: dict, within_epoch: dict, build: Any, tmp_path: Path
+) -> None:
+    runner = build(train_cfg=train_cfg, accumulation=2)
+    runner.train()
+    meta = load_file(str(tmp_path / "run" / "iter_2.pth"))["meta"]
+    assert meta == dict(epoch=0, iter=2, seed=runner.seed, num_images=6, global_batch=4) | within_epoch
+    assert runner.optim_wrapper.get_lr()["lr"] == [0.2]
+
+
+class Score(BaseMetric):
+    """Metric that increases with each validation."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(0)
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        self.value = getattr(self, "value", 0) + 1
+        return dict(score=self.value)
+
+
+@pytest.mark.parametrize("failing, kept", [("iter_2.pth", 1), ("best_score_iter_2.pth", 2)])
+def test_failed_write_keeps_old_checkpoints(
+    failing: str, kept: int, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep the last and the best checkpoint if the next one cannot be written."""
+    put = LocalBackend.put
+
+    def put_or_fail(self: LocalBackend, data: bytes, path: str | Path) -> None:
+        if Path(path).name.startswith(failing):
+            raise OSError("disk full")
+        put(self, data, path)
+
+    monkeypatch.setattr(LocalBackend, "put", put_or_fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(max_keep_ckpts=1, save_best="score", rule="greater").train()
+    saved = {name for name in files(tmp_path / "run") if ".pth" in name}
+    assert saved == {f"iter_{kept}.pth", "best_score_iter_1.pth"}
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / f"iter_{kept}.pth")
 
 
 def test_failed_write_keeps_the_old_file(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
