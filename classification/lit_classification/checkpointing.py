@@ -33,9 +33,7 @@ STORED_TYPES = {  # what save_checkpoint writes
     **{"model": dict, "model_ema": (dict, type(None)), "optimizer": dict, "scaler": dict, "config": dict},
     **{"updates_per_epoch": int, "update": int, "best": (int, float), "classes": list, "recipe": dict},
 }
-
-
-# Settings without which the accuracies of two evaluations do not compare
+# Settings that two evaluations must share for their accuracies to compare
 EVALUATION_KEYS = ("DATA.DATASET", "DATA.VAL_SPLIT", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.", "val images")
 
 

@@ -77,7 +77,9 @@ class Section(BaseModel):
 class Data(Section):
     BATCH_SIZE: Count = Field(128, description="images per rank in one forward pass")
     DATA_PATH: str = RuntimeField("", description="root directory of the dataset")
-    DATASET: str = Field("", pattern="^(|imagenet|(torch|hfds)/.+)$", description="torch/cifar10; empty = folders")
+    DATASET: str = Field(
+        "", pattern="^(|imagenet|(torch|hfds)/.+)$", description="torch/NAME, hfds/NAME; empty = folders"
+    )
     TRAIN_SPLIT: str = Field("train", description="folder in DATA_PATH, or split of DATASET, to train on")
     VAL_SPLIT: str = Field("val", description="folder in DATA_PATH, or split of DATASET, to evaluate on")
     IMG_SIZE: Size = Field((224, 224), description="pixels, one integer or [height, width], multiples of 32")

@@ -106,13 +106,14 @@ def config_from_checkpoint(
 
 def adopt_keywords(config: Config, run_dir: Path) -> Config:
     """Take MODEL.LIT from a started run or from MODEL.PRETRAINED, if that is the same LIT and this config sets none."""
-    source = str(run_dir / "config.yaml") if [*run_dir.glob("*.pth")] else config.MODEL.PRETRAINED
-    if not source or not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
+    source, started = config.MODEL.PRETRAINED, run_dir / "config.yaml"
+    if not is_lit(config.MODEL.NAME) or config.MODEL.LIT != Lit():
         return config
-    is_started = source.endswith("config.yaml")
-    stored = (
-        load_config(source, training=False) if is_started else config_from_checkpoint(read_checkpoint(source), source)
-    )
+    stored = None
+    if started.exists() and any(run_dir.glob("*.pth")):  # a start without a checkpoint does not count
+        source, stored = str(started), load_config(started, training=False)
+    elif source:
+        stored = config_from_checkpoint(read_checkpoint(source), source)
     if not stored or stored.MODEL.NAME != config.MODEL.NAME or stored.MODEL.LIT == Lit():
         return config
     _logger.info(f"{source}: taking its MODEL.LIT {stored.MODEL.LIT.model_dump(exclude_none=True)}")

@@ -74,9 +74,10 @@ def build_dataset(config: Config, is_training: bool) -> SeededImages:
             dataset = create_dataset(name, root=root, split=split)
         except Exception as error:  # each dataset fails in its own way
             raise DataError(f"DATA.DATASET {name!r} in {root!r}: {error}") from error
-        if isinstance(dataset, torchvision.datasets.ImageFolder):  # timm falls back to the root for both splits
+        if type(dataset) is torchvision.datasets.ImageFolder:  # timm falls back to the root for both splits
             raise DataError(f"DATA.DATASET {name!r}: image folders need no name. Leave it empty.")
-        if name.startswith("torch/") and "[" in split or is_training and not getattr(dataset, "train", True):
+        is_test_set = is_training and not getattr(dataset, "train", True)  # timm's answer to unknown splits
+        if is_test_set or (name.startswith("torch/") and "[" in split):
             raise DataError(f"DATA.DATASET {name!r}: has no split {split!r}. Use train, training or val.")
         if hasattr(dataset, "loader"):
             dataset.loader = open_rgb

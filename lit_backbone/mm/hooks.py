@@ -16,14 +16,13 @@ from torch.utils.data import DataLoader
 from ..dtm import captured_offsets, offset_statistics
 from ..images import DataError
 from . import data
-from .checkpoints import check_finite
 from .coco import repair_ground_truth
 from .labels import ascii_labels, matplotlib_labels
 
 
 @HOOKS.register_module()
 class AverageBuffersHook(Hook):
-    """Average BatchNorm statistics over ranks, and check the weights, before validation and before saving.
+    """Average BatchNorm statistics over ranks before validation and before a checkpoint is saved.
 
     mmengine's SyncBuffersHook runs at the end of an epoch only.
     """
@@ -38,12 +37,10 @@ class AverageBuffersHook(Hook):
                 return self.after_train_epoch(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Average the statistics of the model and of its EMA. Raise FloatingPointError if one is not finite."""
-        iteration = runner.message_hub.get_info("iter", runner.iter) + 1
+        """Average the statistics of the model and of its EMA."""
         for model in (runner.model, *(hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))):
             if get_world_size() > 1:
                 distribute_bn(model, get_world_size(), reduce=True)
-            check_finite(model, runner.work_dir, iteration)
 
     before_val_epoch = after_train_epoch
 

@@ -109,7 +109,8 @@ class StrictRunner(Runner):
         self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Save a checkpoint atomically on rank 0. Raise FloatingPointError on all ranks if a weight is not finite."""
-        path, kwargs["meta"] = Path(out_dir, filename), (meta or {}) | self.data_size()
+        path = Path(out_dir, filename)
+        kwargs["meta"] = (meta or {}) | self.data_size()
         if isinstance(self.train_loop, EpochBasedTrainLoop) and kwargs["meta"].get("iter", 0) > self.iter:
             kwargs["meta"]["within_epoch"] = True  # CheckpointHook saves after a step
         check_finite(self.model, str(path), self.message_hub.get_info("iter", self.iter) + 1)
@@ -153,10 +154,9 @@ class StrictRunner(Runner):
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict[str, Any] | None = None) -> None:
         """Scale the learning rate by the images per step. mmengine omits the accumulated batches."""
         if auto_scale_lr and auto_scale_lr.get("enable"):
-            batch, base = self.data_size()["global_batch"], auto_scale_lr["base_batch_size"]
-            self.logger.info(f"Scaling the learning rate by {batch / base}: {batch} images per step instead of {base}.")
-            for group in optim_wrapper.optimizer.param_groups:
-                group["lr"] *= batch / base
+            accumulation = getattr(optim_wrapper, "_accumulative_counts", 1)
+            auto_scale_lr = dict(auto_scale_lr, base_batch_size=auto_scale_lr["base_batch_size"] / accumulation)
+        super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def changed_settings(self, checkpoint: dict[str, Any]) -> list[str]:
         """List the settings of optimizer, schedule and data that differ between the checkpoint and the config."""

@@ -214,6 +214,8 @@ def test_keywords_of_a_start_without_checkpoint_are_not_taken(tiny_cfg, finished
     other = load_config(tiny_cfg(MODEL={"LIT": {"num_heads": 1}}))
     (tmp_path / "config.yaml").write_text(dump_config(other))
     assert adopt_keywords(config, tmp_path).MODEL.LIT == load_config(tiny_cfg()).MODEL.LIT
+    (tmp_path / "config.yaml").rename(tmp_path / LATEST)  # a checkpoint that was copied to a new run directory
+    assert adopt_keywords(config, tmp_path).MODEL.LIT == load_config(tiny_cfg()).MODEL.LIT
 
 
 def test_pretrained_brings_its_keywords(train, finished, tmp_path, capsys):

@@ -55,7 +55,7 @@ MISTAKES = [  # key, value, beginning of the message after the place, words that
     # Ranges and choices
     ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE: expected greater than or equal to 1", ""),
     ("DATA.IMG_SIZE", "[224, 100]", "DATA.IMG_SIZE: expected a multiple of 32", "100"),
-    ("DATA.DATASET", "wds/images", "DATA.DATASET: ", "torch/cifar10"),
+    ("DATA.DATASET", "wds/images", "DATA.DATASET: ", "torch/NAME"),
     ("DATA.INTERPOLATION", "cubic", "DATA.INTERPOLATION: ", "'bicubic'"),
     ("AUG.SCALE", "[1.0, 0.08]", "AUG.SCALE: expected [low, high]", ""),
     ("TAG", "../../x", "TAG: ", "'../../x'"),

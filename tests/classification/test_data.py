@@ -351,6 +351,14 @@ def test_splits_of_torchvision(tiny_cfg, tmp_path):
             count(is_training, f"DATA.{key}_SPLIT", split)
 
 
+def test_imagenet_of_torchvision(tiny_cfg, tmp_path):
+    """Its class is a folder of images, too, but reads the split that it is asked for."""
+    torch.save(({"n01440764": ("tench",), "n01443537": ("goldfish", "carp")}, []), tmp_path / "meta.bin")
+    write_tree(tmp_path / "train", "n01440764/0.png", "n01443537/1.png")
+    config = load_config(tiny_cfg(), ["DATA.DATASET", "torch/imagenet"], data_path=str(tmp_path))
+    assert build_dataset(config, is_training=True).classes == ["tench", "goldfish, carp"]
+
+
 # Unusable data
 
 

@@ -98,7 +98,7 @@ def test_two_processes_train_and_test(fixed_config: Path, options: Any, tmp_path
     arguments = [*options("two", optim_wrapper__type="AmpOptimWrapper"), "--auto-scale-lr"]
     output = output_of_script(TOOLS / "dist_train.sh", fixed_config, 2, *arguments)
     assert "No GPU is available. Training in float32" in output
-    assert "Scaling the learning rate by 0.5" in output  # batch size 2 x 2 instead of 8
+    assert "Scaling the original LR by 0.5" in output  # batch size 2 x 2 instead of 8
     checkpoint = tmp_path / "two" / "epoch_1.pth"
     assert load_file(str(checkpoint))["meta"]["iter"] == 2  # 6 images, 2 ranks x 2
     command = [TOOLS / "test.py", CONFIG, checkpoint, *options("two"), "--launcher", "pytorch"]

@@ -54,15 +54,11 @@ def test_names_and_old_checkpoints(build: Any, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run" / "iter_3.pth", weights_only=False)["meta"]["iter"] == 3
 
 
-@pytest.mark.parametrize("hooks, keep, name", [([dict(type="AverageBuffersHook")], 1, ""), ([], 1, "/iter_2.pth")])
-def test_weights_that_are_not_finite_are_not_saved(
-    hooks: list, keep: int, name: str, build: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("hooks", [[dict(type="AverageBuffersHook")], []])
+def test_weights_that_are_not_finite_are_not_saved(hooks: list, build: Any, tmp_path: Path) -> None:
     """Keep the last sound checkpoint, which mmengine's CheckpointHook would delete first."""
-    runner = build(1e30, hooks, max_keep_ckpts=keep)
-    with pytest.raises(
-        FloatingPointError, match=f"{tmp_path}/run{name}: no checkpoint is written: after iteration 2, "
-    ):
+    runner = build(1e30, hooks, max_keep_ckpts=1)
+    with pytest.raises(FloatingPointError, match="iter_2.pth: no checkpoint is written: after iteration 2, "):
         runner.train()
     assert {name for name in files(tmp_path / "run") if "iter" in name or "tmp" in name} == {"iter_1.pth"}
     assert (tmp_path / "run" / "last_checkpoint").read_text() == str(tmp_path / "run" / "iter_1.pth")
